@@ -1,0 +1,13 @@
+"""CLIP's text encoder as explicit array operations, on NumPy or CuPy.
+
+    params = minclip.load()
+    features = minclip.encode_text(params, minclip.tokenize("a photo of a cat"))
+"""
+
+from minclip.checkpoint import Params, from_state_dict, load, save
+from minclip.model import encode_text, normalize
+from minclip.tokenizer import decode, tokenize
+
+__version__ = "0.1.0"
+
+__all__ = ["Params", "decode", "encode_text", "from_state_dict", "load", "normalize", "save", "tokenize"]
