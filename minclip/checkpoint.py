@@ -87,7 +87,7 @@ def read_safetensors(path, activation=None):
     try:
         with safetensors.safe_open(os.fspath(path), framework="numpy") as file:
             said = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from None
     heads = int(said["heads"]) if "heads" in said else None
