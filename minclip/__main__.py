@@ -1,0 +1,5 @@
+import sys
+
+from minclip.cli import main
+
+sys.exit(main())

@@ -1,0 +1,137 @@
+"""The command line: `minclip encode "a photo of a cat"`, and tools for those who port CLIP."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+SHOWN = 12  # texts whose similarities fit an 80-column terminal side by side
+NEAREST = 3
+
+
+def main(argv=None):
+    """Run the command line; returns the exit status. Errors are one line on standard error."""
+    args = parser().parse_args(argv)
+    sys.stdout.reconfigure(errors="replace")  # a terminal that has no emoji shows ? and goes on
+    try:
+        return args.run(args)
+    except BrokenPipeError:  # the reader, `head` say, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"minclip: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("minclip: interrupted", file=sys.stderr)
+        return 130
+
+
+def parser():
+    top = argparse.ArgumentParser(prog="minclip", description="CLIP's text encoder on NumPy or CuPy.")
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+
+    encode = commands.add_parser("encode", help="turn texts into features", description=run_encode.__doc__)
+    encode.set_defaults(run=run_encode)
+    encode.add_argument("texts", nargs="*", metavar="TEXT")
+    encode.add_argument("--file", metavar="captions.txt", help="read texts from a file, one a line")
+    encode.add_argument("-o", dest="output", metavar="features.npy", help="write the features [texts, E] there")
+    add_model(encode)
+    encode.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    encode.add_argument("--normalize", action="store_true", help="write features of length 1")
+    encode.add_argument("--truncate", action="store_true", help="cut texts that are too long for the model")
+    return top
+
+
+def add_model(command):
+    command.add_argument(
+        "--model", default="builtin", metavar="NAME|PATH", help="a model's name or file; built-in by default"
+    )
+
+
+def run_encode(args):
+    """Encode each TEXT, or each line of a file, and show similarities or write the features."""
+    from minclip import checkpoint, model, tokenizer
+
+    if bool(args.texts) == bool(args.file):
+        print("minclip encode: give texts or --file, one of the two", file=sys.stderr)
+        return 2
+    texts = args.texts or read_lines(args.file)
+    params = checkpoint.load(args.model, device=args.device)
+    context = len(params["positional_embedding"])
+    tokens = tokenizer.tokenize(texts, context_length=context, truncate=args.truncate)
+    features = model.encode_text(params, tokens)
+    if args.output:
+        write_array(args.output, to_host(model.normalize(features) if args.normalize else features))
+        print(f"{args.output}: features of {len(texts)} texts, {list(features.shape)} {features.dtype}")
+    else:
+        show(args.model, params, texts, tokens, to_host(model.normalize(features)))
+    return 0
+
+
+def show(name, params, texts, tokens, features):
+    """Print texts, their similarities, and the built-in pictures nearest to each."""
+    layers = sum(key.endswith(".ln_1.weight") for key in params)
+    kind = "built-in, a small CLIP-style model trained for minclip" if name == "builtin" else name
+    print(f"model: {kind} ({layers} layers, width {params['ln_final.weight'].size})\n")
+    print("    tokens  text")
+    for i, text in enumerate(texts, 1):
+        print(f"{i:3} {1 + tokens[i - 1].argmax():6}  {one_line(text, 67)}")
+
+    shown = min(len(texts), SHOWN)
+    of = "" if shown == len(texts) else f" of the first {shown} texts"
+    print(f"\nsimilarity (cosine){of}")
+    print("   " + "".join(f"{j:6}" for j in range(1, shown + 1)))
+    for i, row in enumerate(features[:shown] @ features[:shown].T, 1):
+        print(f"{i:3}" + "".join(f"{value:6.2f}" for value in row))
+
+    if name == "builtin":
+        show_nearest(texts, features)
+
+
+def show_nearest(texts, features):
+    """Print the pictures of the built-in table whose features are nearest to each text's."""
+    from minclip import builtin
+
+    emoji, names, pictures = builtin.pictures()
+    print(f"\nnearest of the built-in model's {len(emoji)} pictures")
+    for i, (text, similarity) in enumerate(zip(texts, features @ pictures.T, strict=True), 1):
+        print(f"{i:3}  {one_line(text, 74)}")
+        for j in similarity.argsort()[::-1][:NEAREST]:
+            print(f"       {similarity[j]:5.2f}  {emoji[j]}  {names[j]}")
+
+
+def one_line(text, width):
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def read_lines(path):
+    """The lines of a UTF-8 file, without their ends."""
+    lines = Path(path).read_bytes().split(b"\n")
+    if lines[-1] == b"":
+        lines.pop()
+    texts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            texts.append(line.removesuffix(b"\r").decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not UTF-8 at byte {error.start}") from None
+    return texts
+
+
+def write_array(path, array):
+    """Save array as a .npy that appears at path only when whole."""
+    import numpy as np
+
+    partial = Path(f"{path}.partial")
+    try:
+        with open(partial, "wb") as file:
+            np.save(file, array)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def to_host(array):
+    """array itself, or a GPU array's copy in main memory."""
+    return array.get() if hasattr(array, "get") else array
