@@ -1,7 +1,9 @@
 """CLIP's text encoder as explicit array operations, on NumPy or CuPy.
 
-    params = minclip.load()
-    features = minclip.encode_text(params, minclip.tokenize("a photo of a cat"))
+>>> import minclip
+>>> params = minclip.load()
+>>> minclip.encode_text(params, minclip.tokenize("a photo of a cat")).shape
+(1, 128)
 """
 
 from minclip.checkpoint import Params, from_state_dict, load, save

@@ -34,7 +34,9 @@ def parser():
     encode.set_defaults(run=run_encode)
     encode.add_argument("texts", nargs="*", metavar="TEXT")
     encode.add_argument("--file", metavar="captions.txt", help="read texts from a file, one a line")
-    encode.add_argument("-o", dest="output", metavar="features.npy", help="write the features [texts, E] there")
+    encode.add_argument(
+        "-o", dest="output", metavar="features.npy", help="write the features [texts, E] there"
+    )
     add_model(encode)
     encode.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     encode.add_argument("--normalize", action="store_true", help="write features of length 1")

@@ -1,0 +1,154 @@
+"""What the tests hold minclip against: OpenAI's own files, transformers, and a torch module of ours."""
+
+import functools
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+
+
+@functools.cache
+def openai(name):
+    """clip/model.py or clip/simple_tokenizer.py of the openai-clip package, loaded by path.
+
+    `import clip` would import torchvision, which neither file needs.
+    """
+    package = Path(importlib.util.find_spec("clip").origin).parent
+    spec = importlib.util.spec_from_file_location(f"openai_clip_{name}", package / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def random_params(width=128, layers=2, embed=96, context=77, vocabulary=49408, seed=0, dtype=np.float32):
+    """A text tower at the scale of CLIP's own initialisation, with norms and biases that are not 1 and 0."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape, std=1.0, mean=0.0):
+        return (mean + std * rng.standard_normal(shape)).astype(dtype)
+
+    D, F = width, 4 * width
+    out_std = D**-0.5 * (2 * layers) ** -0.5
+    params = {
+        "token_embedding.weight": normal(vocabulary, D, std=0.02),
+        "positional_embedding": normal(context, D, std=0.01),
+        "ln_final.weight": normal(D, std=0.1, mean=1),
+        "ln_final.bias": normal(D, std=0.1),
+        "text_projection": normal(D, embed, std=D**-0.5),
+    }
+    for i in range(layers):
+        block = f"transformer.resblocks.{i}."
+        for norm in ("ln_1", "ln_2"):
+            params[block + norm + ".weight"] = normal(D, std=0.1, mean=1)
+            params[block + norm + ".bias"] = normal(D, std=0.1)
+        for layer, out, into, std in (
+            ("attn.in_proj_", 3 * D, D, D**-0.5),
+            ("attn.out_proj.", D, D, out_std),
+            ("mlp.c_fc.", F, D, (2 * D) ** -0.5),
+            ("mlp.c_proj.", D, F, out_std),
+        ):
+            params[block + layer + "weight"] = normal(out, into, std=std)
+            params[block + layer + "bias"] = normal(out, std=0.1)
+    return params
+
+
+def random_tokens(lengths, context=77, vocabulary=49408, seed=0, pad=0):
+    """Rows of random ids between start and end, one for each length (start and end included)."""
+    rng = np.random.default_rng(seed)
+    tokens = np.full((len(lengths), context), pad, dtype=np.int32)
+    for row, length in zip(tokens, lengths, strict=True):
+        row[:length] = [vocabulary - 2, *rng.integers(0, vocabulary - 2, length - 2), vocabulary - 1]
+    return tokens
+
+
+def relative(a, b):
+    """Relative L2 distance of a from b, in float64."""
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def torch_encode_text(params, tokens, dtype="float32", activation="quick_gelu", heads=None):
+    """CLIP.encode_text through torch.nn's own MultiheadAttention, LayerNorm and Linear, in any dtype."""
+    import torch
+    from torch import nn
+    from torch.nn import functional
+
+    dtype = getattr(torch, dtype)
+    state = {name: torch.from_numpy(np.asarray(array)).to(dtype) for name, array in params.items()}
+    ids = torch.from_numpy(np.asarray(tokens)).long()
+    D = state["text_projection"].shape[0]
+    L = ids.shape[1]
+    heads = heads or D // 64
+    layers = sum(name.endswith(".ln_1.weight") for name in state)
+    mask = torch.full((L, L), -torch.inf, dtype=dtype).triu(1)
+
+    def module(kind, prefix, *args, **kwargs):
+        made = kind(*args, dtype=dtype, **kwargs)
+        made.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
+        return made.eval()
+
+    with torch.no_grad():
+        x = state["token_embedding.weight"][ids] + state["positional_embedding"][:L]
+        x = x.permute(1, 0, 2)
+        for i in range(layers):
+            block = f"transformer.resblocks.{i}."
+            h = module(nn.LayerNorm, block + "ln_1.", D)(x)
+            attention = module(nn.MultiheadAttention, block + "attn.", D, heads)
+            x = x + attention(h, h, h, need_weights=False, attn_mask=mask)[0]
+            h = module(nn.Linear, block + "mlp.c_fc.", D, 4 * D)(module(nn.LayerNorm, block + "ln_2.", D)(x))
+            h = h * torch.sigmoid(1.702 * h) if activation == "quick_gelu" else functional.gelu(h)
+            x = x + module(nn.Linear, block + "mlp.c_proj.", 4 * D, D)(h)
+        x = module(nn.LayerNorm, "ln_final.", D)(x.permute(1, 0, 2))
+        return (x[torch.arange(len(ids)), ids.argmax(dim=-1)] @ state["text_projection"]).numpy()
+
+
+def transformers_encode_text(params, tokens, dtype="float32", activation="quick_gelu", heads=None):
+    """The same through transformers.CLIPTextModelWithProjection, with params renamed to its dialect."""
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    V, D = params["token_embedding.weight"].shape
+    config = CLIPTextConfig(
+        vocab_size=V,
+        hidden_size=D,
+        intermediate_size=4 * D,
+        projection_dim=params["text_projection"].shape[1],
+        num_hidden_layers=sum(name.endswith(".ln_1.weight") for name in params),
+        num_attention_heads=heads or D // 64,
+        max_position_embeddings=len(params["positional_embedding"]),
+        hidden_act=activation,
+        bos_token_id=V - 2,
+        eos_token_id=V - 1,
+    )
+    model = CLIPTextModelWithProjection(config).to(getattr(torch, dtype)).eval()
+    state = {"text_projection.weight": params["text_projection"].T}
+    for name, array in params.items():
+        if name.startswith("transformer.resblocks."):
+            _, _, i, rest = name.split(".", 3)
+            layer = f"text_model.encoder.layers.{i}."
+            if "in_proj" in rest:
+                kind = rest.removeprefix("attn.in_proj_")
+                for part, rows in zip("qkv", np.split(array, 3), strict=True):
+                    state[f"{layer}self_attn.{part}_proj.{kind}"] = rows
+            else:
+                for ours, theirs in (
+                    ("attn.", "self_attn."),
+                    ("ln_1", "layer_norm1"),
+                    ("ln_2", "layer_norm2"),
+                    ("mlp.c_fc", "mlp.fc1"),
+                    ("mlp.c_proj", "mlp.fc2"),
+                ):
+                    rest = rest.replace(ours, theirs)
+                state[layer + rest] = array
+    state["text_model.embeddings.token_embedding.weight"] = params["token_embedding.weight"]
+    state["text_model.embeddings.position_embedding.weight"] = params["positional_embedding"]
+    state["text_model.final_layer_norm.weight"] = params["ln_final.weight"]
+    state["text_model.final_layer_norm.bias"] = params["ln_final.bias"]
+    prefixed = any(name.startswith("text_model.") for name in model.state_dict())
+    state = {
+        name if prefixed else name.removeprefix("text_model."): torch.from_numpy(np.ascontiguousarray(array))
+        for name, array in state.items()
+    }
+    model.load_state_dict(state, strict=True)
+    with torch.no_grad():
+        return model(input_ids=torch.from_numpy(np.asarray(tokens)).long()).text_embeds.numpy()
