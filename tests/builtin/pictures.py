@@ -51,8 +51,8 @@ class PictureTower(nn.Module):
     def __init__(self, embed):
         super().__init__()
         self.stem = nn.Conv2d(3, 32, 3, padding=1)
-        self.blocks = nn.Sequential(Residual(32, 64), Residual(64, 128), Residual(128, 192))
-        self.head = nn.Linear(192, embed)
+        self.blocks = nn.Sequential(Residual(32, 48), Residual(48, 96), Residual(96, 128))
+        self.head = nn.Linear(128, embed)
 
     def forward(self, x):
         x = F.relu(self.stem(x.contiguous(memory_format=torch.channels_last)))

@@ -1,0 +1,158 @@
+"""Print the built-in model's held-out figures against their bars, from an int8 file.
+
+    python tests/builtin/evaluate.py --work DIR [--model FILE] [--clip-refs FILE] [--sample held_out.json]
+
+Needs what `train.py fetch` and `train.py prepare` left under DIR; neither torch nor the teacher.
+--clip-refs names an .npz with `coco_prompts` [80] and `coco_fp16` [80, 512]: ViT-B/32 text features of "a"
+and COCO's names, public in facebookresearch/Detic (Apache-2.0), datasets/metadata/coco_clip_a+cname.npy.
+--sample writes the small part that the tests read.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import minclip  # noqa: E402  (from this checkout)
+from minclip import builtin  # noqa: E402
+
+SEEN = "a picture of a {}"
+MOST = 10  # a keyword held by more emoji than this cannot reach R@10 = 1
+
+
+def encode(params, texts, batch=256):
+    """Unit features [n, E], computed in order of length."""
+    tokens = minclip.tokenize(texts, truncate=True)
+    order = np.argsort((tokens != 0).sum(1), kind="stable")
+    features = np.empty((len(texts), params["text_projection"].shape[1]), np.float32)
+    for rows in np.split(order, range(batch, len(order), batch)):
+        longest = (tokens[rows] != 0).sum(1).max()
+        features[rows] = minclip.encode_text(params, tokens[rows, :longest])
+    return minclip.normalize(features)
+
+
+def ranks(features, table, answers):
+    """For each row of features the rank of its picture, 0 the best."""
+    scores = features @ table.T
+    return (scores > scores[np.arange(len(answers)), answers][:, None]).sum(1)
+
+
+def recall(features, table, answers):
+    """{1: R@1, 5: R@5, 10: R@10}"""
+    rank = ranks(features, table, np.asarray(answers))
+    return {k: float((rank < k).mean()) for k in (1, 5, 10)}
+
+
+def spearman(a, b):
+    """Rank correlation of two vectors; ties are of no account among cosines."""
+    return float(np.corrcoef(np.argsort(np.argsort(a)), np.argsort(np.argsort(b)))[0, 1])
+
+
+def cosines(features, centre=False):
+    """The cosines of all pairs, as a vector."""
+    rows = minclip.normalize(features - features.mean(0) * centre)
+    return (rows @ rows.T)[np.triu_indices(len(rows), 1)]
+
+
+def queries(records):
+    """{test: (texts, indices of the right emoji)}"""
+    spread = Counter(word for r in records for word in r["held_keywords"])
+    words = [[w for w in r["held_keywords"] if spread[w] <= MOST] for r in records]
+    sets = {
+        "seen names": [(SEEN.format(r["name"]), i) for i, r in enumerate(records)],
+        "held-out keywords": [(w, i) for i, group in enumerate(words) for w in group],
+        "two held-out keywords": [(f"{w[0]} and {w[1]}", i) for i, w in enumerate(words) if len(w) > 1],
+        "shortcodes": [(code, i) for i, r in enumerate(records) for code in r["shortcodes"]],
+    }
+    return {name: tuple(map(list, zip(*pairs, strict=True))) for name, pairs in sets.items()}
+
+
+def teacher_targets(data, vectors, name):
+    """(texts, the teacher's vectors) of one held-out set; a composite's joins the whole and its parts."""
+    row_of = {text: i for i, text in enumerate(data["texts"])}
+    if name != "held_composites":
+        return data[name], vectors[[row_of[t] for t in data[name]]].astype(np.float32)
+    texts = [text for text, _ in data[name]]
+    whole = vectors[[row_of[t] for t in texts]].astype(np.float32)
+    parts = np.stack([vectors[[row_of[p] for p in parts]].astype(np.float32).mean(0) for _, parts in data[name]])
+    return texts, whole + minclip.normalize(parts)
+
+
+def measure(params, table, data, vectors, refs=None):
+    """[(test, figure, value, bar or None)]"""
+    figures = []
+    bars = {("seen names", 1): 0.90, ("seen names", 5): 0.98, ("held-out keywords", 10): 0.45,
+            ("shortcodes", 5): 0.82}
+    row_of = {text: i for i, text in enumerate(data["texts"])}
+    own = [[row_of[t] for t in r["names"] * 2 + r["keywords"]] for r in data["emoji"]]
+    teacher_table = minclip.normalize(np.stack([vectors[rows].astype(np.float32).mean(0) for rows in own]))
+    for name, (texts, answers) in queries(data["emoji"]).items():
+        label = f"{name} ({len(texts)})"
+        for k, value in recall(encode(params, texts), table, answers).items():
+            figures.append((label, f"R@{k}", value, bars.get((name, k))))
+        if all(t in row_of for t in texts):
+            theirs = recall(vectors[[row_of[t] for t in texts]].astype(np.float32), teacher_table, answers)
+            figures += [(f"  the teacher's own, {name}", f"R@{k}", value, None) for k, value in theirs.items()]
+    for name, bar in [("held_phrases", 0.62), ("held_composites", None), ("held_long", None)]:
+        texts, theirs = teacher_targets(data, vectors, name)
+        value = spearman(cosines(encode(params, texts)), cosines(theirs))
+        figures.append((f"{name.replace('_', ' ')} ({len(texts)}) against the teacher", "Spearman", value, bar))
+    if refs is not None:
+        mine = encode(params, refs["coco_prompts"].tolist())
+        for centre in (False, True):
+            value = spearman(cosines(mine, centre), cosines(refs["coco_fp16"].astype(np.float32), centre))
+            figures.append(("80 COCO names against ViT-B/32", "centred" if centre else "raw", value,
+                            None if centre else 0.55))
+    return figures
+
+
+def write_sample(path, data, vectors, rng):
+    """A few hundred of the held-out queries and teacher cosines, for tests without the data."""
+    sample = {}
+    for name, (texts, answers) in queries(data["emoji"]).items():
+        rows = rng.permutation(len(texts))[:200]
+        sample[name] = [[texts[i], data["emoji"][answers[i]]["emoji"]] for i in rows]
+    texts, theirs = teacher_targets(data, vectors, "held_phrases")
+    rows = [i for i in rng.permutation(len(texts)) if len(texts[i]) < 60][:120]
+    cosine = minclip.normalize(theirs[rows]) @ minclip.normalize(theirs[rows]).T
+    pairs = zip(*np.triu_indices(len(rows), 1), strict=True)
+    sample["held phrases"] = [texts[i] for i in rows]
+    sample["teacher cosines, in hundredths, upper triangle by rows"] = [round(100 * float(cosine[p])) for p in pairs]
+    text = json.dumps(sample, ensure_ascii=False, separators=(",", ":"))
+    path.write_text(text.replace('],["', '],\n["').replace(',"', ',\n"', 0) + "\n", encoding="utf-8")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--model", type=Path, nargs="+", default=[builtin.MODEL], help="one file or several seeds'")
+    parser.add_argument("--clip-refs", type=Path)
+    parser.add_argument("--sample", type=Path)
+    options = parser.parse_args()
+    data = json.loads((options.work / "texts.json").read_text(encoding="utf-8"))
+    vectors = np.load(options.work / "teacher.npy")
+    refs = np.load(options.clip_refs) if options.clip_refs else None
+    if options.sample:
+        write_sample(options.sample, data, vectors, np.random.default_rng(0))
+    runs = []
+    for path in options.model:
+        builtin.MODEL = path
+        runs.append(measure(builtin.load_builtin(), builtin.pictures()[2], data, vectors, refs))
+        print(path.name, path.stat().st_size, "bytes")
+    failed = 0
+    for rows in zip(*runs, strict=True):
+        label, figure, _, bar = rows[0]
+        values = [row[2] for row in rows]
+        verdict = "" if bar is None else f"  bar {bar:.2f} {'ok' if min(values) >= bar else 'MISSED'}"
+        failed += bar is not None and min(values) < bar
+        spread = f"  mean {np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+        print(f"{label:52} {figure:9}" + "".join(f" {value:.3f}" for value in values) + spread + verdict)
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
