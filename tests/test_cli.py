@@ -108,7 +108,7 @@ def test_importing_minclip_is_light():
         "opened = []\n"
         "sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == 'open' else None)\n"
         "import minclip\n"
-        "heavy = {'torch', 'cupy', 'matplotlib', 'scipy', 'transformers', 'dask', 'tqdm'} & set(sys.modules)\n"
+        "heavy = {'torch', 'cupy', 'matplotlib', 'scipy', 'transformers', 'dask'} & set(sys.modules)\n"
         "data = [p for p in opened if 'minclip' in p and not p.endswith(('.py', '.pyc'))]\n"
         "print(heavy or '', data or '')"
     )
