@@ -25,10 +25,10 @@ def shape_comments():
     lines = inspect.getsource(model).splitlines()
     found = {}
     for node in ast.walk(ast.parse("\n".join(lines))):
-        code, _, comment = (
-            lines[node.end_lineno - 1].partition("  # (") if hasattr(node, "end_lineno") else "   "
-        )
-        if isinstance(node, ast.Assign) and comment.endswith(")") and code:
+        if not isinstance(node, ast.Assign):
+            continue
+        comment = lines[node.end_lineno - 1].partition("  # (")[2]
+        if comment.endswith(")"):
             names = [name.id for name in ast.walk(node.targets[0]) if isinstance(name, ast.Name)]
             axes = [axis for axis in comment[:-1].replace(" ", "").split(",") if axis]
             found[node.lineno] = names, axes
@@ -79,10 +79,9 @@ def stage_names(layers):
     names = ["token_embedding", "positional_embedding", "embedding"]
     for i in range(layers):
         block = f"transformer.resblocks.{i}"
-        parts = (
-            "ln_1 attn.q attn.k attn.v attn.scores attn.masked attn.weights attn.context attn residual ln_2"
-        )
-        names += [f"{block}.{part}" for part in f"{parts} mlp.c_fc mlp.gelu mlp".split()] + [block]
+        parts = "ln_1 attn.q attn.k attn.v attn.scores attn.masked attn.weights attn.context attn"
+        parts += " residual ln_2 mlp.c_fc mlp.gelu mlp"
+        names += [f"{block}.{part}" for part in parts.split()] + [block]
     return [*names, "ln_final", "eot", "pooled", "text_features"]
 
 
@@ -114,13 +113,10 @@ def test_what_the_tap_returns_goes_on(stage):
     def tap(name, array):
         if name != stage:
             return array
-        return array[::-1].copy() if name == "eot" else array * 1.5
+        return array[::-1] if name == "eot" else array * np.linspace(0.5, 1.5, array.shape[-1], dtype="f4")
 
-    if stage.endswith("attn.masked"):
-        weights = {}
-        minclip.encode_text(PARAMS, TOKENS, tap=lambda n, a: weights.setdefault(n, tap(n, a)))
-        assert not np.isnan(weights["text_features"]).any()
     changed = minclip.encode_text(PARAMS, TOKENS, tap=tap)
+    assert np.isfinite(changed).all()
     assert relative(changed, minclip.encode_text(PARAMS, TOKENS)) > 1e-4
 
 
@@ -153,11 +149,7 @@ def test_dtype_in_is_dtype_out_at_every_stage_and_nothing_wider_between(dtype, a
     def watch(frame, event, arg):
         if frame.f_code.co_filename == model.__file__:
             for name, value in [*frame.f_locals.items(), ("return", arg)]:
-                if (
-                    isinstance(value, np.ndarray | np.generic)
-                    and value.dtype.kind == "f"
-                    and value.dtype > widest
-                ):
+                if getattr(value, "dtype", widest).kind == "f" and getattr(value, "dtype", widest) > widest:
                     wider.append((frame.f_lineno, name))
             return watch
         return None
@@ -259,29 +251,23 @@ def test_a_row_without_end_of_text_warns_and_pools_at_its_largest_id():
     assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        np.testing.assert_allclose(
-            features[2], minclip.encode_text(PARAMS, tokens[2, :3]), rtol=1e-4, atol=1e-5
-        )
+        assert relative(features[2], minclip.encode_text(PARAMS, tokens[2, :3])) < 1e-6
 
 
 def test_the_first_of_several_ends_is_the_end():
     once = np.array([[95, 5, 96, 0, 0, 0]])
-    assert (
-        relative(
-            minclip.encode_text(PARAMS, np.array([[95, 5, 96, 7, 96, 96]])), minclip.encode_text(PARAMS, once)
-        )
-        < 1e-6
-    )
+    thrice = np.array([[95, 5, 96, 7, 96, 96]])
+    assert relative(minclip.encode_text(PARAMS, thrice), minclip.encode_text(PARAMS, once)) < 1e-6
 
 
 def test_quick_gelu_and_gelu_hold_to_the_ends_of_their_dtype():
     for dtype in (np.float16, np.float32, np.float64):
         x = np.array([-1e4, -100, -1, 0, 1, 100, 1e4], dtype=dtype)
-        for function, at_one in ((model.quick_gelu, 0.84579575), (model.gelu, 0.84134475)):
+        for function, at_one in ((model.quick_gelu, 0.8457957659), (model.gelu, 0.8413447461)):
             y = function(x)
             assert y.dtype == dtype
             np.testing.assert_allclose(y[[0, 1, 3, 5, 6]], [0, 0, 0, 100, 1e4], atol=1e-30)
-            assert abs(float(y[4]) - at_one) < 2 * np.finfo(dtype).eps + 1e-8
+            assert abs(float(y[4]) - at_one) < 2 * np.finfo(dtype).eps + 1e-10
 
 
 def test_gelu_is_exact():

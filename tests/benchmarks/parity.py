@@ -1,0 +1,50 @@
+"""Print how near minclip, torch and transformers are to each other and to float64 truth.
+
+    python tests/benchmarks/parity.py
+
+Random weights at the real sizes, 5 rows of 2 to 77 random ids. Figures are relative L2 distances.
+"""
+
+import platform
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from oracles import random_params, random_tokens, relative, torch_encode_text, transformers_encode_text
+from test_parity import SIZES
+
+import minclip
+
+
+def main():
+    import torch
+    import transformers
+
+    tokens = random_tokens([2, 3, 9, 20, 77])
+    print(
+        f"numpy {np.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"{platform.machine()}\n"
+    )
+    print(
+        "| text tower of | minclip − torch | minclip − transformers | minclip − truth | torch − truth "
+        "| minclip − torch, float64 |\n|---|---|---|---|---|---|"
+    )
+    for name, size in SIZES.items():
+        params = random_params(**size)
+        wide = {key: array.astype(np.float64) for key, array in params.items()}
+        truth = torch_encode_text(params, tokens, "float64")
+        ours, theirs = minclip.encode_text(params, tokens), torch_encode_text(params, tokens)
+        row = [
+            relative(ours, theirs),
+            relative(ours, transformers_encode_text(params, tokens)),
+            relative(ours, truth),
+            relative(theirs, truth),
+            relative(minclip.encode_text(wide, tokens), truth),
+        ]
+        print(f"| {name} | " + " | ".join(f"{value:.1e}" for value in row) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""tokenize is clip.tokenize, id for id."""
+
+import functools
+import gzip
+import hashlib
+import importlib.util
+import random
+import sys
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import openai
+
+import minclip
+from minclip import tokenizer
+
+# Published or well-known sequences, each run again with OpenAI's tokenizer; start and end left out.
+KNOWN = {
+    "a diagram": [320, 22697],
+    "Hello World!": [3306, 1002, 256],
+    "a photo of a cat": [320, 1125, 539, 320, 2368],
+    "A Photo of a TREE!": [320, 1125, 539, 320, 2677, 256],
+    "it's a cat's toy, running   fast": [585, 568, 320, 2368, 568, 5988, 267, 2761, 1953],
+    "2 dogs and 3 cats": [273, 3255, 537, 274, 3989],
+    "I can't believe it's not butter": [328, 753, 713, 2649, 585, 568, 783, 6952],
+    "email: user@example.com": [4462, 281, 7031, 287, 6228, 269, 2464],
+    "3.14 is pi": [274, 269, 272, 275, 533, 5357],
+    "MacBook Pro 16-inch": [20617, 2630, 272, 277, 268, 6523],
+    "!!!": [995],
+    "mobileclip": [9451, 944, 8546],
+    "hatbox": [3447, 2063],
+    "hat box": [3801, 2063],
+    "café": [15304],
+    "🐶": [10631],
+    "": [],
+    "     ": [],
+    "Hello Båstad": [3306, 65, 23176, 16485],
+    "Han likes eating pizza": [3565, 4724, 4371, 4474],
+    "Jina rocks": [73, 1366, 6135],
+    "A picture of a puppy.": [320, 1674, 539, 320, 6829, 269],
+}
+
+# Each tells a known mistake of ports from the reference: no </w>, greedy matching, no lower case, lost
+# contractions, grouped digits, \w for letters, no byte encoder, no ftfy, no unescaping, specials taken
+# apart, case folding, IGNORECASE dropped, NFKC, separators that only `re` calls space, and more.
+KILLERS = [
+    "electroencephalography supercalifragilistic",
+    "A photo of a Cat!",
+    "You should've hello,world",
+    "A123B 2023",
+    "snake_case label",
+    "x²y Ⅷa 2ⅷ ①②③",
+    "½ ⅷ ²",
+    "naïve café",
+    "âœ” schÃ¶n",
+    "it’s “quoted”",
+    "ﬁne ｆｕｌｌ",
+    "<b> AT&amp;T </b>",
+    "a < b &amp;amp; c",
+    "&lt;|endoftext|&gt;",
+    "<|endoftext|> cat",
+    "<|ENDOFTEXT|>cat<|startoftext|>",
+    "<|ſtartoftext|>",
+    "'ſ x'S 'LL",
+    "İstanbul STRASSE straße",
+    "\x1ca\x1fb\x00c\x85d\u2028e\u3000f",
+    "\x1b[31mred\x1b[0m",
+    "👩‍👩‍👧 🏳️‍🌈 é",
+    "</w> a</w>b",
+    "lone \ud800 surrogate",
+    "a" * 301,
+    "donaudampfschifffahrtsgesellschaftskapitänsmütze",
+]
+
+
+@functools.cache
+def reference_tokenizer():
+    """OpenAI's own tokenizer."""
+    return openai("simple_tokenizer").SimpleTokenizer()
+
+
+@pytest.fixture
+def reference():
+    return reference_tokenizer()
+
+
+@pytest.mark.parametrize("text", KNOWN)
+def test_known_sequences(text):
+    ids = KNOWN[text]
+    expected = [49406, *ids, 49407] + [0] * (75 - len(ids))
+    assert minclip.tokenize(text).tolist() == [expected]
+
+
+@pytest.mark.parametrize("text", KILLERS)
+def test_strings_that_expose_a_wrong_tokenizer(text, reference):
+    assert tokenizer.encode(text) == reference.encode(text)
+
+
+def test_the_vocabulary_is_the_references(reference):
+    assert len(tokenizer.spellings()) == 49408
+    assert tokenizer.vocabulary() == reference.encoder
+
+
+characters = st.characters(codec="utf-8")
+fragments = st.one_of(
+    st.text(characters),
+    st.text("aAbB 'sStTſ&;<>|#0123456789\t\n\u00a0", max_size=40),
+    st.sampled_from(["&amp;", "&lt;", "&#39;", "<|endoftext|>", "<|startoftext|>", "Ã©", "â€™", "’", "…"]),
+)
+
+
+@given(st.lists(fragments, max_size=8).map("".join))
+def test_any_text_gives_the_references_ids(text):
+    assert tokenizer.encode(text) == reference_tokenizer().encode(text)
+
+
+def test_random_text_of_every_plane_gives_the_references_ids(reference):
+    draw = random.Random(0)
+    pools = [range(32, 127), range(0x250), range(0x3000), range(sys.maxunicode + 1)]
+    for _ in range(3000):
+        pool = draw.choice(pools)
+        text = "".join(chr(draw.choice(pool)) for _ in range(draw.randrange(30)))
+        text = "".join(c for c in text if unicodedata.category(c) != "Cs")
+        assert tokenizer.encode(text) == reference.encode(text), ascii(text)
+
+
+def test_merging_is_the_references_on_long_words(reference):
+    draw = random.Random(1)
+    for letters in ("ab", "aeinrst", "abcdefghijklmnopqrstuvwxyz"):
+        word = "".join(draw.choices(letters, k=2000))
+        assert tokenizer.encode(word) == reference.encode(word)
+
+
+def test_tokens_are_int32_rows_of_the_context_length():
+    tokens = minclip.tokenize(["a cat", ""], context_length=5)
+    assert tokens.dtype == np.int32
+    assert tokens.tolist() == [[49406, 320, 2368, 49407, 0], [49406, 49407, 0, 0, 0]]
+    assert minclip.tokenize([]).shape == (0, 77)
+    assert minclip.tokenize(("a", "b")).shape == minclip.tokenize(c for c in "ab").shape == (2, 77)
+
+
+def test_a_text_of_75_ids_fits_and_one_of_76_does_not():
+    assert minclip.tokenize("cat " * 75)[0, 76] == 49407
+    with pytest.raises(
+        ValueError, match=r"text 1 is 78 tokens long.*holds 77: .*truncate=True: 'cat cat.*\.\.\.'"
+    ):
+        minclip.tokenize(["a", "cat " * 76])
+
+
+def test_truncation_keeps_the_start_of_the_text_and_the_end_id():
+    tokens = minclip.tokenize("dog " + "cat " * 200, truncate=True)
+    assert tokens.tolist() == [[49406, 1929, *[2368] * 74, 49407]]
+    short = minclip.tokenize("a cat", truncate=True)
+    assert short.tolist() == minclip.tokenize("a cat").tolist()
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["a", None], "text 1 must be a str, not NoneType"),
+        ([b"a"], "text 0 must be a str, not bytes"),
+        (["a", ["b"]], "text 1 must be a str, not list"),
+    ],
+)
+def test_what_is_no_text_says_where(texts, message):
+    with pytest.raises(TypeError, match=message):
+        minclip.tokenize(texts)
+
+
+def test_a_context_that_cannot_hold_start_and_end_is_refused():
+    with pytest.raises(ValueError, match="not 1"):
+        minclip.tokenize("a", context_length=1)
+
+
+@pytest.mark.parametrize("text", ["a photo of a cat", "naïve café 🐶", "東京 tower", ""])
+def test_decode_is_the_inverse(text):
+    assert minclip.decode(minclip.tokenize(text)) == [text]
+    assert minclip.decode(minclip.tokenize(text)[0]) == [text]
+
+
+@given(st.lists(st.text(characters, max_size=15), max_size=4))
+def test_decoding_and_tokenizing_again_gives_the_same_text(texts):
+    tokens = minclip.tokenize(texts, context_length=300)
+    again = minclip.decode(tokens)
+    assert [a.split() for a in minclip.decode(minclip.tokenize(again, context_length=300))] == [
+        a.split() for a in again
+    ]
+
+
+def test_decode_reads_to_the_first_end_and_mends_broken_bytes():
+    assert minclip.decode([[49406, 320, 49407, 2368, 49407], [320, 2368, 0, 0, 0]]) == ["a", "a cat !!!"]
+    half = minclip.tokenize("東")[0, 1]
+    assert "\ufffd" in minclip.decode([[half]])[0]
+    with pytest.raises(ValueError, match="from 0 to 49407, not 3 to 49408"):
+        minclip.decode([[3, 49408]])
+
+
+def test_the_merges_are_rebuilt_from_the_public_file():
+    public = Path(importlib.util.find_spec("clip").origin).parent / "bpe_simple_vocab_16e6.txt.gz"
+    packed = public.read_bytes()
+    assert hashlib.sha256(packed).hexdigest() == (
+        "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+    )
+    lines = gzip.decompress(packed).decode("utf-8").split("\n")[1 : 1 + 48894]
+    ours = Path(tokenizer.__file__).with_name("merges.txt.gz").read_bytes()
+    assert gzip.decompress(ours).decode("utf-8") == "\n".join(lines) + "\n"
+    assert len(ours) < 220_000
