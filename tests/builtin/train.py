@@ -299,7 +299,7 @@ def train(work, seed, out, steps, clip_vectors):
         nn.utils.clip_grad_norm_(everything, 1.0)
         optimizer.step()
         schedule.step()
-        if step % 100 == 0:
+        if step % 50 == 0:
             print(f"seed {seed} step {step} loss {loss.item():.3f} {time.time() - began:.0f} s", flush=True)
 
     save(out, text.eval(), seer.eval(), captions, pictures, full_ids)
@@ -327,10 +327,11 @@ def main():
     parser.add_argument("--work", type=Path, required=True, help="a folder for the data")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--threads", type=int, default=2, help="1 is quicker on a machine that others use too")
     parser.add_argument("--out", type=Path, default=Path("model.safetensors"))
     parser.add_argument("--clip-vectors", type=Path, help="real ViT-B/32 vectors, see above")
     options = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(options.threads)
     if options.action == "fetch":
         sources.fetch(options.work)
     elif options.action == "prepare":
