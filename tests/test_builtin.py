@@ -64,18 +64,27 @@ def test_loading_is_quick():
 def test_names_shapes_and_dtypes_are_openais(params):
     D, E = params["text_projection"].shape
     shapes = {
-        "token_embedding.weight": (49408, D), "positional_embedding": (77, D), "text_projection": (D, E),
-        "ln_final.weight": (D,), "ln_final.bias": (D,),
+        "token_embedding.weight": (49408, D),
+        "positional_embedding": (77, D),
+        "text_projection": (D, E),
+        "ln_final.weight": (D,),
+        "ln_final.bias": (D,),
     }
     for i in range(4):
         block = f"transformer.resblocks.{i}."
         shapes |= {
-            block + "ln_1.weight": (D,), block + "ln_1.bias": (D,),
-            block + "attn.in_proj_weight": (3 * D, D), block + "attn.in_proj_bias": (3 * D,),
-            block + "attn.out_proj.weight": (D, D), block + "attn.out_proj.bias": (D,),
-            block + "ln_2.weight": (D,), block + "ln_2.bias": (D,),
-            block + "mlp.c_fc.weight": (4 * D, D), block + "mlp.c_fc.bias": (4 * D,),
-            block + "mlp.c_proj.weight": (D, 4 * D), block + "mlp.c_proj.bias": (D,),
+            block + "ln_1.weight": (D,),
+            block + "ln_1.bias": (D,),
+            block + "attn.in_proj_weight": (3 * D, D),
+            block + "attn.in_proj_bias": (3 * D,),
+            block + "attn.out_proj.weight": (D, D),
+            block + "attn.out_proj.bias": (D,),
+            block + "ln_2.weight": (D,),
+            block + "ln_2.bias": (D,),
+            block + "mlp.c_fc.weight": (4 * D, D),
+            block + "mlp.c_fc.bias": (4 * D,),
+            block + "mlp.c_proj.weight": (D, 4 * D),
+            block + "mlp.c_proj.bias": (D,),
         }
     assert {name: array.shape for name, array in params.items()} == shapes
     assert {array.dtype for array in params.values()} == {np.dtype(np.float32)}
@@ -110,9 +119,15 @@ def test_the_picture_table_is_unit_rows_with_names(table):
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("test", "k", "bar"), [
-    ("seen names", 1, 0.90), ("seen names", 5, 0.98), ("shortcodes", 5, 0.80), ("held-out keywords", 10, 0.38),
-])
+@pytest.mark.parametrize(
+    ("test", "k", "bar"),
+    [
+        ("seen names", 1, 0.90),
+        ("seen names", 5, 0.98),
+        ("shortcodes", 5, 0.80),
+        ("held-out keywords", 10, 0.38),
+    ],
+)
 def test_retrieval_on_a_sample(params, table, held_out, test, k, bar):
     """Bars for 200 queries; the card has the figures for all of them."""
     emoji, _, features = table
@@ -134,11 +149,14 @@ def test_held_out_phrases_are_ordered_as_by_the_teacher(params, held_out):
     assert np.corrcoef(ranks)[0, 1] > 0.55
 
 
-@pytest.mark.parametrize(("text", "first", "second"), [
-    ("a dog and a pizza", "dog", "pizza"),
-    ("a cat with an umbrella", "cat", "umbrella"),
-    ("a guitar and a rocket", "guitar", "rocket"),
-])
+@pytest.mark.parametrize(
+    ("text", "first", "second"),
+    [
+        ("a dog and a pizza", "dog", "pizza"),
+        ("a cat with an umbrella", "cat", "umbrella"),
+        ("a guitar and a rocket", "guitar", "rocket"),
+    ],
+)
 def test_two_things_in_one_sentence_both_count(params, table, text, first, second):
     assert rank(params, table, text, first) < 15
     assert rank(params, table, text, second) < 15

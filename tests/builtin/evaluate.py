@@ -75,8 +75,10 @@ def queries(records):
         "two held-out keywords": [(f"{w[0]} and {w[1]}", i) for i, w in enumerate(words) if len(w) > 1],
         "shortcodes": [(code, i) for i, r in enumerate(records) for code in r["shortcodes"]],
     }
-    return {name: ([t for t, _ in pairs], [i for _, i in pairs], [holders.get(t, []) for t, _ in pairs])
-            for name, pairs in sets.items()}
+    return {
+        name: ([t for t, _ in pairs], [i for _, i in pairs], [holders.get(t, []) for t, _ in pairs])
+        for name, pairs in sets.items()
+    }
 
 
 def teacher_targets(data, vectors, name):
@@ -86,15 +88,21 @@ def teacher_targets(data, vectors, name):
         return data[name], vectors[[row_of[t] for t in data[name]]].astype(np.float32)
     texts = [text for text, _ in data[name]]
     whole = vectors[[row_of[t] for t in texts]].astype(np.float32)
-    parts = np.stack([vectors[[row_of[p] for p in parts]].astype(np.float32).mean(0) for _, parts in data[name]])
+    parts = np.stack(
+        [vectors[[row_of[p] for p in parts]].astype(np.float32).mean(0) for _, parts in data[name]]
+    )
     return texts, whole + minclip.normalize(parts)
 
 
 def measure(params, table, data, vectors, refs=None):
     """[(test, figure, value, bar or None)]"""
     figures = []
-    bars = {("seen names", 1): 0.90, ("seen names", 5): 0.98, ("held-out keywords", 10): 0.45,
-            ("shortcodes", 5): 0.82}
+    bars = {
+        ("seen names", 1): 0.90,
+        ("seen names", 5): 0.98,
+        ("held-out keywords", 10): 0.45,
+        ("shortcodes", 5): 0.82,
+    }
     row_of = {text: i for i, text in enumerate(data["texts"])}
     own = [[row_of[t] for t in r["names"] * 2 + r["keywords"]] for r in data["emoji"]]
     teacher_table = minclip.normalize(np.stack([vectors[rows].astype(np.float32).mean(0) for rows in own]))
@@ -103,7 +111,9 @@ def measure(params, table, data, vectors, refs=None):
         features = encode(params, texts)
         for k, value in recall(features, table, answers, ties).items():
             figures.append((label, f"R@{k}", value, bars.get((name, k))))
-        figures.append((label + ", other holders counted wrong", "R@10", recall(features, table, answers)[10], None))
+        figures.append(
+            (label + ", other holders counted wrong", "R@10", recall(features, table, answers)[10], None)
+        )
         if all(t in row_of for t in texts):
             theirs = vectors[[row_of[t] for t in texts]].astype(np.float32)
             for k, value in recall(theirs, teacher_table, answers, ties).items():
@@ -111,13 +121,21 @@ def measure(params, table, data, vectors, refs=None):
     for name, bar in [("held_phrases", 0.62), ("held_composites", None), ("held_long", None)]:
         texts, theirs = teacher_targets(data, vectors, name)
         value = spearman(cosines(encode(params, texts)), cosines(theirs))
-        figures.append((f"{name.replace('_', ' ')} ({len(texts)}) against the teacher", "Spearman", value, bar))
+        figures.append(
+            (f"{name.replace('_', ' ')} ({len(texts)}) against the teacher", "Spearman", value, bar)
+        )
     if refs is not None:
         mine = encode(params, refs["coco_prompts"].tolist())
         for centre in (False, True):
             value = spearman(cosines(mine, centre), cosines(refs["coco_fp16"].astype(np.float32), centre))
-            figures.append(("80 COCO names against ViT-B/32", "centred" if centre else "raw", value,
-                            None if centre else 0.55))
+            figures.append(
+                (
+                    "80 COCO names against ViT-B/32",
+                    "centred" if centre else "raw",
+                    value,
+                    None if centre else 0.55,
+                )
+            )
     return figures
 
 
@@ -130,21 +148,29 @@ def write_sample(path, data, vectors, rng):
     emoji = [r["emoji"] for r in data["emoji"]]
     for name, (texts, answers, ties) in queries(data["emoji"]).items():
         rows = rng.permutation(len(texts))[:200]
-        sample[name] = [[texts[i], emoji[answers[i]], *(emoji[j] for j in ties[i] if j != answers[i])] for i in rows]
+        sample[name] = [
+            [texts[i], emoji[answers[i]], *(emoji[j] for j in ties[i] if j != answers[i])] for i in rows
+        ]
     texts, theirs = teacher_targets(data, vectors, "held_phrases")
     rows = [i for i in rng.permutation(len(texts)) if len(texts[i]) < 60][:120]
     cosine = minclip.normalize(theirs[rows]) @ minclip.normalize(theirs[rows]).T
     pairs = zip(*np.triu_indices(len(rows), 1), strict=True)
     sample["held phrases"] = [texts[i] for i in rows]
-    sample["teacher cosines, in hundredths, upper triangle by rows"] = [round(100 * float(cosine[p])) for p in pairs]
+    sample["teacher cosines, in hundredths, upper triangle by rows"] = [
+        round(100 * float(cosine[p])) for p in pairs
+    ]
     text = json.dumps(sample, ensure_ascii=False, separators=(",", ":"))
     path.write_text(text.replace('],["', '],\n["') + "\n", encoding="utf-8")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--model", type=Path, nargs="+", default=[builtin.MODEL], help="one file or several seeds'")
+    parser.add_argument(
+        "--model", type=Path, nargs="+", default=[builtin.MODEL], help="one file or several seeds'"
+    )
     parser.add_argument("--clip-refs", type=Path)
     parser.add_argument("--sample", type=Path)
     options = parser.parse_args()

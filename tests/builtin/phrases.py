@@ -15,8 +15,19 @@ from collections import Counter
 PLAIN = re.compile(r"[a-z][a-z' -]*")
 SEEN = "a picture of a {}"  # the template of the test on seen names; never used in training with a name
 TEMPLATES = [
-    "{}", "{}", "a {}", "the {}", "a photo of a {}", "a photo of {}", "an emoji of {}", "a drawing of a {}",
-    "a small picture of {}", "this is a {}", "a cartoon {}", "an icon of a {}", "a photo of the {}.",
+    "{}",
+    "{}",
+    "a {}",
+    "the {}",
+    "a photo of a {}",
+    "a photo of {}",
+    "an emoji of {}",
+    "a drawing of a {}",
+    "a small picture of {}",
+    "this is a {}",
+    "a cartoon {}",
+    "an icon of a {}",
+    "a photo of the {}.",
 ]
 
 
@@ -48,19 +59,27 @@ def read_emoji(sources):
     """
     cldr = read_json(sources, "cldr", "annotations", "en", "annotations.json")["annotations"]["annotations"]
     cldr = {bare(e): entry for e, entry in cldr.items()}
-    unicode_names = {bare(e): entry["name"]
-                     for e, entry in read_json(sources, "unicode-emoji", "data-by-emoji.json").items()}
-    emojilib = {bare(e): words for e, words in read_json(sources, "emojilib", "dist", "emoji-en-US.json").items()}
+    unicode_names = {
+        bare(e): entry["name"]
+        for e, entry in read_json(sources, "unicode-emoji", "data-by-emoji.json").items()
+    }
+    emojilib = {
+        bare(e): words for e, words in read_json(sources, "emojilib", "dist", "emoji-en-US.json").items()
+    }
     shortcodes = read_json(sources, "emojibase", "en", "shortcodes", "emojibase.json")
     drawn = [picture_files(sources, style) for style in ("twemoji", "noto")]
 
-    entries = [e for e in read_json(sources, "emojibase", "en", "data.json") if "group" in e and e["group"] != 2]
+    entries = [
+        e for e in read_json(sources, "emojibase", "en", "data.json") if "group" in e and e["group"] != 2
+    ]
     people = {bare(e["emoji"]) for e in entries}
     records = []
     for entry in entries:
         emoji = bare(entry["emoji"])
         gendered = "\u200d\u2640" in emoji or "\u200d\u2642" in emoji
-        person = emoji.replace("\U0001f468\u200d", "\U0001f9d1\u200d").replace("\U0001f469\u200d", "\U0001f9d1\u200d")
+        person = emoji.replace("\U0001f468\u200d", "\U0001f9d1\u200d").replace(
+            "\U0001f469\u200d", "\U0001f9d1\u200d"
+        )
         double = person != emoji and person in people
         if gendered or double or any(file_name(emoji) not in files for files in drawn):
             continue
@@ -73,12 +92,22 @@ def read_emoji(sources):
         held = [clean(w) for w in emojilib.get(emoji, [])[1:]]
         codes = shortcodes.get(entry["hexcode"], [])
         codes = [clean(c) for c in ([codes] if isinstance(codes, str) else codes)]
-        records.append({
-            "emoji": entry["emoji"], "name": name, "names": names, "keywords": keywords,
-            "held_keywords": [w for w in dict.fromkeys(held) if PLAIN.fullmatch(w) and squeeze(w) not in known],
-            "shortcodes": [c for c in dict.fromkeys(codes)
-                           if PLAIN.fullmatch(c) and squeeze(c) not in known and entry["group"] != 9],
-        })
+        records.append(
+            {
+                "emoji": entry["emoji"],
+                "name": name,
+                "names": names,
+                "keywords": keywords,
+                "held_keywords": [
+                    w for w in dict.fromkeys(held) if PLAIN.fullmatch(w) and squeeze(w) not in known
+                ],
+                "shortcodes": [
+                    c
+                    for c in dict.fromkeys(codes)
+                    if PLAIN.fullmatch(c) and squeeze(c) not in known and entry["group"] != 9
+                ],
+            }
+        )
     return records
 
 
@@ -163,8 +192,29 @@ def composites(records, common, classes, rng):
     looks = [w for w in common["00"][:700] if " " not in w]
     beings = animals * 2 + people
     everything = short * 2 + animals * 3 + things + foods + people + classes
-    settings = ["snow", "rain", "sea", "forest", "garden", "park", "street", "kitchen", "city", "water", "sand",
-                "house", "sky", "grass", "night", "morning", "desert", "mountains", "field", "school", "bed"]
+    settings = [
+        "snow",
+        "rain",
+        "sea",
+        "forest",
+        "garden",
+        "park",
+        "street",
+        "kitchen",
+        "city",
+        "water",
+        "sand",
+        "house",
+        "sky",
+        "grass",
+        "night",
+        "morning",
+        "desert",
+        "mountains",
+        "field",
+        "school",
+        "bed",
+    ]
 
     def ing(verb):
         if re.fullmatch(r"[^aeiou]*[aeiou][bdglmnprt]", verb):
@@ -185,16 +235,26 @@ def composites(records, common, classes, rng):
         out[text] = [x, y, z] if form == 5 else [x, y]
     for _ in range(14000):
         being, place = pick(beings), pick(places + settings * 8)
-        doing = ing(pick(["play", "run", "sleep", "sit", "eat", "jump", "swim", "walk", "dance"] * 40 + doings))
+        doing = ing(
+            pick(["play", "run", "sleep", "sit", "eat", "jump", "swim", "walk", "dance"] * 40 + doings)
+        )
         form = rng.randrange(4)
-        text = [f"{article(being)} {doing} in the {place}", f"{article(being)} in the {place}",
-                f"{article(being)} {doing}", f"{article(being)} {doing} with {article(pick(things))}"][form]
+        text = [
+            f"{article(being)} {doing} in the {place}",
+            f"{article(being)} in the {place}",
+            f"{article(being)} {doing}",
+            f"{article(being)} {doing} with {article(pick(things))}",
+        ][form]
         out[text] = [being] + [[doing, place], [place], [doing], [doing, text.split()[-1]]][form]
     for _ in range(14000):
         look, thing = pick(looks), pick(everything)
         form = rng.randrange(4)
-        text = [f"{article(look)} {thing}", f"a photo of {article(look)} {thing}", f"the {thing} is {look}",
-                f"{article(pick(looks))}, {look} {thing}"][form]
+        text = [
+            f"{article(look)} {thing}",
+            f"a photo of {article(look)} {thing}",
+            f"the {thing} is {look}",
+            f"{article(pick(looks))}, {look} {thing}",
+        ][form]
         out[text] = [look, thing]
     return list(out.items())
 
@@ -210,12 +270,19 @@ def build(sources, words, seed=0):
     records = read_emoji(sources)
     lemmas, texts, common = read_wordnet(sources)
     classes, templates = read_imagenet(sources)
-    plain = list(dict.fromkeys(
-        lemmas + texts
-        + [rng.choice(templates).format(c) for c in classes for _ in range(4)]
-        + [rng.choice(TEMPLATES).format(word) for file in ("05", "06", "13", "18", "19", "20", "15")
-           for word in common[file] for _ in range(2)]
-    ))
+    plain = list(
+        dict.fromkeys(
+            lemmas
+            + texts
+            + [rng.choice(templates).format(c) for c in classes for _ in range(4)]
+            + [
+                rng.choice(TEMPLATES).format(word)
+                for file in ("05", "06", "13", "18", "19", "20", "15")
+                for word in common[file]
+                for _ in range(2)
+            ]
+        )
+    )
     joined = composites(records, common, classes, rng)
     long = long_texts(texts, rng)
     names = {t for r in records for t in r["names"] + r["keywords"]}
@@ -227,6 +294,10 @@ def build(sources, words, seed=0):
     spread = [p for p in plain + words if p not in held]
     phrases = list(dict.fromkeys(spread + sorted(names) + captions + long[1000:]))
     return {
-        "emoji": records, "phrases": phrases, "composites": joined[1000:],
-        "held_phrases": sorted(held), "held_composites": joined[:1000], "held_long": long[:1000],
+        "emoji": records,
+        "phrases": phrases,
+        "composites": joined[1000:],
+        "held_phrases": sorted(held),
+        "held_composites": joined[:1000],
+        "held_long": long[:1000],
     }

@@ -19,7 +19,7 @@ def encode(folder, texts, batch=512):
         start = 0
         while start < len(order):
             size = batch if lengths[order[start]] < 120 else batch // 4
-            rows = order[start:start + size]
+            rows = order[start : start + size]
             start += size
             ids = [torch.tensor(e.ids) for e in tokenizer.encode_batch([texts[i] for i in rows])]
             ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)

