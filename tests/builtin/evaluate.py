@@ -11,14 +11,13 @@ and COCO's names, public in facebookresearch/Detic (Apache-2.0), datasets/metada
 import argparse
 import json
 import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import minclip  # noqa: E402  (from this checkout)
-from minclip import builtin  # noqa: E402
+import minclip  # from this checkout
+from minclip import builtin
 
 SEEN = "a picture of a {}"
 FEW = 3  # a keyword that emojilib gives to more emoji than this says little of any one of them
@@ -35,18 +34,18 @@ def encode(params, texts, batch=256):
     return minclip.normalize(features)
 
 
-def recall(features, table, answers, ties=None):
-    """{1: R@1, 5: R@5, 10: R@10}
+def recall(features, table, answers, neutral):
+    """{1: R@1, 5: R@5, 10: R@10}: how often one of a query's right pictures is among the first k.
 
-    ties, where given, holds for each query the pictures that are right as well: they count neither for nor
-    against it.
+    answers and neutral hold, for each query, the pictures that are right, and those that count neither for
+    nor against it.
     """
-    scores = features @ table.T
-    right = scores[np.arange(len(answers)), answers]
-    for row, others in zip(scores, ties or (), strict=False):
-        row[others] = -np.inf
-    rank = (scores > right[:, None]).sum(1)
-    return {k: float((rank < k).mean()) for k in (1, 5, 10)}
+    ranks = []
+    for row, right, aside in zip(features @ table.T, answers, neutral, strict=True):
+        best = row[right].max()
+        row[aside] = -np.inf
+        ranks.append((row > best).sum())
+    return {k: float((np.array(ranks) < k).mean()) for k in (1, 5, 10)}
 
 
 def spearman(a, b):
@@ -61,23 +60,23 @@ def cosines(features, centre=False):
 
 
 def queries(records):
-    """{test: (texts, indices of the right emoji, for each the indices of all that hold the text)}"""
-    holders = {}
+    """{test: [(text, the pictures that are right, those that count neither for nor against)]}"""
+    holders = {"known": {}, "held": {}, "all": {}}
     for i, r in enumerate(records):
-        for term in {*r["names"], *r["keywords"], *r["held_keywords"], *r["shortcodes"]}:
-            holders.setdefault(term, []).append(i)
-    spread = Counter(word for r in records for word in r["held_keywords"])
-    words = [[w for w in r["held_keywords"] if spread[w] <= FEW] for r in records]
-    sets = {
-        "seen names": [(SEEN.format(r["name"]), i) for i, r in enumerate(records)],
-        "held-out keywords": [(w, i) for i, group in enumerate(words) for w in group],
-        "all held-out keywords": [(w, i) for i, r in enumerate(records) for w in r["held_keywords"]],
-        "two held-out keywords": [(f"{w[0]} and {w[1]}", i) for i, w in enumerate(words) if len(w) > 1],
-        "shortcodes": [(code, i) for i, r in enumerate(records) for code in r["shortcodes"]],
-    }
+        for kind, terms in (("known", r["names"] + r["keywords"]), ("held", r["held_keywords"])):
+            for term in terms:
+                holders[kind].setdefault(term, []).append(i)
+                holders["all"].setdefault(term, []).append(i)
+    known, held = holders["known"], holders["held"]
+    words = [[w for w in r["held_keywords"] if len(held[w]) <= FEW] for r in records]
     return {
-        name: ([t for t, _ in pairs], [i for _, i in pairs], [holders.get(t, []) for t, _ in pairs])
-        for name, pairs in sets.items()
+        "seen names": [(SEEN.format(r["name"]), [i], []) for i, r in enumerate(records)],
+        "held-out keywords": [(w, right, known.get(w, [])) for w, right in held.items()],
+        "held-out pairs": [(w, [i], holders["all"][w]) for i, group in enumerate(words) for w in group],
+        "two held-out keywords": [(f"{w[0]} and {w[1]}", [i], []) for i, w in enumerate(words) if len(w) > 1],
+        "shortcodes": [
+            (c, [i], holders["all"].get(c, [])) for i, r in enumerate(records) for c in r["shortcodes"]
+        ],
     }
 
 
@@ -106,18 +105,14 @@ def measure(params, table, data, vectors, refs=None):
     row_of = {text: i for i, text in enumerate(data["texts"])}
     own = [[row_of[t] for t in r["names"] * 2 + r["keywords"]] for r in data["emoji"]]
     teacher_table = minclip.normalize(np.stack([vectors[rows].astype(np.float32).mean(0) for rows in own]))
-    for name, (texts, answers, ties) in queries(data["emoji"]).items():
-        label = f"{name} ({len(texts)})"
-        features = encode(params, texts)
-        for k, value in recall(features, table, answers, ties).items():
-            figures.append((label, f"R@{k}", value, bars.get((name, k))))
-        figures.append(
-            (label + ", other holders counted wrong", "R@10", recall(features, table, answers)[10], None)
-        )
+    for name, queried in queries(data["emoji"]).items():
+        texts, answers, neutral = zip(*queried, strict=True)
+        for k, value in recall(encode(params, texts), table, answers, neutral).items():
+            figures.append((f"{name} ({len(texts)})", f"R@{k}", value, bars.get((name, k))))
         if all(t in row_of for t in texts):
             theirs = vectors[[row_of[t] for t in texts]].astype(np.float32)
-            for k, value in recall(theirs, teacher_table, answers, ties).items():
-                figures.append((f"  the teacher's own, {name}", f"R@{k}", value, None))
+            for k, value in recall(theirs, teacher_table, answers, neutral).items():
+                figures.append(("  the teacher's own", f"R@{k}", value, None))
     for name, bar in [("held_phrases", 0.62), ("held_composites", None), ("held_long", None)]:
         texts, theirs = teacher_targets(data, vectors, name)
         value = spearman(cosines(encode(params, texts)), cosines(theirs))
@@ -142,14 +137,14 @@ def measure(params, table, data, vectors, refs=None):
 def write_sample(path, data, vectors, rng):
     """A few hundred of the held-out queries and teacher cosines, for tests without the data.
 
-    A query is [text, the right emoji, others that are right as well].
+    A query is [text, the right emoji, the emoji that count neither for nor against].
     """
     sample = {}
     emoji = [r["emoji"] for r in data["emoji"]]
-    for name, (texts, answers, ties) in queries(data["emoji"]).items():
-        rows = rng.permutation(len(texts))[:200]
+    for name, queried in queries(data["emoji"]).items():
+        chosen = [queried[i] for i in rng.permutation(len(queried))[:150]]
         sample[name] = [
-            [texts[i], emoji[answers[i]], *(emoji[j] for j in ties[i] if j != answers[i])] for i in rows
+            [t, [emoji[i] for i in right], [emoji[i] for i in aside]] for t, right, aside in chosen
         ]
     texts, theirs = teacher_targets(data, vectors, "held_phrases")
     rows = [i for i in rng.permutation(len(texts)) if len(texts[i]) < 60][:120]

@@ -13,6 +13,7 @@ import re
 from collections import Counter
 
 PLAIN = re.compile(r"[a-z][a-z' -]*")
+LETTERS = re.compile(r"flag .*|(family|kiss|couple with heart) [mwgb]+")  # shortcodes that spell no words
 SEEN = "a picture of a {}"  # the template of the test on seen names; never used in training with a name
 TEMPLATES = [
     "{}",
@@ -55,7 +56,8 @@ def read_emoji(sources):
 
     Skin tones and gendered doubles (a man or woman where there is a person) are left out, and so is what
     has no picture in both training styles. `held_keywords` (emojilib) and `shortcodes` (emojibase) hold
-    only what no training source says of that emoji.
+    only what no training source says of that emoji; shortcodes that spell no words ("flag ac", "family mwb")
+    are left out.
     """
     cldr = read_json(sources, "cldr", "annotations", "en", "annotations.json")["annotations"]["annotations"]
     cldr = {bare(e): entry for e, entry in cldr.items()}
@@ -104,7 +106,7 @@ def read_emoji(sources):
                 "shortcodes": [
                     c
                     for c in dict.fromkeys(codes)
-                    if PLAIN.fullmatch(c) and squeeze(c) not in known and entry["group"] != 9
+                    if PLAIN.fullmatch(c) and squeeze(c) not in known and not LETTERS.fullmatch(c)
                 ],
             }
         )
@@ -157,7 +159,7 @@ def read_wordnet(sources):
         lemma, sense = key.split("%")
         counts[lemma.replace("_", " "), sense.split(":")[1]] += int(count)
     best, common = {}, {}
-    for (lemma, file), count in counts.most_common():
+    for (lemma, file), _ in counts.most_common():
         if best.setdefault(lemma, file) == file and PLAIN.fullmatch(lemma):
             common.setdefault(file, []).append(lemma)
     return list(lemmas), list(texts), common

@@ -11,6 +11,7 @@ Two cores need about 12 minutes a seed. Results vary in the second decimal: noth
 """
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -26,7 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import minclip  # noqa: E402  (from this checkout)
+import minclip  # from this checkout
 
 VOCABULARY, CONTEXT, WIDTH, LAYERS, EMBED = 49408, 77, 128, 4, 128
 START, END = 49406, 49407
@@ -79,17 +80,24 @@ class TextTower(nn.Module):
         self.residual = nn.Parameter(residual)
         slots = torch.full((VOCABULARY,), len(full_ids))
         slots[full_ids] = torch.arange(len(full_ids))
+        self.register_buffer("full_ids", full_ids)
         self.register_buffer("slots", slots)
         self.positional_embedding = nn.Parameter(torch.randn(CONTEXT, WIDTH) * 0.01)
         self.transformer = Transformer()
         self.ln_final = nn.LayerNorm(WIDTH)
-        self.text_projection = nn.Parameter(torch.randn(WIDTH, EMBED) * WIDTH**-0.5)
+        self.text_projection = nn.Parameter(torch.eye(WIDTH, EMBED))
         for block in self.transformer.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=WIDTH**-0.5)
-            for layer in (block.attn.out_proj, block.mlp["c_proj"]):
-                nn.init.normal_(layer.weight, std=WIDTH**-0.5 * (2 * LAYERS) ** -0.5)
-                nn.init.zeros_(layer.bias)
             nn.init.normal_(block.mlp["c_fc"].weight, std=(2 * WIDTH) ** -0.5)
+            for layer in (block.attn.out_proj, block.mlp["c_proj"]):
+                nn.init.normal_(layer.weight, std=0.25 * WIDTH**-0.5 * (2 * LAYERS) ** -0.5)
+                nn.init.zeros_(layer.bias)
+        # The first block starts by adding up the tokens' rows, so that training starts from a bag of words.
+        first = self.transformer.resblocks[0].attn
+        with torch.no_grad():
+            first.in_proj_weight[: 2 * WIDTH] *= 0.1
+            first.in_proj_weight[2 * WIDTH :] = torch.eye(WIDTH)
+            first.out_proj.weight += torch.eye(WIDTH)
 
     def rows(self, ids, drop=0.0):
         slots = self.slots[ids]
@@ -111,8 +119,8 @@ class TextTower(nn.Module):
     def forward(self, texts, drop=0.0):
         """Unit features [n, EMBED] of ragged texts, computed in groups of like length."""
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        cuts = [0] + [int(len(order) * part) for part in (0.4, 0.7, 0.9, 0.97)] + [len(order)]
-        groups = [order[a:b] for a, b in zip(cuts, cuts[1:]) if b > a]
+        cuts = [0] + [int(len(order) * part) for part in (0.5, 0.8, 0.92, 0.98)] + [len(order)]
+        groups = [order[a:b] for a, b in itertools.pairwise(cuts) if b > a]
         out = [
             self.features(nn.utils.rnn.pad_sequence([texts[i] for i in g], batch_first=True), drop)
             for g in groups
@@ -123,7 +131,7 @@ class TextTower(nn.Module):
 
     def parameters_by_name(self):
         """float32 arrays by OpenAI's names."""
-        own = {"coordinates", "basis", "residual", "slots"}
+        own = {"coordinates", "basis", "residual", "full_ids", "slots"}
         params = {n: t.detach().numpy() for n, t in self.state_dict().items() if n not in own}
         with torch.no_grad():
             params["token_embedding.weight"] = self.rows(torch.arange(VOCABULARY)).numpy()
@@ -134,7 +142,7 @@ def ragged(texts):
     """Token ids of each text, from start to end token, unpadded."""
     ids = torch.from_numpy(minclip.tokenize(texts, truncate=True).astype(np.int64))
     ends = (ids == END).int().argmax(1).tolist()
-    return [row[: end + 1].clone() for row, end in zip(ids, ends)]
+    return [row[: end + 1].clone() for row, end in zip(ids, ends, strict=True)]
 
 
 def prepare(work):
@@ -159,11 +167,11 @@ def prepare(work):
 
 
 def principal_table(vectors, width):
-    """The teacher's vectors of the token strings [V, 384] in their first principal axes: [V, width]."""
+    """(table [V, width], axes): the teacher's vectors [V, 384] of the token strings in principal axes."""
     centred = vectors.float() - vectors.float().mean(0)
     axes = torch.linalg.svd(centred.T @ centred)[0][:, :width]
     table = centred @ axes
-    return table * (0.1 / table.pow(2).mean().sqrt())
+    return table * (0.1 / table.pow(2).mean().sqrt()), axes
 
 
 def teaching_loss(features, target, head):
@@ -222,7 +230,7 @@ class Captions:
     def pairs(self, rng, emoji):
         """Texts that name two emoji, and targets of one half each."""
         texts, targets = [], torch.zeros(len(emoji) // 2, len(self.records))
-        for k, (i, j) in enumerate(zip(emoji[::2], emoji[1::2])):
+        for k, (i, j) in enumerate(zip(emoji[::2], emoji[1::2], strict=True)):
             first, second = self.names[i], self.names[j]
             joint = self.joints[rng.integers(len(self.joints))]
             texts.append(torch.cat([first[:-1], joint, second[1:]])[:CONTEXT])
@@ -230,29 +238,89 @@ class Captions:
         return texts, targets
 
 
-def train(work, seed, out, steps, clip_vectors):
+class Texts:
+    """The training texts: their tokens, the teacher's vectors, and how they are drawn."""
+
+    def __init__(self, data, vectors):
+        self.row_of = {text: i for i, text in enumerate(data["texts"])}
+        self.tokens = ragged(data["texts"])
+        self.vectors = torch.from_numpy(vectors)
+        plain = np.array([self.row_of[t] for t in data["phrases"]])
+        lengths = np.array([len(self.tokens[i]) for i in plain])
+        self.long, self.plain = plain[lengths > 40], plain[lengths <= 40]
+        # Whole words of one token, which other texts are made of, are drawn more often.
+        weights = np.where(lengths[lengths <= 40] == 3, 4.0, 1.0)
+        self.weights = weights / weights.sum()
+        self.joined = [(self.row_of[t], [self.row_of[p] for p in parts]) for t, parts in data["composites"]]
+
+    def frequent(self):
+        """The FULL tokens that occur most often, start and end among them, in order."""
+        read = [self.tokens[i] for i in self.plain] + [self.tokens[i] for i, _ in self.joined] * 2
+        counts = torch.bincount(torch.cat(read), minlength=VOCABULARY)
+        counts[[START, END]] = counts.max() + 1
+        return counts.argsort(descending=True, stable=True)[:FULL].sort().values
+
+    def draw(self, rng):
+        """(rows of texts, the teacher's targets); a composite's joins the whole and its parts."""
+        rows = [*rng.choice(self.plain, 340, p=self.weights), *rng.choice(self.long, 6)]
+        joined = [self.joined[i] for i in rng.integers(len(self.joined), size=80)]
+        wholes = [row for row, _ in joined]
+        parts = torch.stack([self.vectors[parts].float().mean(0) for _, parts in joined])
+        joint = F.normalize(self.vectors[wholes].float() + F.normalize(parts, dim=-1), dim=-1)
+        return rows + wholes, torch.cat([self.vectors[rows].float(), joint])
+
+
+def finding_loss(worded, seen, bank, emoji, goals, scale):
+    """Captions [n, E] find their pictures among all, and the pictures seen [m, E] the first m captions.
+
+    goals [n, all emoji] says which pictures each caption names. Returns the loss and the bank of pictures
+    with those seen put in.
+    """
+    known = bank.index_copy(0, torch.tensor(emoji), seen)
+    there = -(goals * F.log_softmax(scale * worded @ known.T, 1)).sum(1).mean()
+    named = goals[: len(emoji), emoji].T
+    named = named / named.sum(1, keepdim=True)
+    back = -(named * F.log_softmax(scale * seen @ worded[: len(emoji)].T, 1)).sum(1).mean()
+    return (there + back) / 2, known.detach()
+
+
+def optimizer_and_schedule(modules, temperature, steps, rate):
+    """AdamW with decay on matrices only and a lower rate on token tables; a short rise, then a cosine."""
+    named = [item for module in modules for item in module.named_parameters()]
+    tables = [p for name, p in named if name in ("coordinates", "residual")]
+    matrices = [p for name, p in named if p.ndim > 1 and name not in ("coordinates", "residual")]
+    groups = [
+        {"params": matrices, "weight_decay": 0.02},
+        {"params": [temperature] + [p for _, p in named if p.ndim == 1]},
+        {"params": tables, "lr": rate * 0.3},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min(1, (s + 1) / 100) * (0.02 + 0.98 * (1 + np.cos(np.pi * s / steps)) / 2)
+    )
+    return optimizer, schedule
+
+
+def fit_head(text, texts, rng):
+    """The linear map from features to the teacher's vectors, by least squares on some phrases."""
+    rows = rng.choice(texts.plain, 8000)
+    with torch.no_grad():
+        features = text([texts.tokens[i] for i in rows])
+    map = torch.linalg.lstsq(F.pad(features, (0, 1), value=1), texts.vectors[rows].float()).solution
+    head = nn.Linear(EMBED, map.shape[1])
+    head.weight.data, head.bias.data = map[:-1].T.contiguous(), map[-1]
+    return head
+
+
+def train(work, seed, out, steps, rate, clip_vectors, start):
+    """Train one seed and write its int8 file, and beside it what --start goes on from."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
     data = json.loads((work / "texts.json").read_text(encoding="utf-8"))
-    teacher = torch.from_numpy(np.load(work / "teacher.npy"))
-    row_of = {text: i for i, text in enumerate(data["texts"])}
-    records = data["emoji"]
-
-    tokens = ragged(data["texts"])
-    captions = Captions(records, row_of)
-    plain = np.array([row_of[t] for t in data["phrases"]])
-    joined = [(row_of[text], [row_of[p] for p in parts]) for text, parts in data["composites"]]
-    counts = torch.bincount(
-        torch.cat([tokens[i] for i in plain] + [tokens[i] for i, _ in joined] * 2), minlength=VOCABULARY
-    )
-    counts[[START, END]] = counts.max() + 1
-    full_ids = counts.argsort(descending=True, stable=True)[:FULL].sort().values
-    print(f"{(counts > 0).sum()} tokens occur, {counts[full_ids].min()} times the last full one", flush=True)
-    table = torch.cat(
-        [principal_table(teacher[[row_of[s] for s in data["strings"]]], WIDTH), torch.randn(2, WIDTH) * 0.1]
-    )
-    pictures = [read_pictures(work / "sources", records, style)[0] for style in STYLES]
+    texts = Texts(data, np.load(work / "teacher.npy"))
+    captions = Captions(data["emoji"], texts.row_of)
+    pictures = [read_pictures(work / "sources", data["emoji"], style)[0] for style in STYLES]
     if clip_vectors:
         with np.load(clip_vectors) as file:
             clip_texts, clip_features = (
@@ -260,101 +328,112 @@ def train(work, seed, out, steps, clip_vectors):
                 torch.from_numpy(file["fp16"]).float(),
             )
 
-    text = TextTower(table, full_ids)
+    table, axes = principal_table(texts.vectors[[texts.row_of[s] for s in data["strings"]]], WIDTH)
+    text = TextTower(torch.cat([table, torch.randn(2, WIDTH) * 0.02]), texts.frequent())
     seer = PictureTower(EMBED).to(memory_format=torch.channels_last)
-    head = nn.Linear(EMBED, teacher.shape[1], bias=False)
-    temperature = nn.Parameter(torch.tensor(2.7))
-    bank = F.normalize(torch.randn(len(records), EMBED), dim=-1)  # the last seen feature of each picture
-    everything = [temperature] + [p for m in (text, seer, head) for p in m.parameters()]
-    tables = {text.coordinates, text.residual}
-    decayed = [p for p in everything if p.ndim > 1 and p not in tables]
-    others = [p for p in everything if p.ndim <= 1 or p in tables]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}],
-        lr=1.5e-3,
-        betas=(0.9, 0.98),
-        fused=True,
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min(1, (s + 1) / 100) * (0.02 + 0.98 * (1 + np.cos(np.pi * s / steps)) / 2)
-    )
+    head = nn.Linear(EMBED, len(axes))
+    head.weight.data.copy_(axes[:, :EMBED])
+    bank = F.normalize(torch.randn(len(pictures[0]), EMBED), dim=-1)  # the last seen feature of each picture
+    if start:
+        state = torch.load(start)
+        text.load_state_dict(state["text"], strict=False)
+        seer.load_state_dict(state["seer"])
+        bank, head = picture_features(seer, pictures), fit_head(text, texts, rng)
+    temperature = nn.Parameter(torch.tensor(3.0))
+    optimizer, schedule = optimizer_and_schedule((text, seer, head), temperature, steps, rate)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
 
     began = time.time()
     for step in range(steps):
-        rows = list(rng.choice(plain, 320, replace=False))
-        chosen = [joined[i] for i in rng.integers(len(joined), size=80)]
-        emoji = rng.permutation(len(records))[:96].tolist()
-        caption_rows, caption_targets = captions.draw(rng, emoji)
-        pair_texts, pair_targets = captions.pairs(rng, emoji[:64])
-        texts = [tokens[i] for i in rows + [i for i, _ in chosen] + caption_rows] + pair_texts
-        near_end = clip_vectors and step > 0.5 * steps
-        if near_end:
+        rows, target = texts.draw(rng)
+        emoji = rng.permutation(len(bank))[:96].tolist()
+        caption_rows, caption_goals = captions.draw(rng, emoji)
+        pair_texts, pair_goals = captions.pairs(rng, emoji[:64])
+        batch = [texts.tokens[i] for i in rows + caption_rows] + pair_texts
+        geometry = clip_vectors and (start or step > steps // 2)
+        if geometry:
             some = torch.from_numpy(rng.permutation(len(clip_texts))[:160])
-            texts += [clip_texts[i] for i in some]
-        images = augment(pictures[step % len(STYLES)][emoji], generator)
+            batch += [clip_texts[i] for i in some]
 
-        features = text(texts, drop=0.1)
+        features = text(batch, drop=0.1)
         with torch.autocast("cpu", torch.bfloat16):
-            seen = seer(images)
-        target = [teacher[rows].float()]
-        target.append(
-            torch.stack(
-                [
-                    F.normalize(teacher[i].float() + F.normalize(teacher[p].float().mean(0), dim=0), dim=0)
-                    for i, p in chosen
-                ]
-            )
-        )
-        target.append(teacher[caption_rows].float())
-        target = torch.cat(target)
+            seen = seer(augment(pictures[step % len(STYLES)][emoji], generator))
+        target = torch.cat([target, texts.vectors[caption_rows].float()])
         loss = teaching_loss(features[: len(target)], target, head)
-
-        start = len(rows) + len(chosen)
-        worded = features[start : start + len(emoji) + len(pair_texts)]
-        goals = torch.cat([caption_targets, pair_targets])
-        scale = temperature.exp().clamp(max=50)
-        known = bank.index_copy(0, torch.tensor(emoji), seen)
-        loss = loss - 0.5 * (goals * F.log_softmax(scale * worded @ known.T, 1)).sum(1).mean()
-        back = caption_targets[:, emoji].T
-        back = back / back.sum(1, keepdim=True)
-        loss = loss - 0.5 * (back * F.log_softmax(scale * seen @ worded[: len(emoji)].T, 1)).sum(1).mean()
-        bank = known.detach()
-        if near_end:
+        worded = features[len(rows) : len(target) + len(pair_texts)]
+        goals, scale = torch.cat([caption_goals, pair_goals]), temperature.exp().clamp(max=50)
+        finding, bank = finding_loss(worded, seen, bank, emoji, goals, scale)
+        loss = loss + (0.3 if start else 1) * finding
+        if geometry:
             loss = loss + 0.75 * geometry_loss(features[-len(some) :], clip_features[some])
 
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(everything, 1.0)
+        nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         if step % 50 == 0:
             print(f"seed {seed} step {step} loss {loss.item():.3f} {time.time() - began:.0f} s", flush=True)
 
-    save(out, text.eval(), seer.eval(), captions, pictures, full_ids)
+    text.eval(), seer.eval()
+    print(
+        f"pictures of a style not trained on find their names: {unseen_style(work, text, seer, captions):.3f}"
+    )
+    torch.save({"text": text.state_dict(), "seer": seer.state_dict()}, out.with_suffix(".pt"))
+    save(out, text, picture_table(text, seer, captions, pictures, texts, rng), captions.records)
 
 
 @torch.no_grad()
-def save(out, text, seer, captions, pictures, full_ids):
-    """Write the int8 file; the picture table mixes the pictures with the texts of name and keywords."""
-    records = captions.records
+def picture_features(seer, pictures):
+    """One unit feature for each emoji, the mean over the styles: [all emoji, EMBED]."""
+    seer.eval()
     seen = F.normalize(sum(seer(augment(p, None, strength=0)) for p in pictures), dim=-1)
+    seer.train()
+    return seen
+
+
+@torch.no_grad()
+def unseen_style(work, text, seer, captions):
+    """R@1 of the names for pictures of the style held out."""
+    pictures, rows = read_pictures(work / "sources", captions.records, "fluent")
+    names = text(captions.names)
+    nearest = (seer(augment(pictures, None, strength=0)) @ names.T).argmax(1)
+    return (nearest == torch.tensor(rows)).float().mean().item()
+
+
+@torch.no_grad()
+def picture_table(text, seer, captions, pictures, texts, rng):
+    """What `minclip.pictures()` gives, [all emoji, EMBED]: a mixture of what is seen, said and fitted.
+
+    said     the text features of the emoji's name and keywords
+    fitted   the rows whose products with the features of some phrases come nearest to the teacher's cosines
+    """
+    records = captions.records
     terms = [[r["name"], f"a photo of a {r['name']}", *r["keywords"]] for r in records]
     spoken = text(ragged([term for group in terms for term in group])).split([len(group) for group in terms])
-    said = torch.stack(
-        [F.normalize(f[:2].sum(0) + (f[2:].mean(0) if len(f) > 2 else 0), dim=0) for f in spoken]
-    )
-    features = F.normalize(seen + said, dim=-1).numpy()
-    rest = torch.ones(VOCABULARY, dtype=torch.bool)
-    rest[full_ids] = False
+    said = torch.stack([f[:2].mean(0) + (f[2:].mean(0) if len(f) > 2 else 0) for f in spoken])
+    rows = rng.choice(texts.plain, 20000, replace=False)
+    own = [[texts.row_of[t] for t in r["names"] * 2 + r["keywords"]] for r in records]
+    taught = F.normalize(torch.stack([texts.vectors[group].float().mean(0) for group in own]), dim=-1)
+    features = text([texts.tokens[i] for i in rows])
+    fitted = torch.linalg.lstsq(features, texts.vectors[rows].float() @ taught.T).solution.T
+    seen = picture_features(seer, pictures)
+    return F.normalize(0.3 * seen + F.normalize(said, dim=-1) + F.normalize(fitted, dim=-1), dim=-1)
+
+
+def save(out, text, table, records):
+    """Write the int8 file."""
+    full_ids = text.full_ids.numpy()
+    rest = np.delete(np.arange(VOCABULARY), full_ids)
     pack.write(
         out,
         text.parameters_by_name(),
-        full_ids.numpy().astype(np.uint16),
-        text.coordinates[rest].numpy(),
-        text.basis.numpy(),
+        full_ids.astype(np.uint16),
+        text.coordinates.detach()[rest].numpy(),
+        text.basis.detach().numpy(),
         [r["emoji"] for r in records],
         [r["name"] for r in records],
-        features,
+        table.numpy(),
     )
     print(out, Path(out).stat().st_size, "bytes")
 
@@ -367,6 +446,8 @@ def main():
     parser.add_argument("--work", type=Path, required=True, help="a folder for the data")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--start", type=Path, help="go on from this .pt of an earlier run, at a lower --rate")
     parser.add_argument(
         "--threads", type=int, default=2, help="1 is quicker on a machine that others use too"
     )
@@ -379,7 +460,15 @@ def main():
     elif options.action == "prepare":
         prepare(options.work)
     else:
-        train(options.work, options.seed, options.out, options.steps, options.clip_vectors)
+        train(
+            options.work,
+            options.seed,
+            options.out,
+            options.steps,
+            options.rate,
+            options.clip_vectors,
+            options.start,
+        )
 
 
 if __name__ == "__main__":
