@@ -6,10 +6,21 @@
 (1, 128)
 """
 
+from minclip.builtin import pictures
 from minclip.checkpoint import Params, from_state_dict, load, save
 from minclip.model import encode_text, normalize
 from minclip.tokenizer import decode, tokenize
 
 __version__ = "0.1.0"
 
-__all__ = ["Params", "decode", "encode_text", "from_state_dict", "load", "normalize", "save", "tokenize"]
+__all__ = [
+    "Params",
+    "decode",
+    "encode_text",
+    "from_state_dict",
+    "load",
+    "normalize",
+    "pictures",
+    "save",
+    "tokenize",
+]

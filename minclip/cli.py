@@ -73,7 +73,7 @@ def run_encode(args):
 def show(name, params, texts, tokens, features):
     """Print texts, their similarities, and the built-in pictures nearest to each."""
     layers = sum(key.endswith(".ln_1.weight") for key in params)
-    kind = "built-in, a small CLIP-style model trained for minclip" if name == "builtin" else name
+    kind = "built-in, a small CLIP-style one, not CLIP" if name == "builtin" else name
     print(f"model: {kind} ({layers} layers, width {params['ln_final.weight'].size})\n")
     print("    tokens  text")
     for i, text in enumerate(texts, 1):

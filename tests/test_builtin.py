@@ -1,4 +1,4 @@
-"""The built-in model is whole, means what its card says, and is what its card names. Nothing is trained here."""
+"""The built-in model is whole, and means what its card says. Nothing is trained here."""
 
 import hashlib
 import json

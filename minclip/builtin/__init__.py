@@ -1,4 +1,4 @@
-"""The built-in model: a small CLIP-style text tower and picture table trained for minclip (see MODEL_CARD.md).
+"""The built-in model: a small CLIP-style text tower and picture table, described in MODEL_CARD.md.
 
 The file keeps every matrix as int8 rows with a scale each. The token table is in two parts: the rows of
 the tokens that training saw often, and for the others coordinates in a basis that they share.

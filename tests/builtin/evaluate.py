@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import minclip  # noqa: E402  (from this checkout)
-from minclip import builtin  # noqa: E402
+import minclip
+from minclip import builtin
 
 SEEN = "a picture of a {}"
 FEW = 3  # a keyword that emojilib gives to more emoji than this says little of any one of them

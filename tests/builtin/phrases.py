@@ -157,7 +157,7 @@ def read_wordnet(sources):
         lemma, sense = key.split("%")
         counts[lemma.replace("_", " "), sense.split(":")[1]] += int(count)
     best, common = {}, {}
-    for (lemma, file), count in counts.most_common():
+    for (lemma, file), _ in counts.most_common():
         if best.setdefault(lemma, file) == file and PLAIN.fullmatch(lemma):
             common.setdefault(file, []).append(lemma)
     return list(lemmas), list(texts), common
