@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 def read_pictures(sources, records, style, size=48):
-    """(pictures uint8 [n, 3, size, size] on white, their rows in records); n is less where some are missing."""
+    """(pictures uint8 [n, 3, size, size] on white, their rows in records) of those that there are."""
     files = picture_files(sources, style)
     rows = [i for i, r in enumerate(records) if file_name(r["emoji"]) in files]
     out = np.empty((len(rows), 3, size, size), np.uint8)
