@@ -381,7 +381,7 @@ SHAPES = {
     ),
     "missing": ("not in the port", '<path d="M-4 0H4" stroke="currentColor" opacity=".4"/>'),
 }
-FRAME = '<rect x="-12.5" y="-12.5" width="25" height="25" rx="4" fill="none" stroke="currentColor" stroke-width="2"/>'
+FRAME = '<path d="M-12-12H12V12H-12z" fill="none" stroke="currentColor" stroke-width="2"/>'
 CELL = 26  # pixels from stage to stage
 
 
@@ -393,38 +393,41 @@ def picture(comparison):
     end = names.index(blocks[-1]) if blocks else -1
     left, top = 70, 126
     bottom = top + CELL * len(blocks)
-    parts = strip(comparison, [n for n in names[:end] if not block_of(n)], 20)
+    parts = strip(comparison, [name for name in names[: max(end, 0)] if not block_of(name)], 20)
     for x, part in enumerate(inside):
         at = left + CELL * x
         parts.append(
             f'<text transform="translate({at + 4} {top - 18}) rotate(-50)">{part or "output"}</text>'
         )
+        parts += (
+            mark(comparison, f"{block}.{part}".rstrip("."), at, top + CELL * y)
+            for y, block in enumerate(blocks)
+        )
     for y, block in enumerate(blocks):
         label = f"block {block.removeprefix(tracing.BLOCK)}"
         parts.append(f'<text x="{left - 18}" y="{top + CELL * y + 4}" text-anchor="end">{label}</text>')
-        for x, part in enumerate(inside):
-            name = f"{block}.{part}".rstrip(".")
-            parts.append(mark(comparison, name, left + CELL * x, top + CELL * y))
     parts += strip(comparison, names[end + 1 :], bottom + 14)
-    parts.append(f'<path d="M8 {bottom + 38}H588" stroke="currentColor" opacity=".3"/>')
-    states = {stage.state for stage in comparison.stages.values()} | (
-        {"missing"} if comparison.missing else set()
-    )
-    for n, (word, shape) in enumerate(SHAPES[state] for state in SHAPES if state in states):
-        parts.append(
-            f'<g transform="translate({20 + 195 * (n % 3)} {bottom + 62 + CELL * (n // 3)})">{shape}'
-        )
-        parts.append(f'<text x="16" y="4" opacity=".75">{word}</text></g>')
-    size = f'width="{max(left + CELL * len(inside) + 50, 600)}" height="{bottom + 110}"'
+    parts += legend(comparison, bottom + 38)
+    size = f'width="{max(left + CELL * len(inside) + 50, 670)}" height="{bottom + 110}"'
     style = 'font-family="sans-serif" font-size="12" fill="currentColor"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>{"".join(parts)}</svg>'
 
 
 def strip(comparison, names, y):
     """The stages outside the blocks, side by side, each with its name."""
-    marks = (mark(comparison, name, 20 + 175 * n, y) for n, name in enumerate(names))
-    words = (f'<text x="{36 + 175 * n}" y="{y + 4}">{name}</text>' for n, name in enumerate(names))
+    marks = (mark(comparison, name, 20 + 170 * n, y) for n, name in enumerate(names))
+    words = (f'<text x="{36 + 170 * n}" y="{y + 4}">{name}</text>' for n, name in enumerate(names))
     return [*marks, *words]
+
+
+def legend(comparison, y):
+    """What the shapes in the picture mean, under a line."""
+    states = {stage.state for stage in comparison.stages.values()}
+    states |= {"missing"} if comparison.missing else set()
+    yield f'<path d="M8 {y}H658" stroke="currentColor" opacity=".3"/>'
+    for n, (word, shape) in enumerate(SHAPES[state] for state in SHAPES if state in states):
+        at = f"{20 + 195 * (n % 3)} {y + 24 + CELL * (n // 3)}"
+        yield f'<g transform="translate({at})">{shape}<text x="16" y="4" opacity=".75">{word}</text></g>'
 
 
 def mark(comparison, name, x, y):
@@ -440,6 +443,6 @@ def mark(comparison, name, x, y):
 
 
 def compare_files(reference, port, *, names=None, rtol=None):
-    """`compare` of a probe's file and a port's .npz or .safetensors; names as `alignment.rename` takes them."""
+    """`compare` two files: a probe's and a port's, .npz or .safetensors; names are for `alignment.rename`."""
     dump = tracing.read_dump(port)
     return compare(tracing.read_probe(reference), rename(dump, names or {}), rtol=rtol)
