@@ -8,13 +8,16 @@
 
 from minclip.builtin import pictures
 from minclip.checkpoint import Params, from_state_dict, load, save
+from minclip.comparison import compare
 from minclip.model import encode_text, normalize
 from minclip.tokenizer import decode, tokenize
+from minclip.tracing import trace, trace_torch
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Params",
+    "compare",
     "decode",
     "encode_text",
     "from_state_dict",
@@ -23,4 +26,6 @@ __all__ = [
     "pictures",
     "save",
     "tokenize",
+    "trace",
+    "trace_torch",
 ]

@@ -41,6 +41,25 @@ def parser():
     encode.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     encode.add_argument("--normalize", action="store_true", help="write features of length 1")
     encode.add_argument("--truncate", action="store_true", help="cut texts that are too long for the model")
+
+    probe = commands.add_parser("probe", help="write what to run a port on", description=run_probe.__doc__)
+    probe.set_defaults(run=run_probe)
+    probe.add_argument("-o", dest="output", metavar="probe.npz", required=True, help="the file to write")
+    add_model(probe)
+
+    compare = commands.add_parser(
+        "compare", help="find where a port diverges", description=run_compare.__doc__
+    )
+    compare.set_defaults(run=run_compare)
+    compare.add_argument("probe", metavar="probe.npz", help="what minclip probe wrote")
+    compare.add_argument("port", metavar="port.npz", help="the port's arrays by name; .safetensors too")
+    compare.add_argument(
+        "--names", metavar="names.json", help='our names for the port\'s: {"theirs": "ours"}'
+    )
+    compare.add_argument("--rtol", type=float, help="relative error allowed, in place of measured rounding")
+    compare.add_argument(
+        "--model", metavar="NAME|PATH", help="the probe's model, to tell new error from inherited"
+    )
     return top
 
 
@@ -68,6 +87,29 @@ def run_encode(args):
     else:
         show(args.model, params, texts, tokens, to_host(model.normalize(features)))
     return 0
+
+
+def run_probe(args):
+    """Write probe tokens and every stage of the reference on them, for a port in any language to match."""
+    from minclip import checkpoint, tracing
+
+    traced = tracing.write_probe(args.output, checkpoint.load(args.model))
+    size = os.path.getsize(args.output) / 1e6
+    print(f"{args.output}: tokens {list(traced.tokens.shape)} and {len(traced)} stages, {size:.1f} MB")
+    return 0
+
+
+def run_compare(args):
+    """Hold a port's arrays against a probe, stage by stage. Exit status 1 where they diverge."""
+    import json
+
+    from minclip import checkpoint, comparison
+
+    names = json.loads(Path(args.names).read_text(encoding="utf-8")) if args.names else {}
+    params = checkpoint.load(args.model) if args.model else None
+    compared = comparison.compare_files(args.probe, args.port, names=names, params=params, rtol=args.rtol)
+    print(compared)
+    return int(compared.first is not None)
 
 
 def show(name, params, texts, tokens, features):

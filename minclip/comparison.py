@@ -6,7 +6,7 @@ from collections import namedtuple
 
 import numpy as np
 
-from minclip import tracing
+from minclip import model, tracing
 from minclip.alignment import align, crop, rename, unpack
 from minclip.tracing import PRECISIONS, Trace, axes, block_of, entries, part_of, ratio
 
@@ -442,7 +442,20 @@ def mark(comparison, name, x, y):
     return f'<g transform="translate({x} {y})"><title>{title}</title>{shape}</g>'
 
 
-def compare_files(reference, port, *, names=None, rtol=None):
-    """`compare` two files: a probe's and a port's, .npz or .safetensors; names are for `alignment.rename`."""
-    dump = tracing.read_dump(port)
-    return compare(tracing.read_probe(reference), rename(dump, names or {}), rtol=rtol)
+def compare_files(probe, port, *, names=None, params=None, rtol=None):
+    """`compare` two files: what `minclip probe` wrote, and a port's .npz or .safetensors.
+
+    names    {"theirs": "ours"}, for names that no dialect knows
+    params   the probe's own model, to tell new error from inherited
+    Raises OSError or ValueError where a file cannot be read or params are another model's.
+    """
+    reference = tracing.read_probe(probe)
+    reference.params = params
+    if params is not None:
+        features = tracing.on_host(tracing.run(params, reference.tokens, model.pass_on))
+        if (
+            features.shape != reference["text_features"].shape
+            or measure("text_features", reference["text_features"], features, None)[1] > 1e-2
+        ):
+            raise ValueError(f"{probe} was written with another model than the one given")
+    return compare(reference, rename(tracing.read_dump(port), names or {}), rtol=rtol)
