@@ -66,8 +66,9 @@ class Trace(dict):
         """The same table for Jupyter; each later block unfolds."""
         shown = fold(self)
         parts = [html_table(TITLES, [(name, *summary(self[name])) for name in shown])]
-        for block in dict.fromkeys(block_of(name) for name in self if name not in shown):
-            rows = [(name, *summary(self[name])) for name in self if block_of(name) == block]
+        hidden = [name for name in self if name not in shown]
+        for block in dict.fromkeys(map(block_of, hidden)):
+            rows = [(name, *summary(self[name])) for name in hidden if block_of(name) == block]
             parts.append(f"<details><summary>{block}</summary>{html_table(TITLES, rows)}</details>")
         return "".join(parts)
 
@@ -315,7 +316,10 @@ def entries(name, reference, port, text=None):
         highest = np.where(np.isneginf(a), -np.inf, a).max(axis=-1, keepdims=True)
         hidden = np.isneginf(a) & (b <= highest + HIDDEN)
         a, b = np.where(hidden, 0, a), np.where(hidden, 0, b)
-    if text is not None and axes(name)[:3] == "B L":
+    if text is not None and name.endswith("attn.scores"):  # of scores the mask hides those of later keys
+        both = text[:, :, None] & text[:, None, :]
+        a, b = a.transpose(0, 2, 3, 1)[both], b.transpose(0, 2, 3, 1)[both]
+    elif text is not None and axes(name)[:3] == "B L":
         a, b = a[text], b[text]
     elif text is not None and axes(name)[:3] == "B H":
         a, b = a.swapaxes(1, 2)[text], b.swapaxes(1, 2)[text]

@@ -102,8 +102,8 @@ def torch_encode_text(params, tokens, dtype="float32", activation="quick_gelu", 
         return (x[torch.arange(len(ids)), ids.argmax(dim=-1)] @ state["text_projection"]).numpy()
 
 
-def transformers_encode_text(params, tokens, dtype="float32", activation="quick_gelu", heads=None):
-    """The same through transformers.CLIPTextModelWithProjection, with params renamed to its dialect."""
+def transformers_model(params, dtype="float32", activation="quick_gelu", heads=None):
+    """A transformers.CLIPTextModelWithProjection of params, which are renamed to its dialect."""
     import torch
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
@@ -150,5 +150,31 @@ def transformers_encode_text(params, tokens, dtype="float32", activation="quick_
         for name, array in state.items()
     }
     model.load_state_dict(state, strict=True)
+    return model
+
+
+def transformers_encode_text(params, tokens, **options):
+    """CLIP.encode_text through transformers."""
+    import torch
+
+    model = transformers_model(params, **options)
     with torch.no_grad():
         return model(input_ids=torch.from_numpy(np.asarray(tokens)).long()).text_embeds.numpy()
+
+
+def openai_model(params, dtype="float32"):
+    """OpenAI's own CLIP of clip/model.py around params; the image tower is a small random one.
+
+    float16 is what clip.load makes of it on a GPU: layer norms and embeddings stay float32.
+    """
+    import torch
+
+    V, D = params["token_embedding.weight"].shape
+    context, E = len(params["positional_embedding"]), params["text_projection"].shape[1]
+    layers = sum(name.endswith(".ln_1.weight") for name in params)
+    model = openai("model").CLIP(E, 32, 1, 64, 16, context, V, D, D // 64, layers)
+    state = {name: torch.from_numpy(np.asarray(array)) for name, array in params.items()}
+    assert not model.load_state_dict(state, strict=False).unexpected_keys
+    if dtype == "float16":
+        openai("model").convert_weights(model)
+    return model.eval()
