@@ -101,15 +101,26 @@ def run_probe(args):
 
 def run_compare(args):
     """Hold a port's arrays against a probe, stage by stage. Exit status 1 where they diverge."""
-    import json
-
     from minclip import checkpoint, comparison
 
-    names = json.loads(Path(args.names).read_text(encoding="utf-8")) if args.names else {}
+    names = read_names(args.names) if args.names else {}
     params = checkpoint.load(args.model) if args.model else None
     compared = comparison.compare_files(args.probe, args.port, names=names, params=params, rtol=args.rtol)
     print(compared)
     return int(compared.first is not None)
+
+
+def read_names(path):
+    """The object of a JSON file, from the port's names to ours."""
+    import json
+
+    try:
+        names = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON object of names: {error}") from None
+    if not isinstance(names, dict):
+        raise ValueError(f'{path} is no JSON object of names, {{"theirs": "ours"}}')
+    return names
 
 
 def show(name, params, texts, tokens, features):
