@@ -246,7 +246,10 @@ def trace_torch(torch_model, tokens):
     finally:
         for hook in hooks:
             hook.remove()
-    keep("" if isinstance(output, dict) else "text_features", output)
+    if isinstance(output, dict):
+        keep("", output)
+    else:  # of a tuple the first; under this name also where a module has put it out already
+        dump["text_features"] = on_host(output[0] if isinstance(output, tuple) else output).copy()
     return dump
 
 

@@ -1,6 +1,6 @@
 """What the tap costs: encode_text without one, against the same encoder with every tap call cut out.
 
-    python tests/benchmarks/tap_cost.py
+    OPENBLAS_NUM_THREADS=1 python tests/benchmarks/tap_cost.py
 
 The encoder without taps is made from model.py's own source: `tap("name", x)` becomes `x`. The two are
 run in turn, so that what else the machine does falls on both, and the ratio is of the medians. The
@@ -42,7 +42,9 @@ def without_taps():
 
 
 def ratio(a, b, params, tokens):
-    """Median time of a over that of b, run in turn."""
+    """Median time of a over that of b, run in turn after a warm-up."""
+    for _ in range(5):
+        a(params, tokens), b(params, tokens)
     times = ([], [])
     for n in range(2 * ROUNDS):
         which = n % 2 if n // 2 % 2 else 1 - n % 2
