@@ -311,7 +311,8 @@ def whereabouts(name, reference, port, text, allowed):
             square = np.where(text.reshape(shape), square, 0)
         sizes = (a**2).sum(axis=others)
         wrong = np.flatnonzero(square.sum(axis=others) > allowed**2 * sizes)
-        if 0 < len(wrong) < a.shape[letters.index(axis)]:
+        held = text.any(axis=0).sum() if axis == "L" and text is not None else len(sizes)
+        if 0 < len(wrong) < held:
             yield f"in {word} {listed([str(i) for i in wrong], most=8)} of 0 to {len(sizes) - 1} only"
 
 
