@@ -74,7 +74,9 @@ def in_a_row(data, dtype, shape, start):
 def read_npz(path):
     """Tensors by name of an .npz file, as numpy.savez and numpy.savez_compressed write it."""
     members = zip_members(path, map_file(path))
-    unpacked, packed = (sum(getattr(m, size) for m in members.values()) for size in ("file_size", "compress_size"))
+    unpacked, packed = (
+        sum(getattr(m, size) for m in members.values()) for size in ("file_size", "compress_size")
+    )
     if unpacked > 20 * packed + 2**20:
         raise ValueError(f"a zip bomb: {packed} bytes that would unpack to {unpacked}")
     return {name.removesuffix(".npy"): npy_member(path, member) for name, member in members.items()}
