@@ -12,7 +12,7 @@ import safetensors.numpy
 
 from minclip import dialects
 from minclip.download import available_models, download
-from minclip.tensor_files import FLOATS, map_file, read_npz, read_safetensors, zip_members
+from minclip.tensor_files import FLOATS, Stored, map_file, read_npz, read_safetensors, zip_members
 from minclip.torch_archive import read_archive
 
 ACTIVATIONS = ("quick_gelu", "gelu")
@@ -121,7 +121,7 @@ def to_params(tower, said, source, dtype=None):
             "minclip.trace works up to 'pooled'",
             stacklevel=4,
         )
-    arrays = tower.arrays(lambda tensor, name: as_array(tensor, name, dtype))
+    arrays = tower.arrays(lambda tensor, name: as_floats(tensor, name, dtype))
     return Params(arrays, activation=activation, heads=heads)
 
 
@@ -321,8 +321,8 @@ def describe(path):
     ]
 
 
-def as_array(value, name="an array", dtype=None):
-    """A torch tensor, a CuPy array or anything array-like, as a NumPy array of floats on the host."""
+def as_array(value):
+    """A torch tensor, a CuPy array or anything array-like, as a NumPy array on the host; no bfloat16."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         value = (value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy()
@@ -330,12 +330,15 @@ def as_array(value, name="an array", dtype=None):
         value = value.get()
     elif hasattr(value, "numpy") and not hasattr(value, "__array__"):
         value = value.numpy()
-    try:
-        array = np.asarray(value)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    if array.dtype.name == "bfloat16":  # of ml_dtypes, as JAX has it
-        array = array.astype(np.float32)
+    array = np.asarray(value)
+    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array  # ml_dtypes', as JAX has it
+
+
+def as_floats(value, name, dtype=None):
+    """A parameter as a NumPy array on the host, in its own dtype or in the one given."""
+    if isinstance(value, Stored) and value.dtype not in FLOATS:
+        raise ValueError(f"{name} holds {value.dtype}, not floats")
+    array = as_array(value)
     if array.dtype.kind != "f":
         raise ValueError(f"{name} holds {array.dtype}, not floats")
     return array if dtype is None else array.astype(dtype, copy=False)

@@ -191,21 +191,21 @@ class Tower:
         """Those names with the prefix, as the file has them."""
         return [self.prefix + name for name in names]
 
-    def arrays(self, as_array):
-        """OpenAI's parameters, each read with as_array from the tensor or tensors it is made from."""
+    def arrays(self, as_floats):
+        """OpenAI's parameters, each read with as_floats from the tensor or tensors it is made from."""
         for ours, names in self.sources.items():
-            read = [as_array(self.tensors[self.prefix + name], self.prefix + name) for name in names]
+            read = [as_floats(self.tensors[self.prefix + name], self.prefix + name) for name in names]
             array = np.concatenate(read) if len(read) > 1 else read[0]
             if ours == "text_projection" and self.table is not OPENAI:
                 array = np.ascontiguousarray(array.T)
             if ours == "positional_embedding" and "positional_embedding_res" in self.names:
-                array = self.long_clip(array, as_array)
+                array = self.long_clip(array, as_floats)
             yield ours, array
 
-    def long_clip(self, positions, as_array):
+    def long_clip(self, positions, as_floats):
         """Long-CLIP's own files keep CLIP's first 20 positions, and learned the others beside them."""
         name = f"{self.prefix}positional_embedding_res"
-        learned = as_array(self.tensors[name], name)
+        learned = as_floats(self.tensors[name], name)
         if learned.shape != positions.shape:
             raise ValueError(f"{name} is {list(learned.shape)}, expected {list(positions.shape)}")
         return np.concatenate([positions[:20], learned[20:].astype(positions.dtype)])
