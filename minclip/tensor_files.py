@@ -4,12 +4,14 @@ A file is mapped, not read: names, shapes and dtypes come from its header, and a
 when somebody asks for them, so the image tower beside a text tower costs nothing.
 """
 
+import contextlib
 import io
 import json
 import math
 import mmap
 import struct
 import zipfile
+import zlib
 
 import numpy as np
 import safetensors
@@ -82,7 +84,7 @@ def read_npz(path):
 
 def npy_member(path, member):
     """One array of an .npz: its header now, its numbers when asked for."""
-    with zipfile.ZipFile(path) as archive, archive.open(member) as file:
+    with unpacking(path, member) as file:
         shape, fortran, dtype = npy_header(file)
         start = file.tell()
     if dtype.hasobject:
@@ -91,11 +93,29 @@ def npy_member(path, member):
         raise ValueError(f"{member.filename!r:.80} does not hold what its header says")
 
     def read():
-        with zipfile.ZipFile(path) as archive:
-            flat = np.frombuffer(archive.read(member), dtype, offset=start)
+        with unpacking(path, member) as file:
+            flat = np.frombuffer(file.read(), dtype, offset=start)
         return flat.reshape(shape, order="F" if fortran else "C").astype(dtype.newbyteorder("="))
 
     return Stored(shape, dtype.name, read)
+
+
+@contextlib.contextmanager
+def unpacking(path, member):
+    """A stream of a zip entry's bytes; whatever zipfile and numpy find wrong with them is a ValueError."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(member) as file:
+            yield file
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        SyntaxError,
+    ) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{member.filename!r:.80} cannot be unpacked: {reason:.200}") from None
 
 
 def npy_header(file):

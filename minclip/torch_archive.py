@@ -15,8 +15,9 @@ import numpy as np
 
 from minclip.tensor_files import Stored, map_file, numbers, stored_bytes, zip_members
 
-# More than the pickle of any CLIP, with its optimizer, by a factor of ten; bounds time and memory.
+# Far more than any CLIP needs, its optimizer included; these bound time and memory.
 MOST_INSTRUCTIONS = 1_000_000
+MOST_NODES = 100_000
 DEEPEST = 60
 
 STORAGES = {  # what a tensor's numbers are, and their size in bytes
@@ -75,7 +76,7 @@ def flatten(tree):
     while waiting:
         path, node = waiting.pop()
         visited += 1
-        if len(path) > DEEPEST or visited > MOST_INSTRUCTIONS:
+        if len(path) > DEEPEST or visited > MOST_NODES:
             raise ValueError("data.pkl nests deeper or wider than any model")
         if isinstance(node, Stored):
             tensors[".".join(path)] = node

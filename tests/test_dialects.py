@@ -1,7 +1,6 @@
 """Every dialect of CLIP's text tower gives the same parameters, and what is not CLIP's is refused by name."""
 
 import json
-import warnings
 
 import numpy as np
 import pytest
@@ -32,7 +31,7 @@ VISION |= {"image_size": 8, "patch_size": 4, "projection_dim": 48}
 
 
 def assert_same(params, others):
-    assert list(sorted(params)) == sorted(others)
+    assert sorted(params) == sorted(others)
     for name, array in others.items():
         np.testing.assert_array_equal(params[name], array, err_msg=name)
 
@@ -260,7 +259,7 @@ def test_the_activation_and_odd_heads_are_asked_for():
     with pytest.raises(ValueError, match="quick_gelu, gelu, not 'relu'"):
         minclip.from_state_dict(PARAMS, activation="relu")
     odd = random_params(**(SIZES | {"width": 72}))
-    with pytest.raises(ValueError, match="width 72 .* heads="):
+    with pytest.raises(ValueError, match=r"width 72 .* heads="):
         minclip.from_state_dict(odd, activation="gelu")
     assert minclip.from_state_dict(odd, activation="gelu", heads=6).heads == 6
     with pytest.raises(ValueError, match="5 heads do not divide width 72"):
@@ -415,8 +414,7 @@ def test_a_config_of_another_model_is_not_believed(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     for wrong in ({**config, "hidden_size": 128}, [], {"text_config": 3, "vocab_size": "x"}, "{"):
         (tmp_path / "config.json").write_text(wrong if wrong == "{" else json.dumps(wrong))
-        with warnings.catch_warnings(), pytest.raises(ValueError, match=r"config\.json"):
-            warnings.simplefilter("error")
+        with pytest.raises(ValueError, match=r"config\.json"):
             minclip.load(tmp_path)
 
 
