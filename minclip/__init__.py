@@ -6,10 +6,20 @@
 (1, 128)
 """
 
-from minclip.checkpoint import Params, from_state_dict, load, save
+from minclip.checkpoint import Params, available_models, from_state_dict, load, save
 from minclip.model import encode_text, normalize
 from minclip.tokenizer import decode, tokenize
 
 __version__ = "0.1.0"
 
-__all__ = ["Params", "decode", "encode_text", "from_state_dict", "load", "normalize", "save", "tokenize"]
+__all__ = [
+    "Params",
+    "available_models",
+    "decode",
+    "encode_text",
+    "from_state_dict",
+    "load",
+    "normalize",
+    "save",
+    "tokenize",
+]

@@ -34,7 +34,7 @@ def available_models():
     return list(MODELS)
 
 
-def download(name, *, cache=None, base=BASE):
+def download(name, *, cache=None):
     """Path of the file of one of `available_models()`, verified by its sha256; fetched if it is not there.
 
     cache   the folder to keep it in: by default $MINCLIP_CACHE, or ~/.cache/clip, where OpenAI's own
@@ -49,7 +49,7 @@ def download(name, *, cache=None, base=BASE):
     path, part = folder / filename, folder / f"{filename}.part"
     if path.is_file() and sha256(path).hexdigest() == digest:
         return path
-    url = f"{base}/{digest}/{filename}"
+    url = f"{BASE}/{digest}/{filename}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         fetch(url, part)
@@ -83,9 +83,12 @@ def fetch_rest(url, part, have, bar):
     try:
         response = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code != 416:  # 416: there is nothing from there on, so part is whole, or wrong
+        if error.code != 416 or not have:
             raise
-        return error.headers.get("Content-Range", f"bytes */{have}") == f"bytes */{have}" or start_over(part)
+        if error.headers.get("Content-Range", f"bytes */{have}") == f"bytes */{have}":
+            return True  # nothing comes after what is there: it is whole
+        part.unlink()
+        return fetch_rest(url, part, 0, bar)
     with response:
         if response.headers["Content-Length"] is None:
             raise OSError("the server does not say how long the file is")
@@ -111,11 +114,6 @@ def copy(response, file, bar):
             return
         file.write(chunk)
         bar.update(len(chunk))
-
-
-def start_over(part):
-    part.write_bytes(b"")
-    return False
 
 
 def sha256(path):

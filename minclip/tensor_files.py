@@ -10,6 +10,7 @@ import json
 import math
 import mmap
 import struct
+import tokenize
 import zipfile
 import zlib
 
@@ -18,6 +19,10 @@ import safetensors
 
 # The floats a file can hold, by size in bytes. bfloat16 is no NumPy dtype: it becomes float32.
 FLOATS = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+# What zipfile and numpy raise, beside ValueError, over the damaged bytes of an entry.
+DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
+DAMAGE += (SyntaxError, tokenize.TokenError, TypeError)
 
 
 class Stored:
