@@ -117,7 +117,8 @@ class Tower:
         """Sizes by letter. Of the width, what most tensors say, so that a wrong one is found out."""
         numbers = {n.removeprefix(self.block).split(".")[0] for n in self.names if n.startswith(self.block)}
         layers = len({number for number in numbers if number.isascii() and number.isdecimal()})
-        shapes = {name: self.tensors[self.prefix + name].shape for name in self.names}
+        own = [name for name in self.names if not name.startswith(BESIDE)]
+        shapes = {name: self.tensors[self.prefix + name].shape for name in own}
         widths = [
             shape[-1]
             for name, shape in shapes.items()

@@ -111,14 +111,7 @@ def unpacking(path, member):
     try:
         with zipfile.ZipFile(path) as archive, archive.open(member) as file:
             yield file
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-        NotImplementedError,
-        RuntimeError,
-        SyntaxError,
-    ) as error:
+    except DAMAGE as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{member.filename!r:.80} cannot be unpacked: {reason:.200}") from None
 

@@ -10,6 +10,7 @@ built, a tensor becomes a note of where it lies, and any name that such files do
 import collections
 import io
 import pickletools
+import warnings
 
 import numpy as np
 
@@ -112,20 +113,25 @@ class Machine:
     def run(self, program):
         """What the program leaves on the stack."""
         try:
-            for count, (opcode, argument, _) in enumerate(pickletools.genops(io.BytesIO(program))):
-                if count == MOST_INSTRUCTIONS:
-                    raise ValueError("longer than any model's")
-                if opcode.name in PUSHES:
-                    self.stack.append(argument)
-                elif opcode.name in INSTRUCTIONS:
-                    getattr(self, opcode.name)(argument)
-                elif opcode.name not in ("PROTO", "FRAME", "STOP"):
-                    raise ValueError(f"the instruction {opcode.name}, which no model needs")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # pickletools' own, of odd escapes in a damaged name
+                self.obey(pickletools.genops(io.BytesIO(program)))
             return self.stack.pop()
         except IndexError:
             raise ValueError("data.pkl is refused: it takes from an empty stack") from None
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"data.pkl is refused: {error}") from None
+
+    def obey(self, instructions):
+        for count, (opcode, argument, _) in enumerate(instructions):
+            if count == MOST_INSTRUCTIONS:
+                raise ValueError("longer than any model's")
+            if opcode.name in PUSHES:
+                self.stack.append(argument)
+            elif opcode.name in INSTRUCTIONS:
+                getattr(self, opcode.name)(argument)
+            elif opcode.name not in ("PROTO", "FRAME", "STOP"):
+                raise ValueError(f"the instruction {opcode.name}, which no model needs")
 
     def MARK(self, _):
         self.marks.append(len(self.stack))

@@ -12,7 +12,7 @@ from oracles import openai
 def openai_model(dtype="float16", **sizes):
     """OpenAI's own CLIP, small, at random; its text tower has the sizes of test_checkpoint's PARAMS."""
     torch.manual_seed(0)
-    given = {"embed_dim": 48, "image_resolution": 32, "vision_layers": 1, "vision_width": 64}
+    given = {"embed_dim": 48, "image_resolution": 32, "vision_layers": 3, "vision_width": 128}
     given |= {"vision_patch_size": 16, "context_length": 16, "vocab_size": 100}
     given |= {"transformer_width": 64, "transformer_heads": 1, "transformer_layers": 2}
     module = openai("model")
