@@ -7,7 +7,7 @@
 """
 
 from minclip.builtin import pictures
-from minclip.checkpoint import Params, from_state_dict, load, save
+from minclip.checkpoint import Params, available_models, from_state_dict, load, save
 from minclip.comparison import compare
 from minclip.model import encode_text, normalize
 from minclip.tokenizer import decode, tokenize
@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Params",
+    "available_models",
     "compare",
     "decode",
     "encode_text",

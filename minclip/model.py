@@ -40,23 +40,26 @@ def encode_text(params, tokens, *, tap=None):
     if tap is None:
         tap = pass_on
         tokens = trim(tokens)  # exact: a position never sees a later one
-    P = params["text_projection"]
-    xp = array_module(P)
+    P = params.get("text_projection")
+    like = params["ln_final.weight"] if P is None else P
+    xp, dtype = array_module(like), like.dtype
     tokens = xp.asarray(tokens)
     B, L = tokens.shape
 
-    x = params["token_embedding.weight"][tokens].astype(P.dtype, copy=False)  # (B, L, D)
+    x = params["token_embedding.weight"][tokens].astype(dtype, copy=False)  # (B, L, D)
     x = tap("token_embedding", x)
-    positions = params["positional_embedding"][:L].astype(P.dtype)  # (L, D)
+    positions = params["positional_embedding"][:L].astype(dtype)  # (L, D)
     x = tap("embedding", x + tap("positional_embedding", positions))  # (B, L, D)
     # -inf above the diagonal. Padding needs no mask: it comes after the end of text.
-    mask = xp.triu(xp.full((L, L), -math.inf, dtype=P.dtype), 1)  # (L, L)
+    mask = xp.triu(xp.full((L, L), -math.inf, dtype=dtype), 1)  # (L, L)
     for i in range(layers):
         x = residual_block(x, params, f"transformer.resblocks.{i}", heads, activation, mask, tap)  # (B, L, D)
     x = tap("ln_final", layer_norm(x, *weight_and_bias(params, "ln_final")))  # (B, L, D)
     # The end-of-text id is the largest there is, so argmax finds it, and of several the first.
     eot = tap("eot", tokens.argmax(axis=-1))  # (B,)
     pooled = tap("pooled", x[xp.arange(B), eot])  # (B, D)
+    if P is None:
+        raise ValueError("params has no 'text_projection': without it there are stages up to 'pooled' only")
     features = tap("text_features", matmul(pooled, P))  # (B, E)
     return features.reshape(*leading, features.shape[-1])
 
@@ -174,16 +177,17 @@ def normalize(features):
 
 def architecture(params):
     """(layers, heads, activation), from names and shapes, from a Params, or by OpenAI's habit."""
-    for name in ("token_embedding.weight", "positional_embedding", "ln_final.weight", "text_projection"):
+    for name in ("token_embedding.weight", "positional_embedding", "ln_final.weight"):
         if name not in params:
             raise ValueError(f"params has no {name!r}: give another dialect to minclip.from_state_dict first")
-    P = params["text_projection"]
-    if not hasattr(P, "astype") or P.dtype.kind != "f":
-        kind = f"{type(P).__module__}.{type(P).__name__}"
+    for array in (params["ln_final.weight"], params.get("text_projection", params["ln_final.weight"])):
+        if hasattr(array, "astype") and array.dtype.kind == "f":
+            continue
+        kind = f"{type(array).__module__}.{type(array).__name__}"
         raise ValueError(f"params must hold float arrays, not {kind}: minclip.from_state_dict converts")
     blocks = [name for name in params if name.startswith("transformer.resblocks.")]
     layers = sum(name.endswith(".ln_1.weight") for name in blocks)
-    width = P.shape[0]
+    width = params["ln_final.weight"].shape[0]
     heads = getattr(params, "heads", None) or width // 64
     if heads < 1 or width % heads:
         raise ValueError(f"{heads} heads do not divide width {width}: give heads= to minclip.from_state_dict")
