@@ -97,7 +97,12 @@ def load_path(source, activation, dtype):
         tower, said = open_tower(source)
         return to_params(tower, said | ({"activation": activation} if activation else {}), source, dtype)
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
+        raise ValueError(f"{source}: {one_line(error)}") from None
+
+
+def one_line(error):
+    """What went wrong in a line, though a damaged file's own names may be in it."""
+    return " ".join(str(error).split())[:800]
 
 
 def to_params(tower, said, source, dtype=None):
@@ -284,7 +289,7 @@ def inspect(path):
         tensors, about = describe(path)
         lines += about
     except ValueError as error:
-        lines.append(f"{path} does not load: {error}")
+        lines.append(f"{path} does not load: {one_line(error)}")
         try:
             source, _, _ = os.fspath(path).partition("#")
             file = path if os.path.exists(path) else source
