@@ -227,8 +227,8 @@ def read_tensors(path):
 
 def openai_activation(classes):
     """{"activation": "quick_gelu"} for a TorchScript archive of OpenAI's, unless it has torch's GELU."""
-    blocks = {name: kind for name, kind in classes.items() if "resblocks" in name and "visual." not in name}
-    exact = any(kind.endswith("torch.nn.modules.activation.GELU") for kind in blocks.values())
+    blocks = [kind for name, kind in classes.items() if "resblocks" in name and "visual." not in name]
+    exact = any("torch.nn.modules.activation." in kind and kind.endswith(".GELU") for kind in blocks)
     return {"activation": "quick_gelu"} if blocks and not exact else {}
 
 
