@@ -42,6 +42,10 @@ def parser():
     encode.add_argument("--normalize", action="store_true", help="write features of length 1")
     encode.add_argument("--truncate", action="store_true", help="cut texts that are too long for the model")
 
+    inspect = commands.add_parser("inspect", help="tell what a file holds", description=run_inspect.__doc__)
+    inspect.set_defaults(run=run_inspect)
+    inspect.add_argument("checkpoint", metavar="CHECKPOINT", help="a file or folder of weights")
+
     probe = commands.add_parser("probe", help="write what to run a port on", description=run_probe.__doc__)
     probe.set_defaults(run=run_probe)
     probe.add_argument("-o", dest="output", metavar="probe.npz", required=True, help="the file to write")
@@ -86,6 +90,14 @@ def run_encode(args):
         print(f"{args.output}: features of {len(texts)} texts, {list(features.shape)} {features.dtype}")
     else:
         show(args.model, params, texts, tokens, to_host(model.normalize(features)))
+    return 0
+
+
+def run_inspect(args):
+    """Tell a checkpoint's dialect, sizes, activation, dtype and tensors; of one that does not load, why."""
+    from minclip import checkpoint
+
+    print(checkpoint.inspect(args.checkpoint))
     return 0
 
 
