@@ -6,6 +6,7 @@
 (1, 128)
 """
 
+from minclip import fast
 from minclip.builtin import pictures
 from minclip.checkpoint import Params, from_state_dict, load, save
 from minclip.model import encode_text, normalize
@@ -17,6 +18,7 @@ __all__ = [
     "Params",
     "decode",
     "encode_text",
+    "fast",
     "from_state_dict",
     "load",
     "normalize",

@@ -103,7 +103,16 @@ def torch_encode_text(params, tokens, dtype="float32", activation="quick_gelu", 
 
 
 def transformers_encode_text(params, tokens, dtype="float32", activation="quick_gelu", heads=None):
-    """The same through transformers.CLIPTextModelWithProjection, with params renamed to its dialect."""
+    """The same through transformers."""
+    import torch
+
+    model = transformers_model(params, dtype, activation, heads)
+    with torch.no_grad():
+        return model(input_ids=torch.from_numpy(np.asarray(tokens)).long()).text_embeds.numpy()
+
+
+def transformers_model(params, dtype="float32", activation="quick_gelu", heads=None):
+    """A transformers.CLIPTextModelWithProjection that holds params, renamed to its dialect."""
     import torch
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
@@ -150,5 +159,4 @@ def transformers_encode_text(params, tokens, dtype="float32", activation="quick_
         for name, array in state.items()
     }
     model.load_state_dict(state, strict=True)
-    with torch.no_grad():
-        return model(input_ids=torch.from_numpy(np.asarray(tokens)).long()).text_embeds.numpy()
+    return model
