@@ -331,16 +331,16 @@ def read_lines(file):
 
 
 def in_chunks(texts):
-    """Lists of CHUNK texts, or of fewer where they are long."""
-    chunk, characters = [], 0
+    """Lists of CHUNK texts, or of fewer where they are long, each with the number of its first text."""
+    first, chunk, characters = 0, [], 0
     for text in texts:
         chunk.append(text)
         characters += len(text)
         if len(chunk) == CHUNK or characters > CHUNK_CHARACTERS:
-            yield chunk
-            chunk, characters = [], 0
+            yield first, chunk
+            first, chunk, characters = first + len(chunk), [], 0
     if chunk:
-        yield chunk
+        yield first, chunk
 
 
 def tokenize_ahead(chunks, context, truncate):
@@ -348,7 +348,7 @@ def tokenize_ahead(chunks, context, truncate):
 
     The first chunk is tokenized here, so that a short list of texts starts no process.
     """
-    requests = ((chunk, context, truncate) for chunk in chunks)
+    requests = ((first, texts, context, truncate) for first, texts in chunks)
     with contextlib.ExitStack() as stack:
         first = list(itertools.islice(requests, 1))
         working = collections.deque()
@@ -365,9 +365,12 @@ def tokenize_ahead(chunks, context, truncate):
             yield tokens
 
 
-def tokenized(texts, context, truncate):
+def tokenized(first, texts, context, truncate):
     """tokenizer.tokenize without the columns that hold only padding, which need not travel."""
-    return model.trim(tokenizer.tokenize(texts, context, truncate))
+    try:
+        return model.trim(tokenizer.tokenize(texts, context, truncate))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"from text {first} on: {error}") from None
 
 
 @contextlib.contextmanager
