@@ -34,8 +34,7 @@ def encode_array(tokens, source="builtin", *, device="cpu", dtype=None):
     P = params["text_projection"]
     tokens = tokens.rechunk({1: -1})
     return tokens.map_blocks(
-        encode_block,
-        **recipe(params, source, device),
+        functools.partial(encode_block, **recipe(params, source, device)),
         chunks=(tokens.chunks[0], (P.shape[1],)),
         meta=np.empty((0, 0), P.dtype),
     )

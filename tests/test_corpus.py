@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import termios
 import textwrap
 import time
 from collections import namedtuple
@@ -458,6 +459,7 @@ def test_a_log_gets_a_line_now_and_then(params, captions, output, monkeypatch, c
 
 def test_a_terminal_gets_a_bar_with_rate_and_time_left(model, captions, output):
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
     process = start("--file", captions, "-o", output, "--model", model, stderr=theirs)
     process.communicate(timeout=100)
     os.close(theirs)
