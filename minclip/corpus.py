@@ -38,7 +38,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-CHUNK = 4096  # texts encoded together
+CHUNK = 8192  # texts encoded together: the more, the more beginnings they share
 CHUNK_CHARACTERS = 2**22  # and fewer of them where texts are long, to keep memory bounded
 LONGEST_LINE = 2**18  # bytes
 BLOCK = 2**18  # bytes read at once

@@ -39,15 +39,15 @@ def main():
             print(f"{what:34} {texts_a_second:12,.0f} texts/s {texts_a_second / plain:9.2f}", flush=True)
 
         show("plain command", plain)
+        for count in (1, 2):
+            show(f"command with --dask, workers: {count}", with_workers(folder, texts, args.model, count))
         show("check the lines", check(path, params))
         show("tokenize in one process", rate(texts, minclip.tokenize, texts))
         show("encode tokens", rate(texts, corpus.encode_text, params, minclip.tokenize(texts)))
         shipped = corpus.CHUNK
-        for corpus.CHUNK in (1024, 4096, 16384):
+        for corpus.CHUNK in (1024, 8192, 16384):
             show(f"encode_file, {corpus.CHUNK} texts at once", encode(path, params))
         corpus.CHUNK = shipped
-        for count in (1, 2):
-            show(f"command with --dask, workers: {count}", with_workers(folder, texts, args.model, count))
 
 
 def rate(texts, function, *args):
@@ -99,7 +99,6 @@ def with_workers(folder, texts, model, count):
 
         with Client(address, set_as_default=False) as client:
             client.wait_for_workers(count)
-        command(folder, texts[: 2 * corpus.CHUNK], model, "--dask", address)  # each worker loads the model
         return command(folder, texts, model, "--dask", address)
     finally:
         for process in processes:
