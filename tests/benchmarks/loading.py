@@ -4,7 +4,13 @@
 
 Without a file it makes OpenAI's CLIP at ViT-B/32's sizes, at random, in float16, traced and saved as
 OpenAI's archives are. Each load is a process of its own; the file is in the page cache for both. The
-memory is the process's peak less what it has after its imports.
+memory is the process's peak less what it has after its imports. On two x86-64 cores, torch 2.13:
+
+    archive of 354 MB; best of 5 loads, in turn
+    torch.jit.load          0.301 s   1.00 x torch's  peak   367 MB
+    minclip.load            0.125 s   0.41 x torch's  peak   234 MB
+    minclip.load, float16   0.097 s   0.32 x torch's  peak   161 MB
+    the text tower in float32 is 254 MB
 """
 
 import subprocess
