@@ -18,6 +18,7 @@ from minclip.model import architecture, check_tokens, trim
 SLACK = 8  # sums may run in any order; tests/benchmarks/diagnosis.md has what clean ports need
 GATE = {"float32": 300, "float16": 20, "bfloat16": 8}  # times rounding: near enough to be judged
 JUDGED = 12  # candidates judged at most, nearest first
+LIKELIEST = 800  # pairs that act before the last stages, tried at most
 ROWS = 32  # texts looked at, at most
 
 TEXT_TOWER = ("token_embedding.", "positional_embedding", BLOCKS, "ln_final.", "text_projection")
@@ -133,6 +134,7 @@ class Search:
         self.late = {fault.id for fault in self.catalogue if acts_late(fault, clean)}
         self.streams = {}  # fault id, and whether padded -> the last block's output with that fault
         self.tried = None
+        self.seen = {}  # fault id -> features of the rows sought on, with that fault
         self.verdicts = {}
 
     def encode_all(self):
@@ -265,9 +267,12 @@ class Search:
     def singles(self):
         """A trial of every fault by itself, nearest first."""
         if self.tried is None:
-            self.tried = self.trials((), self.stream(None, False)[2])
-            for fault in tqdm(self.catalogue, "single bugs", disable=None, leave=False):
-                self.tried += self.trials((fault,), self.features_with(fault))
+            self.tried = []
+            for fault in tqdm([None, *self.catalogue], "single bugs", disable=None, leave=False):
+                faults = (fault,) if fault else ()
+                features = self.features_with(*faults)
+                self.seen[fault and fault.id] = self.present(features.astype(np.float64))
+                self.tried += self.trials(faults, features)
             self.tried.sort(key=lambda trial: trial.error)
         return self.tried
 
@@ -277,7 +282,7 @@ class Search:
         if any(fault.needs == "batch" for fault in faults) or len(early) > 1:
             return self.run(faults, self.rows)[1]
         if len(faults) == len(early):
-            return self.stream(faults[0], False)[2]
+            return self.stream(*faults or [None], False)[2]
         return self.finish(faults)
 
     def pairs(self):
@@ -296,23 +301,37 @@ class Search:
         return sorted(trials, key=lambda trial: trial.error)
 
     def pair_order(self):
-        """Pairs worth trying: first those that cost least, then those whose faults come nearest alone."""
-        alone = {}
-        for trial in self.singles():
-            if not trial.presented and len(trial.faults) == 1:
-                alone[trial.faults[0].id] = trial.error
-        clean = next(trial.error for trial in self.singles() if not trial.faults and not trial.presented)
-        faults = [f for f in self.catalogue if np.isfinite(alone[f.id]) or np.isinf(clean)]
-        faults.sort(key=lambda f: alone[f.id])
-        unseen = {f.id for f in faults if abs(alone[f.id] - clean) <= 1e-6 * clean}
-        pairs = []
+        """Pairs worth trying: those with a late fault, which cost little, then the likeliest of the others.
+
+        What two faults do together is guessed from what each does alone: how well a sum of the two
+        changes, fitted, gives the port's change, with some weight on factors near 1.
+        """
+        clean, change = self.changes()
+        seen = {key: np.linalg.norm(v) > 1e-6 * np.linalg.norm(clean) for key, v in change.items()}
+        faults = [fault for fault in self.catalogue if fault.id in change]
+        scored = []
         for i, a in enumerate(faults):
             for b in faults[i + 1 :]:
-                padded = bool(a.needs and b.needs)
-                if not exclusive(a, b) and (padded or not unseen & {a.id, b.id}):
-                    late = len({a.id, b.id} & self.late)
-                    pairs.append((-late, alone[a.id] + alone[b.id], in_order(a, b)))
-        return [pair for *_, pair in sorted(pairs, key=lambda entry: entry[:2])]
+                if not exclusive(a, b) and (a.needs and b.needs or seen[a.id] and seen[b.id]):
+                    late = bool({a.id, b.id} & self.late)
+                    scored.append((not late, misfit(clean, change[a.id], change[b.id]), (a, b)))
+        scored.sort(key=lambda entry: entry[:2])
+        early = [pair for is_early, _, pair in scored if is_early]
+        return [pair for is_early, _, pair in scored if not is_early] + early[:LIKELIEST]
+
+    def changes(self):
+        """What the port, and what each fault alone, changes in the features sought on: arrays in one form."""
+        row = self.rows[0] if self.aligned else 0
+        base = self.seen[None][0]
+        same = self.same_width()
+        target = np.nan_to_num(self.features[row]) - base if same else np.zeros_like(base)
+        broken = not np.isfinite(self.features[row]).all()
+        change = {}
+        for key, features in self.seen.items():
+            if key and (broken or np.isfinite(features).all()):
+                fitting = features.shape[-1] == base.shape[-1]
+                change[key] = np.nan_to_num(features[0]) - base if fitting else np.ones_like(base)
+        return target, change
 
     def elsewhere(self):
         """Where one fault explains the text sought on but not all of them: pairs with it, on one it does not."""
@@ -377,7 +396,7 @@ class Search:
     def known(self, findings, trials):
         told = {tuple(fault.id for fault in finding.faults) for finding in findings}
         fitting = {fault.id for finding in findings for fault in finding.faults}
-        others = [t for t in trials if not {fault.id for fault in t.faults} & fitting and t.faults]
+        others = [t for t in trials if not {fault.id for fault in t.faults} & fitting and t.faults and not self.near(t)]
         next_best = f"; the next best, {names(others[0].faults)}, leaves {others[0].error:.2g}" if others else ""
         for i, finding in enumerate(findings):
             what = "this bug" if len(finding.faults) == 1 else "these bugs"
@@ -627,7 +646,17 @@ def exclusive(a, b):
     stem_a, stem_b = a.id.split("-")[0], b.id.split("-")[0]
     if stem_a[0] == stem_b[0] and stem_a[0] in "AMP":
         return True
+    if {stem_a, stem_b} <= {"N7", "N12", "N15"}:
+        return True
     return stem_a == stem_b and stem_a not in ("T6", "T7", "N4")
+
+
+def misfit(target, a, b):
+    """How badly a sum of the changes a and b gives the target: the residual, and factors away from 1."""
+    gram = np.array([[a @ a, a @ b], [a @ b, b @ b]])
+    factors = np.linalg.lstsq(gram, np.array([a @ target, b @ target]), rcond=1e-9)[0]
+    rest = target - factors[0] * a - factors[1] * b
+    return rest @ rest + 0.05 * (target @ target) * ((factors - 1) ** 2).sum()
 
 
 def in_order(a, b):
