@@ -9,6 +9,7 @@
 from minclip.builtin import pictures
 from minclip.checkpoint import Params, from_state_dict, load, save
 from minclip.comparison import compare
+from minclip.diagnosis import diagnose
 from minclip.model import encode_text, normalize
 from minclip.tokenizer import decode, tokenize
 from minclip.tracing import trace, trace_torch
@@ -19,6 +20,7 @@ __all__ = [
     "Params",
     "compare",
     "decode",
+    "diagnose",
     "encode_text",
     "from_state_dict",
     "load",
