@@ -13,12 +13,14 @@ from tqdm import tqdm
 
 from minclip.checkpoint import Params
 from minclip.faults import BLOCKS, CATALOGUE, HEAD, NORMALISED, SCALED, SHUFFLED, Port
-from minclip.model import architecture, check_tokens, trim
+from minclip.model import architecture, check_tokens, encode_text, trim
 
 SLACK = 4  # sums may run in any order; the clean ports of tests/benchmarks/diagnosis.md need less than 2
 GATE = {"float32": 300, "float16": 20, "bfloat16": 8}  # times rounding: near enough to be judged
 JUDGED = 12  # candidates judged at most, nearest first
 LIKELIEST = 800  # pairs that act before the last stages, tried at most
+DEEPEST = 4  # bugs that a dump is searched for
+UNIT = 2.0**-24  # one rounding in float32
 ROWS = 32  # texts looked at, at most
 
 TEXT_TOWER = ("token_embedding.", "positional_embedding", BLOCKS, "ln_final.", "text_projection")
@@ -31,13 +33,16 @@ def diagnose(params, tokens, features, *, trace=None):
     tokens     integers [..., L] that the port was given
     features   the port's floats [..., E] for them; also of fewer rows, in another order, normalised,
                or in float16
-    trace      the port's own stages, a dict from stage name to array, where there is a dump: then only
-               faults at or before the first stage that diverges are tried, however many there are
+    trace      the port's own stages where there is a dump: a dict from names of `minclip.trace` to arrays,
+               as many as there are. Bugs are then found one after the other, each at the first stage
+               that diverges, and those that act later are not tried
 
     Returns a `Diagnosis`. A long search shows a progress bar on a terminal.
     Raises ValueError where tokens or features do not fit the model or each other.
     """
     search = Search(params, tokens, features)
+    if trace is not None:
+        return Dump(search, trace).diagnose()
     for precision in search.precisions:
         if clean := search.judge((), "", precision):
             return search.agrees(clean, precision)
@@ -454,6 +459,130 @@ class Search:
             )
         notes.append("A dump of the port's stages (trace=) would show where it leaves the reference.")
         return Diagnosis("unknown", [], notes, self.error())
+
+
+class Stop(Exception):
+    """Raised by a tap once the stage that was wanted has been computed."""
+
+
+class Dump:
+    """A port's stages: where they leave the reference, and which faults take them further."""
+
+    def __init__(self, search, trace):
+        self.search = search
+        names_ = stage_names(search.params)
+        # A mask of -1e4 is as good as one of -inf, so masked scores say nothing.
+        self.order = [name for name in names_ if name in trace and not name.endswith(("attn.masked", "eot"))]
+        if not self.order or not search.aligned or len(search.tokens) < len(search.batch):
+            raise ValueError(
+                f"trace must hold stages by minclip's names, such as {names_[3]!r}, of at most {ROWS} texts, "
+                "with features for each"
+            )
+        self.stages = {name: host(trace[name]) for name in self.order}
+        self.precision = precisions(search.features.astype(np.float32))[0]
+
+    def diagnose(self):
+        search, chains = self.search, [()]
+        first = start = self.divergence(())
+        while first < len(self.order) and len(chains[0]) < DEEPEST:
+            reached = {}
+            for chain in chains:
+                for fault in tqdm(search.catalogue, self.order[first], disable=None, leave=False):
+                    if fault not in chain and self.mends(longer := (*chain, fault), first):
+                        reached[longer] = self.divergence(longer)
+            first = max(reached.values(), default=0)
+            if not reached:
+                break
+            chains = [chain for chain, place in reached.items() if place == first][:4]
+        return self.verdict(chains, first, start)
+
+    def verdict(self, chains, first, start):
+        search = self.search
+        for precision in search.precisions:
+            found = [finding for chain in chains for presented in ("", "scaled", "shuffled")
+                     if (finding := search.judge(chain, presented, precision))]
+            if found and not found[0].faults:
+                return search.agrees(found[0], precision)
+            if found:
+                found = list({finding.faults[: len(chains[0])]: finding for finding in found[::-1]}.values())[::-1]
+                diagnosis = search.known(found, [])
+                if start < len(self.order):
+                    diagnosis.notes.insert(0, self.where(start))
+                return diagnosis
+        diagnosis = search.unknown(search.singles())
+        diagnosis.notes[-1] = self.where(start) if start < len(self.order) else "Every stage of the dump agrees."
+        if chains[0]:
+            diagnosis.notes.append(f"{names(chains[0])} explains it as far as {self.order[max(first - 1, 0)]}, not beyond.")
+        return diagnosis
+
+    def where(self, place):
+        if not place:
+            return f"The dump diverges at its first stage, {self.order[0]}."
+        return f"The dump agrees up to {self.order[place - 1]} and diverges at {self.order[place]}."
+
+    def divergence(self, faults):
+        """The place in order of the first stage that differs with these faults, or the number of stages."""
+        exact, rounded = (self.record(faults, precision, None) for precision in ("float64", self.precision))
+        for place, name in enumerate(self.order):
+            if self.error(name, self.stages[name], exact) > SLACK * max(self.error(name, rounded[name], exact), UNIT):
+                return place
+        return len(self.order)
+
+    def mends(self, faults, place):
+        """Whether faults bring the stage at that place near: a quick look, before all stages are held."""
+        name = self.order[place]
+        kept = self.record(faults, "float32", name)
+        return name in kept and self.error(name, self.stages[name], kept) < 0.1 * self.error(
+            name, self.stages[name], self.record(faults[:-1], "float32", name))
+
+    def record(self, faults, precision, until):
+        """Stages by name of a run with faults, up to one of them."""
+        search, kept = self.search, {}
+        port = Port(cast(search.params, precision), search.tokens, search.batch)
+        port.rounded = ROUND.get(precision)
+        for fault in faults:
+            fault.change(port)
+
+        def tap(name, array):
+            array = port.tap(name, array)
+            if name in self.stages:
+                kept[name] = array
+            if name == until:
+                raise Stop
+            return array
+
+        try:
+            port.run(tap)
+        except Stop:
+            pass
+        return kept
+
+    def error(self, name, array, reference):
+        """Relative L2 of a stage from the reference's, up to the end of each text."""
+        expected = reference[name] if name in reference else None
+        if expected is None or array.shape != expected.shape:
+            return np.inf
+        a, b = np.asarray(array, np.float64), np.asarray(expected, np.float64)
+        L = self.search.tokens.shape[-1]
+        if a.ndim > 2:
+            text = np.arange(L) <= self.search.tokens.argmax(axis=-1)[:, None]
+            text = text[:, :, None] if a.ndim == 3 else text[:, None, :, None]
+            if name.endswith(("scores", "weights")):
+                text = text & text.swapaxes(-1, -2)
+            a, b = np.where(text, a, 0), np.where(text, b, 0)
+        return float(row_errors(a.ravel(), b.ravel()))
+
+
+def stage_names(params):
+    """All stages of a model in the order of computation."""
+    recorded = []
+
+    def tap(name, array):
+        recorded.append(name)
+        return array
+
+    encode_text(params, np.full((1, 1), len(params["token_embedding.weight"]) - 1), tap=tap)
+    return recorded
 
 
 # What can be said of features that nothing known explains.

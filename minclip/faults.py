@@ -40,11 +40,11 @@ class Port(dict):
         self.rounded = None  # to what precision each stage is kept: a function of an array
         self.at = {}
 
-    def run(self):
-        """Features [B, E] of the changed encoder."""
+    def run(self, tap=None):
+        """Features [B, E] of the changed encoder, by way of another tap if that calls this one's."""
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")  # faults may well overflow, or lose the end of text
-            return encode_text(self, self.tokens, tap=self.tap)
+            return encode_text(self, self.tokens, tap=tap or self.tap)
 
     # What a fault may do.
 
