@@ -247,11 +247,10 @@ class Search:
 
     def hold_against(self, faults, presented, precision):
         """(Finding, error, rounding), the last two of the worst row."""
-        exact = self.run(faults, precision="float64")[1]
-        if exact.shape[-1] != self.features.shape[-1]:
-            return None, np.inf, 0
+        exact = self.present(self.run(faults, precision="float64")[1])
         rounded = self.present(self.run(faults, precision=precision)[1].astype(np.float64))
-        exact = self.present(exact)
+        if exact.shape[-1] != self.features.shape[-1]:
+            return None, np.inf, row_errors(rounded, exact).max()
         told = [NORMALISED] if self.unit else []
         if presented == "shuffled" or not self.aligned:
             rows = nearest_rows(self.features, exact)
@@ -487,8 +486,10 @@ class Dump:
         while first < len(self.order) and len(chains[0]) < DEEPEST:
             reached = {}
             for chain in chains:
+                before = self.error_at(first, chain)
                 for fault in tqdm(search.catalogue, self.order[first], disable=None, leave=False):
-                    if fault not in chain and self.mends(longer := (*chain, fault), first):
+                    longer = (*chain, fault)
+                    if fault not in chain and self.error_at(first, longer) < 0.1 * before:
                         reached[longer] = self.divergence(longer)
             first = max(reached.values(), default=0)
             if not reached:
@@ -528,12 +529,10 @@ class Dump:
                 return place
         return len(self.order)
 
-    def mends(self, faults, place):
-        """Whether faults bring the stage at that place near: a quick look, before all stages are held."""
+    def error_at(self, place, faults):
+        """A quick look at one stage, before all are held against the dump."""
         name = self.order[place]
-        kept = self.record(faults, "float32", name)
-        return name in kept and self.error(name, self.stages[name], kept) < 0.1 * self.error(
-            name, self.stages[name], self.record(faults[:-1], "float32", name))
+        return self.error(name, self.stages[name], self.record(faults, "float32", name))
 
     def record(self, faults, precision, until):
         """Stages by name of a run with faults, up to one of them."""

@@ -113,6 +113,7 @@ def models():
 def tokens_for(params, end_padded):
     """Ids of TEXTS [8, L]; the rows named are padded with the end of text."""
     tokens = minclip.tokenize(TEXTS, context_length=len(params["positional_embedding"]), truncate=True)
+    tokens[6, 3] = 0  # "!" that is not the end of a word, as in "!=", for bugs that take id 0 for padding
     for row in end_padded:
         tokens[row, tokens[row].argmax() :] = tokens.max()
     return tokens
