@@ -11,9 +11,12 @@ import dataclasses
 import numpy as np
 from tqdm import tqdm
 
+from minclip.alignment import align
 from minclip.checkpoint import Params
 from minclip.faults import BLOCKS, CATALOGUE, HEAD, NORMALISED, SCALED, SHUFFLED, Port
-from minclip.model import architecture, check_tokens, encode_text, trim
+from minclip.model import architecture, check_tokens, trim
+from minclip.tracing import on_host, round_to
+from minclip.tracing import trace as record_trace
 
 SLACK = 4  # sums may run in any order; the clean ports of tests/benchmarks/diagnosis.md need less than 2
 GATE = {"float32": 300, "float16": 20, "bfloat16": 8}  # times rounding: near enough to be judged
@@ -47,7 +50,8 @@ def diagnose(params, tokens, features, *, trace=None):
         if clean := search.judge((), "", precision):
             return search.agrees(clean, precision)
         if found := search.judge_nearest(search.singles(), precision):
-            return search.known(found, search.singles())
+            pairs = search.pairs_with(found) if precision != search.precisions[0] else []
+            return search.known(search.judge_nearest(pairs, search.precisions[0]) or found, search.singles())
     pairs = search.pairs()
     for precision in search.precisions:
         if found := search.judge_nearest(pairs, precision):
@@ -71,7 +75,11 @@ class Finding:
     def __str__(self):
         lines = []
         for fault in self.faults:
-            lines += [f"{fault.id}: {fault.summary}", f"    mend: {fault.remedy}", f"    seen: {fault.source}"]
+            lines += [
+                f"{fault.id}: {fault.summary}",
+                f"    mend: {fault.remedy}",
+                f"    seen: {fault.source}",
+            ]
         return "\n".join([*lines, f"    evidence: {self.explanation}"])
 
 
@@ -118,12 +126,16 @@ class Search:
     def __init__(self, params, tokens, features):
         self.params = host_params(params)
         self.batch = check_tokens(self.params, tokens)[0]
-        features = host(features)
+        features = on_host(features)
         if features.dtype.kind != "f":
-            raise ValueError(f"features must be floats, as a port's encode_text returns, not {features.dtype}")
+            raise ValueError(
+                f"features must be floats, as a port's encode_text returns, not {features.dtype}"
+            )
         features = features.reshape(-1, features.shape[-1])
         if not 1 <= len(features) <= len(self.batch):
-            raise ValueError(f"{len(features)} rows of features for {len(self.batch)} texts: give their tokens")
+            raise ValueError(
+                f"{len(features)} rows of features for {len(self.batch)} texts: give their tokens"
+            )
         self.precisions = precisions(features)
         self.features = features.astype(np.float64)
         self.aligned = len(features) == len(self.batch)
@@ -133,7 +145,9 @@ class Search:
 
         clean = Port(self.params, self.tokens, self.batch)
         whole = len(self.tokens) == len(self.batch)
-        self.catalogue = [fault for fault in CATALOGUE if fault.fits(clean) and (whole or fault.needs != "batch")]
+        self.catalogue = [
+            fault for fault in CATALOGUE if fault.fits(clean) and (whole or fault.needs != "batch")
+        ]
         if self.unit:
             self.catalogue.remove(NORMALISED)  # it is in every comparison
         self.late = {fault.id for fault in self.catalogue if acts_late(fault, clean)}
@@ -158,7 +172,11 @@ class Search:
         off[np.isnan(off)] = np.inf
         worst = np.argsort(-off, kind="stable")
         chosen = np.sort(np.concatenate([worst[: ROWS * 3 // 4], worst[ROWS * 3 // 4 :][-ROWS // 4 :]]))
-        self.tokens, self.features, self.reference = self.batch[chosen], self.features[chosen], self.reference[chosen]
+        self.tokens, self.features, self.reference = (
+            self.batch[chosen],
+            self.features[chosen],
+            self.reference[chosen],
+        )
         off = off[chosen]
         # A short text is quick, but one of two or three ids sees little.
         length = self.tokens.argmax(axis=-1) + 1
@@ -234,8 +252,12 @@ class Search:
         others = np.delete(self.features, row, axis=0)
         near = {"shuffled": row_errors(others, found[:1]).min(initial=np.inf)}
         if not self.unit and np.isfinite(error):
-            near["scaled"] = row_errors(self.features[row], fitted_factor(self.features[row], found[0]) * found[0])
-        return trials + [Trial(float(e), faults, presented) for presented, e in near.items() if e < 0.1 * error]
+            near["scaled"] = row_errors(
+                self.features[row], fitted_factor(self.features[row], found[0]) * found[0]
+            )
+        return trials + [
+            Trial(float(e), faults, presented) for presented, e in near.items() if e < 0.1 * error
+        ]
 
     def judge(self, faults, presented, precision):
         """A `Finding` if the reference with these faults gives the port's features to rounding, or None."""
@@ -304,6 +326,13 @@ class Search:
             trials += self.elsewhere()
         return sorted(trials, key=lambda trial: trial.error)
 
+    def pairs_with(self, findings):
+        """Trials of pairs with a bug that explains the port to a coarser rounding than its own."""
+        known = findings[0].faults[0]
+        pairs = [in_order(known, fault) for fault in self.catalogue if not exclusive(known, fault)]
+        trials = [trial for pair in pairs for trial in self.trials(pair, self.features_with(*pair))]
+        return sorted(trials, key=lambda trial: trial.error)
+
     def pair_order(self):
         """Pairs worth trying: those with a late fault, which cost little, then the likeliest of the others.
 
@@ -316,9 +345,13 @@ class Search:
         scored = []
         for i, a in enumerate(faults):
             for b in faults[i + 1 :]:
-                if not exclusive(a, b) and (a.needs and b.needs or seen[a.id] and seen[b.id]):
-                    late = bool({a.id, b.id} & self.late)
-                    scored.append((not late, misfit(clean, change[a.id], change[b.id]), (a, b)))
+                both = seen[a.id] and seen[b.id]
+                if not exclusive(a, b) and (
+                    both or (a.needs and b.needs)
+                ):  # what is after the end may come to light
+                    cheap = bool({a.id, b.id} & self.late)
+                    guess = misfit(clean, change[a.id], change[b.id]) if both else 0
+                    scored.append((not cheap, guess, (a, b)))
         scored.sort(key=lambda entry: entry[:2])
         early = [pair for is_early, _, pair in scored if is_early]
         return [pair for is_early, _, pair in scored if not is_early] + early[:LIKELIEST]
@@ -400,13 +433,23 @@ class Search:
     def known(self, findings, trials):
         told = {tuple(fault.id for fault in finding.faults) for finding in findings}
         fitting = {fault.id for finding in findings for fault in finding.faults}
-        others = [t for t in trials if not {fault.id for fault in t.faults} & fitting and t.faults and not self.near(t)]
-        next_best = f"; the next best, {names(others[0].faults)}, leaves {others[0].error:.2g}" if others else ""
+        others = [
+            t
+            for t in trials
+            if not {fault.id for fault in t.faults} & fitting and t.faults and not self.near(t)
+        ]
+        next_best = (
+            f"; the next best, {names(others[0].faults)}, leaves {others[0].error:.2g}" if others else ""
+        )
         for i, finding in enumerate(findings):
             what = "this bug" if len(finding.faults) == 1 else "these bugs"
-            findings[i] = dataclasses.replace(finding, explanation=(
-                f"relative error {self.error():.2g} against the reference, {finding.error:.2g} with {what} put "
-                f"into it{next_best}"))
+            findings[i] = dataclasses.replace(
+                finding,
+                explanation=(
+                    f"relative error {self.error():.2g} against the reference, {finding.error:.2g} with {what} put "
+                    f"into it{next_best}"
+                ),
+            )
         notes = self.matched()
         if len(told) > 1:
             notes += self.telling_apart(findings)
@@ -427,7 +470,9 @@ class Search:
                 "each was held against every text."
             )
         if len(self.tokens) < len(self.batch):
-            notes.append(f"Judged on {len(self.tokens)} of the {len(self.batch)} texts, most of them the worst ones.")
+            notes.append(
+                f"Judged on {len(self.tokens)} of the {len(self.batch)} texts, most of them the worst ones."
+            )
         return notes
 
     def telling_apart(self, findings):
@@ -447,7 +492,9 @@ class Search:
         return notes
 
     def unknown(self, trials):
-        notes = [f"The relative error against the reference is {self.error():.2g}."] if self.same_width() else []
+        notes = (
+            [f"The relative error against the reference is {self.error():.2g}."] if self.same_width() else []
+        )
         notes += [*describe(self), *self.matched()]
         nearest = next((t for t in trials if t.faults and not t.presented), None)
         clean = next(t.error for t in trials if not t.faults and not t.presented)
@@ -469,15 +516,17 @@ class Dump:
 
     def __init__(self, search, trace):
         self.search = search
-        names_ = stage_names(search.params)
+        reference = record_trace(search.params, search.tokens)
+        if not search.aligned or len(search.tokens) < len(search.batch):
+            raise ValueError(f"with a trace, give the features of every text, and {ROWS} texts at most")
         # A mask of -1e4 is as good as one of -inf, so masked scores say nothing.
-        self.order = [name for name in names_ if name in trace and not name.endswith(("attn.masked", "eot"))]
-        if not self.order or not search.aligned or len(search.tokens) < len(search.batch):
+        matches = {name: match for name, match in align(reference, trace)[0].items() if "masked" not in name}
+        self.order = [name for name in reference if name in matches and name != "eot"]
+        if not self.order:
             raise ValueError(
-                f"trace must hold stages by minclip's names, such as {names_[3]!r}, of at most {ROWS} texts, "
-                "with features for each"
+                "no name in trace is a stage's: minclip.alignment.rename takes names that are not known"
             )
-        self.stages = {name: host(trace[name]) for name in self.order}
+        self.stages = {name: matches[name].array for name in self.order}
         self.precision = precisions(search.features.astype(np.float32))[0]
 
     def diagnose(self):
@@ -500,20 +549,30 @@ class Dump:
     def verdict(self, chains, first, start):
         search = self.search
         for precision in search.precisions:
-            found = [finding for chain in chains for presented in ("", "scaled", "shuffled")
-                     if (finding := search.judge(chain, presented, precision))]
+            found = [
+                finding
+                for chain in chains
+                for presented in ("", "scaled", "shuffled")
+                if (finding := search.judge(chain, presented, precision))
+            ]
             if found and not found[0].faults:
                 return search.agrees(found[0], precision)
             if found:
-                found = list({finding.faults[: len(chains[0])]: finding for finding in found[::-1]}.values())[::-1]
+                found = list({finding.faults[: len(chains[0])]: finding for finding in found[::-1]}.values())[
+                    ::-1
+                ]
                 diagnosis = search.known(found, [])
                 if start < len(self.order):
                     diagnosis.notes.insert(0, self.where(start))
                 return diagnosis
         diagnosis = search.unknown(search.singles())
-        diagnosis.notes[-1] = self.where(start) if start < len(self.order) else "Every stage of the dump agrees."
+        diagnosis.notes[-1] = (
+            self.where(start) if start < len(self.order) else "Every stage of the dump agrees."
+        )
         if chains[0]:
-            diagnosis.notes.append(f"{names(chains[0])} explains it as far as {self.order[max(first - 1, 0)]}, not beyond.")
+            diagnosis.notes.append(
+                f"{names(chains[0])} explains it as far as {self.order[max(first - 1, 0)]}, not beyond."
+            )
         return diagnosis
 
     def where(self, place):
@@ -525,7 +584,9 @@ class Dump:
         """The place in order of the first stage that differs with these faults, or the number of stages."""
         exact, rounded = (self.record(faults, precision, None) for precision in ("float64", self.precision))
         for place, name in enumerate(self.order):
-            if self.error(name, self.stages[name], exact) > SLACK * max(self.error(name, rounded[name], exact), UNIT):
+            if self.error(name, self.stages[name], exact) > SLACK * max(
+                self.error(name, rounded[name], exact), UNIT
+            ):
                 return place
         return len(self.order)
 
@@ -572,18 +633,6 @@ class Dump:
         return float(row_errors(a.ravel(), b.ravel()))
 
 
-def stage_names(params):
-    """All stages of a model in the order of computation."""
-    recorded = []
-
-    def tap(name, array):
-        recorded.append(name)
-        return array
-
-    encode_text(params, np.full((1, 1), len(params["token_embedding.weight"]) - 1), tap=tap)
-    return recorded
-
-
 # What can be said of features that nothing known explains.
 
 
@@ -594,7 +643,9 @@ def describe(search):
     if broken.any():
         return [describe_broken(port, broken)]
     if len(port) > 1 and row_errors(port, port[:1]).max() < 1e-5:
-        return ["All rows are equal: what is pooled does not depend on the text, or the ids do not reach the lookup."]
+        return [
+            "All rows are equal: what is pooled does not depend on the text, or the ids do not reach the lookup."
+        ]
     if port.shape[-1] != reference.shape[-1]:
         return [f"The features have {port.shape[-1]} columns, the model's {reference.shape[-1]}."]
     if not search.aligned:
@@ -630,7 +681,9 @@ def describe_geometry(port, reference, tolerance):
         )
     shift = port - reference
     if len(port) > 1 and row_errors(shift, shift.mean(axis=0, keepdims=True)).max() <= 10 * tolerance:
-        notes.append("Every row is the reference's plus one and the same vector: a bias, or a mean, after pooling.")
+        notes.append(
+            "Every row is the reference's plus one and the same vector: a bias, or a mean, after pooling."
+        )
     if row_errors(np.sort(port), np.sort(reference)).max() <= tolerance:
         notes.append("Every row holds the reference's numbers in another order: the columns are rearranged.")
     if len(port) > 2:
@@ -641,7 +694,9 @@ def describe_geometry(port, reference, tolerance):
                 "(rotated, reordered or with signs flipped); cosine similarities are right."
             )
         elif row_errors(cosines(port).ravel(), cosines(reference).ravel()) <= 10 * tolerance:
-            notes.append("All cosines between texts agree: these are the reference's features scaled and rotated.")
+            notes.append(
+                "All cosines between texts agree: these are the reference's features scaled and rotated."
+            )
     return notes
 
 
@@ -656,7 +711,9 @@ def describe_rows(tokens, wrong):
         "texts that fill the row differ, those with padding agree": length == tokens.shape[1],
         "texts padded with the end of text differ, the others agree": last == tokens.max(),
         "texts padded with 0 differ, the others agree": last == 0,
-        "texts that hold id 0 before their end differ, the others agree": ((tokens == 0) & ~after).any(axis=-1),
+        "texts that hold id 0 before their end differ, the others agree": ((tokens == 0) & ~after).any(
+            axis=-1
+        ),
         "the first row agrees, the others differ": rows > 0,
     }
     for limit in np.unique(length)[1:]:
@@ -685,8 +742,14 @@ def probes(params):
     return (
         ("a text padded with 0", np.stack([text(short), text(short + 1)])),
         ("a text padded with the end-of-text id", np.stack([text(short, V - 1), text(short + 1, V - 1)])),
-        ("a text that holds id 0, \"!\", between words", np.stack([text(short, holds=0), text(short + 1, holds=0)])),
-        ("a text that holds id 2, \"#\", between words", np.stack([text(short, holds=2), text(short + 1, holds=2)])),
+        (
+            'a text that holds id 0, "!", between words',
+            np.stack([text(short, holds=0), text(short + 1, holds=0)]),
+        ),
+        (
+            'a text that holds id 2, "#", between words',
+            np.stack([text(short, holds=2), text(short + 1, holds=2)]),
+        ),
         (f"a text of {long} tokens", np.stack([text(long), text(long - 1)])),
         ("a text that fills the row", np.stack([text(L), text(L, holds=4)])),
         ("a long text after a short one", np.stack([text(short), text(long)])),
@@ -709,13 +772,9 @@ def run(params, tokens, faults):
 def host_params(params):
     """The text tower alone, in main memory and in float32."""
     _, heads, activation = architecture(params)
-    arrays = {name: host(array) for name, array in params.items() if name.startswith(TEXT_TOWER)}
+    arrays = {name: on_host(array) for name, array in params.items() if name.startswith(TEXT_TOWER)}
     arrays = {name: array.astype(np.float32, copy=False) for name, array in arrays.items()}
     return Params(arrays, activation=activation, heads=heads)
-
-
-def host(array):
-    return array.get() if hasattr(array, "get") else np.asarray(array)
 
 
 def cast(params, precision):
@@ -729,14 +788,11 @@ def cast(params, precision):
 
 def to_float16(array):
     with np.errstate(over="ignore"):
-        return array.astype(np.float16).astype(np.float32)
+        return round_to(array, "float16").astype(np.float32)
 
 
 def to_bfloat16(array):
-    """float32 with eight bits of precision, rounded half to even."""
-    bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
-    bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
-    return np.where(np.isfinite(array), bits.astype(np.uint32).view(np.float32), array)
+    return round_to(array, "bfloat16")
 
 
 ROUND = {"float16": to_float16, "bfloat16": to_bfloat16}

@@ -148,7 +148,9 @@ class BrokenPort:
         looked_up = ids
         if self.has("ids_int16"):
             looked_up = ids.to(torch.int16).long()
-            looked_up = torch.where(looked_up < 0, looked_up + len(state["token_embedding.weight"]), looked_up)
+            looked_up = torch.where(
+                looked_up < 0, looked_up + len(state["token_embedding.weight"]), looked_up
+            )
         if self.has("ids_half"):
             looked_up = ids.half().long() % len(state["token_embedding.weight"])
         x = F.embedding(looked_up, state["token_embedding.weight"])
@@ -205,7 +207,13 @@ class BrokenPort:
     def attention(self, x, name, ids):
         L, B, D = x.shape
         weight, bias = self.state[f"{name}in_proj_weight"], self.state[f"{name}in_proj_bias"].clone()
-        H = 2 * self.heads if self.has("heads_double") else self.heads // 2 if self.has("heads_half") else self.heads
+        H = (
+            2 * self.heads
+            if self.has("heads_double")
+            else self.heads // 2
+            if self.has("heads_half")
+            else self.heads
+        )
         K = D // H
         if self.has("qkv_transposed"):
             weight = torch.cat([part.t() for part in weight.chunk(3)])
@@ -244,7 +252,7 @@ class BrokenPort:
         return t.reshape(B, L, H, D // H).transpose(1, 2)
 
     def weights(self, q, k, ids):
-        B, H, L, K = q.shape
+        _, H, _, K = q.shape
         scale = 1 / math.sqrt(K)
         if self.has("scale_heads"):
             scale = 1 / math.sqrt(H)
@@ -282,7 +290,13 @@ class BrokenPort:
             future = torch.ones(L, L, dtype=torch.bool).triu(2)
         if self.has("mask_inverted"):
             return (s - 1e4 * (~future).to(s)).softmax(-1)
-        fill = -1e4 if self.has("mask_-1e4") else torch.finfo(s.dtype).min if self.has("mask_finfo") else -math.inf
+        fill = (
+            -1e4
+            if self.has("mask_-1e4")
+            else torch.finfo(s.dtype).min
+            if self.has("mask_finfo")
+            else -math.inf
+        )
         s = s.masked_fill(future, fill)
         if self.has("mask_id_zero"):
             s = s.masked_fill((ids == 0)[:, None, None], -math.inf)

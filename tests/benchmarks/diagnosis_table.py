@@ -17,8 +17,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import minclip
 from broken_port import HARMLESS, SINGLES, BrokenPort
+
+import minclip
 
 VISIBLE = 1e-4
 
@@ -163,16 +164,20 @@ def table(pairs, title):
         for bugs in pairs:
             if "padded_with_end" in bugs:
                 tokens = tokens_for(params, end_padded=())
-            if bugs == ("lexicographic",) and params["ln_final.weight"].size == 128 or not fits(params, bugs):
+            if (bugs == ("lexicographic",) and params["ln_final.weight"].size == 128) or not fits(params, bugs):
                 continue
             if not visible(params, tokens, bugs):
                 rows.append((model, bugs, "invisible on these texts", "", ""))
                 continue
             diagnosis, seconds, place = trial(params, tokens, bugs)
             seen, first, slowest = seen + 1, first + (place == 1), max(slowest, seconds)
-            said = ", or ".join(" + ".join(f.id for f in finding.faults) for finding in diagnosis.findings[:4])
+            said = ", or ".join(
+                " + ".join(f.id for f in finding.faults) for finding in diagnosis.findings[:4]
+            )
             error = f"{diagnosis.error:.1e}"
-            rows.append((model, bugs, said or diagnosis.verdict, error, "yes" if place == 1 else f"no ({place})"))
+            rows.append(
+                (model, bugs, said or diagnosis.verdict, error, "yes" if place == 1 else f"no ({place})")
+            )
             print(*rows[-1], f"{seconds:.1f} s", flush=True)
         totals[model] = (first, seen, slowest)
     return rows, totals
@@ -193,15 +198,26 @@ def alarms():
         half = {k: v.astype(np.float16).astype(np.float32) for k, v in params.items()}
         cases = {"clean": clean, "stored in float16": clean.astype(np.float16)}
         cases["float64 port"] = port_features(params, tokens, dtype=torch.float64)
-        cases["float16 weights"] = port_features(minclip.Params(half, activation=params.activation, heads=params.heads), tokens)
+        cases["float16 weights"] = port_features(
+            minclip.Params(half, activation=params.activation, heads=params.heads), tokens
+        )
         cases["float16 throughout"] = port_features(params, tokens, dtype=torch.float16)
         cases["bfloat16 throughout"] = None
         state = {name: torch.from_numpy(array).bfloat16() for name, array in params.items()}
-        cases["bfloat16 throughout"] = BrokenPort(state, params.heads, params.activation).encode_text(tokens).float().numpy()
+        cases["bfloat16 throughout"] = (
+            BrokenPort(state, params.heads, params.activation).encode_text(tokens).float().numpy()
+        )
         cases |= {switch: port_features(params, tokens, {switch}) for switch in HARMLESS}
         for port, features in cases.items():
             rows.append((model, port, minclip.diagnose(params, tokens, features)))
-            print(model, port, rows[-1][2].verdict, f"{rows[-1][2].error:.1e}", rows[-1][2].notes[-1:], flush=True)
+            print(
+                model,
+                port,
+                rows[-1][2].verdict,
+                f"{rows[-1][2].error:.1e}",
+                rows[-1][2].notes[-1:],
+                flush=True,
+            )
     return rows
 
 
@@ -213,8 +229,14 @@ def main():
     singles, totals_1 = table([(bug,) for bug in SINGLES], "single bugs")
     doubles, totals_2 = table(PAIRS, "pairs")
     lines = ["# What minclip.diagnose says of broken ports", ""]
-    lines += ["Made by `python tests/benchmarks/diagnosis_table.py -o tests/benchmarks/diagnosis.md`, which says how.", ""]
-    lines += ["| model | single bugs named first | pairs named first | slowest single, pair |", "|---|---|---|---|"]
+    lines += [
+        "Made by `python tests/benchmarks/diagnosis_table.py -o tests/benchmarks/diagnosis.md`, which says how.",
+        "",
+    ]
+    lines += [
+        "| model | single bugs named first | pairs named first | slowest single, pair |",
+        "|---|---|---|---|",
+    ]
     for model in totals_1:
         (f1, n1, s1), (f2, n2, s2) = totals_1[model], totals_2[model]
         lines.append(f"| {model} | {f1} of {n1} | {f2} of {n2} | {s1:.1f} s, {s2:.1f} s |")
