@@ -371,7 +371,7 @@ class Search:
         return target, change
 
     def elsewhere(self):
-        """Where one fault explains the text sought on but not all of them: pairs with it, on one it does not."""
+        """Pairs with a fault that explains the text sought on but not all, on one it does not explain."""
         trials, home = [], self.rows
         for single in [t for t in self.singles()[:JUDGED] if t.faults and self.near(t) and self.aligned][:3]:
             exact = self.present(self.run(single.faults)[1].astype(np.float64))
@@ -446,8 +446,8 @@ class Search:
             findings[i] = dataclasses.replace(
                 finding,
                 explanation=(
-                    f"relative error {self.error():.2g} against the reference, {finding.error:.2g} with {what} put "
-                    f"into it{next_best}"
+                    f"relative error {self.error():.2g} against the reference, {finding.error:.2g} with "
+                    f"{what} put into it{next_best}"
                 ),
             )
         notes = self.matched()
@@ -500,8 +500,9 @@ class Search:
         clean = next(t.error for t in trials if not t.faults and not t.presented)
         if nearest and nearest.error < 0.5 * clean:
             notes.append(
-                f"Nearest of the known bugs is {nearest.faults[0].id} ({nearest.faults[0].summary}): it takes the "
-                f"error on one text from {clean:.2g} to {nearest.error:.2g}, so it may be one bug of several."
+                f"Nearest of the known bugs is {names(nearest.faults)} ({nearest.faults[0].summary}): it "
+                f"takes the error on one text from {clean:.2g} to {nearest.error:.2g}, so it may be one bug "
+                "of several."
             )
         notes.append("A dump of the port's stages (trace=) would show where it leaves the reference.")
         return Diagnosis("unknown", [], notes, self.error())
@@ -520,9 +521,13 @@ class Dump:
         if not search.aligned or len(search.tokens) < len(search.batch):
             raise ValueError(f"with a trace, give the features of every text, and {ROWS} texts at most")
         # A mask of -1e4 is as good as one of -inf, so masked scores say nothing.
-        matches = {name: match for name, match in align(reference, trace)[0].items() if "masked" not in name}
+        matches = {
+            name: match
+            for name, match in align(reference, {**trace, "text_features": search.features})[0].items()
+            if "masked" not in name
+        }
         self.order = [name for name in reference if name in matches and name != "eot"]
-        if not self.order:
+        if self.order in ([], ["text_features"]):
             raise ValueError(
                 "no name in trace is a stage's: minclip.alignment.rename takes names that are not known"
             )
@@ -540,9 +545,9 @@ class Dump:
                     longer = (*chain, fault)
                     if fault not in chain and self.error_at(first, longer) < 0.1 * before:
                         reached[longer] = self.divergence(longer)
-            first = max(reached.values(), default=0)
             if not reached:
                 break
+            first = max(reached.values())
             chains = [chain for chain, place in reached.items() if place == first][:4]
         return self.verdict(chains, first, start)
 
@@ -644,7 +649,8 @@ def describe(search):
         return [describe_broken(port, broken)]
     if len(port) > 1 and row_errors(port, port[:1]).max() < 1e-5:
         return [
-            "All rows are equal: what is pooled does not depend on the text, or the ids do not reach the lookup."
+            "All rows are equal: what is pooled does not depend on the text, or the ids do not reach "
+            "the lookup."
         ]
     if port.shape[-1] != reference.shape[-1]:
         return [f"The features have {port.shape[-1]} columns, the model's {reference.shape[-1]}."]

@@ -4,7 +4,7 @@ A `Port` is the reference as somebody carried it over: the parameters, the token
 functions put in the place of stages. It runs on `minclip.encode_text` itself, through a tap, so the
 reference stays one clean page and a fault is what differs from it, in a line or a few:
 
-    Fault("P1", "pooled at the first position", ..., lambda port: port.replace("eot", lambda at: 0 * at["eot"]))
+    Fault("N5", "ln_final skipped", ..., lambda port: port.replace("ln_final", lambda at: at["x"]))
 
 `at` holds the stages of the current block computed so far under their short names ("ln_1",
 "attn.q", ...), and "x", what the block was given. Axes are those of minclip/model.py.
@@ -430,7 +430,7 @@ CATALOGUE = (
     Fault(
         "A1",
         "erf GELU where the model wants QuickGELU",
-        "open_clip#771, #915; mindone#225; ailia-models#1810; sugar-crepe#7; an inverted branch in clip.cpp#13",
+        "open_clip#771, #915; mindone#225; ailia-models#1810; sugar-crepe#7; clip.cpp#13",
         QUICK,
         option(activation="gelu"),
         quick,

@@ -1,6 +1,6 @@
 """Try minclip.diagnose on broken ports and write the table of what it said.
 
-    python tests/benchmarks/diagnosis_table.py [-o tests/benchmarks/diagnosis.md] [--quick]
+    python tests/benchmarks/diagnosis_table.py [-o tests/benchmarks/diagnosis.md]
 
 The ports are those of tests/broken_port.py, which shares no code with the catalogue. A bug counts as
 visible where it moves the features by more than VISIBLE, in float64; a pair, where each of its bugs does
@@ -62,8 +62,8 @@ TEXTS = (
     "three red bicycles! leaning against a wall",
     "the menu of a small restaurant, written by hand on a blackboard in chalk",
     "fog",
-    "an old map of the harbour with every street and every pier named, drawn in ink, coloured by hand, folded "
-    "many times, torn at one corner and mended with tape, and signed below by the captain who owned it",
+    "an old map of the harbour with every street and every pier named, drawn in ink, coloured by hand, "
+    "folded many times, torn at one corner and mended with tape, and signed below by the captain who owned it",
     "rain! on a tin roof",
     "word " * 90,
 )
@@ -122,8 +122,8 @@ def tokens_for(params, end_padded):
 
 def port_features(params, tokens, bugs=(), dtype=torch.float32):
     state = {name: torch.from_numpy(array).to(dtype) for name, array in params.items()}
-    with np.errstate(all="ignore"):
-        return BrokenPort(state, params.heads, params.activation, bugs).encode_text(tokens).numpy()
+    features = BrokenPort(state, params.heads, params.activation, bugs).encode_text(tokens)
+    return (features.float() if dtype is torch.bfloat16 else features).numpy()
 
 
 def change(params, tokens, bugs, without=()):
@@ -155,31 +155,26 @@ def trial(params, tokens, bugs):
     return diagnosis, seconds, places[0] if places else 0
 
 
-def table(pairs, title):
+def run_table(cases):
+    """(rows, totals): a row for each model and case, and model -> (named first, visible, slowest)."""
     rows, totals = [], {}
     for model, params in models().items():
-        tokens = tokens_for(params, end_padded=(2, 4))
         first = seen = 0
         slowest = 0.0
-        for bugs in pairs:
-            if "padded_with_end" in bugs:
-                tokens = tokens_for(params, end_padded=())
-            if (bugs == ("lexicographic",) and params["ln_final.weight"].size == 128) or not fits(params, bugs):
+        for bugs in cases:
+            # The port's own padding shows only where ours is another.
+            tokens = tokens_for(params, () if "padded_with_end" in bugs else (2, 4))
+            if not fits(params, bugs):
                 continue
             if not visible(params, tokens, bugs):
-                rows.append((model, bugs, "invisible on these texts", "", ""))
+                rows.append((model, bugs, "", "not visible on these texts", ""))
                 continue
             diagnosis, seconds, place = trial(params, tokens, bugs)
             seen, first, slowest = seen + 1, first + (place == 1), max(slowest, seconds)
-            said = ", or ".join(
-                " + ".join(f.id for f in finding.faults) for finding in diagnosis.findings[:4]
-            )
-            error = f"{diagnosis.error:.1e}"
-            rows.append(
-                (model, bugs, said or diagnosis.verdict, error, "yes" if place == 1 else f"no ({place})")
-            )
+            said = " or ".join(" + ".join(f.id for f in finding.faults) for finding in diagnosis.findings[:4])
+            rows.append((model, bugs, f"{diagnosis.error:.1e}", said or diagnosis.verdict, place == 1))
             print(*rows[-1], f"{seconds:.1f} s", flush=True)
-        totals[model] = (first, seen, slowest)
+        totals[model] = first, seen, slowest
     return rows, totals
 
 
@@ -189,35 +184,30 @@ def fits(params, bugs):
     return D == E or "projection_transposed" not in bugs
 
 
-def alarms():
-    """[model, port, verdict] of ports without a bug."""
+def clean_ports(params, tokens):
+    """name -> features of ports without a bug."""
+    clean = port_features(params, tokens)
+    rounded = {name: array.astype(np.float16).astype(np.float32) for name, array in params.items()}
+    rounded = minclip.Params(rounded, activation=params.activation, heads=params.heads)
+    return {
+        "clean": clean,
+        "stored in float16": clean.astype(np.float16),
+        "float64 throughout": port_features(params, tokens, dtype=torch.float64),
+        "float16 throughout": port_features(params, tokens, dtype=torch.float16),
+        "float16 weights, float32 otherwise": port_features(rounded, tokens),
+        "bfloat16 throughout": port_features(params, tokens, dtype=torch.bfloat16),
+        **{switch: port_features(params, tokens, {switch}) for switch in HARMLESS},
+    }
+
+
+def run_clean():
+    """[(model, port, diagnosis)] of ports without a bug."""
     rows = []
     for model, params in models().items():
         tokens = tokens_for(params, end_padded=(2, 4))
-        clean = port_features(params, tokens)
-        half = {k: v.astype(np.float16).astype(np.float32) for k, v in params.items()}
-        cases = {"clean": clean, "stored in float16": clean.astype(np.float16)}
-        cases["float64 port"] = port_features(params, tokens, dtype=torch.float64)
-        cases["float16 weights"] = port_features(
-            minclip.Params(half, activation=params.activation, heads=params.heads), tokens
-        )
-        cases["float16 throughout"] = port_features(params, tokens, dtype=torch.float16)
-        cases["bfloat16 throughout"] = None
-        state = {name: torch.from_numpy(array).bfloat16() for name, array in params.items()}
-        cases["bfloat16 throughout"] = (
-            BrokenPort(state, params.heads, params.activation).encode_text(tokens).float().numpy()
-        )
-        cases |= {switch: port_features(params, tokens, {switch}) for switch in HARMLESS}
-        for port, features in cases.items():
+        for port, features in clean_ports(params, tokens).items():
             rows.append((model, port, minclip.diagnose(params, tokens, features)))
-            print(
-                model,
-                port,
-                rows[-1][2].verdict,
-                f"{rows[-1][2].error:.1e}",
-                rows[-1][2].notes[-1:],
-                flush=True,
-            )
+            print(model, port, rows[-1][2].verdict, *rows[-1][2].notes[:1], flush=True)
     return rows
 
 
@@ -225,32 +215,38 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", dest="output", type=Path)
     args = parser.parse_args()
-    quiet = alarms()
-    singles, totals_1 = table([(bug,) for bug in SINGLES], "single bugs")
-    doubles, totals_2 = table(PAIRS, "pairs")
-    lines = ["# What minclip.diagnose says of broken ports", ""]
-    lines += [
-        "Made by `python tests/benchmarks/diagnosis_table.py -o tests/benchmarks/diagnosis.md`, which says how.",
-        "",
-    ]
-    lines += [
-        "| model | single bugs named first | pairs named first | slowest single, pair |",
-        "|---|---|---|---|",
-    ]
-    for model in totals_1:
-        (f1, n1, s1), (f2, n2, s2) = totals_1[model], totals_2[model]
-        lines.append(f"| {model} | {f1} of {n1} | {f2} of {n2} | {s1:.1f} s, {s2:.1f} s |")
-    (f1, n1), (f2, n2) = (np.sum([t[:2] for t in totals.values()], axis=0) for totals in (totals_1, totals_2))
-    lines.append(f"| all | {f1} of {n1} ({f1 / n1:.0%}) | {f2} of {n2} ({f2 / n2:.0%}) | |")
-    wrong = [row for row in quiet if row[2].verdict != "agrees"]
-    lines += ["", f"Ports without a bug: {len(quiet)}, of which false alarms: {len(wrong)}", ""]
-    lines += [f"- {model}: {port}: {d.verdict}" for model, port, d in wrong]
-    lines += ["| model | bugs | relative error | what was said | first |", "|---|---|---|---|---|"]
-    lines += [f"| {m} | {' + '.join(b)} | {e} | {said} | {ok} |" for m, b, said, e, ok in singles + doubles]
-    text = "\n".join(lines) + "\n"
+    text = report(run_clean(), *run_table([(bug,) for bug in SINGLES]), *run_table(PAIRS))
     if args.output:
         args.output.write_text(text)
     print(text)
+
+
+def report(clean, singles, single_totals, pairs, pair_totals):
+    lines = [
+        "# What minclip.diagnose says of broken ports",
+        "",
+        "Made by `python tests/benchmarks/diagnosis_table.py -o tests/benchmarks/diagnosis.md`; the script",
+        "says how.",
+        "",
+        "| model | single bugs named first | pairs named first | slowest single, pair |",
+        "|---|---|---|---|",
+    ]
+    for model in single_totals:
+        (f1, n1, s1), (f2, n2, s2) = single_totals[model], pair_totals[model]
+        lines.append(f"| {model} | {f1} of {n1} | {f2} of {n2} | {s1:.1f} s, {s2:.1f} s |")
+    f1, n1, f2, n2 = (
+        sum(total[i] for total in totals.values()) for totals in (single_totals, pair_totals) for i in (0, 1)
+    )
+    lines.append(f"| all | {f1} of {n1} ({f1 / n1:.1%}) | {f2} of {n2} ({f2 / n2:.1%}) | |")
+    alarms = [row for row in clean if row[2].verdict != "agrees"]
+    lines += ["", f"{len(clean)} ports without a bug, {len(alarms)} false alarms."]
+    lines += [f"- {model}: {port}: {diagnosis.verdict}" for model, port, diagnosis in alarms]
+    lines += ["", "| model | bugs | relative error | what was said | first |", "|---|---|---|---|---|"]
+    for model, bugs, error, said, first in singles + pairs:
+        lines.append(
+            f"| {model} | {' + '.join(bugs)} | {error} | {said} | {'yes' if first else 'no' * bool(error)} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
