@@ -10,6 +10,7 @@ from minclip import fast
 from minclip.builtin import pictures
 from minclip.checkpoint import Params, available_models, from_state_dict, load, save
 from minclip.comparison import compare
+from minclip.diagnosis import diagnose
 from minclip.model import encode_text, normalize
 from minclip.tokenizer import decode, tokenize
 from minclip.tracing import trace, trace_torch
@@ -21,6 +22,7 @@ __all__ = [
     "available_models",
     "compare",
     "decode",
+    "diagnose",
     "encode_text",
     "fast",
     "from_state_dict",

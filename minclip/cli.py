@@ -63,6 +63,13 @@ def parser():
     probe.add_argument("-o", dest="output", metavar="probe.npz", required=True, help="the file to write")
     add_model(probe)
 
+    diagnose = commands.add_parser(
+        "diagnose", help="name the bug that a port has", description=run_diagnose.__doc__
+    )
+    diagnose.set_defaults(run=run_diagnose)
+    diagnose.add_argument("port", metavar="port.npz", help="the port's tokens and text_features")
+    add_model(diagnose)
+
     compare = commands.add_parser(
         "compare", help="find where a port diverges", description=run_compare.__doc__
     )
@@ -139,6 +146,24 @@ def run_compare(args):
     compared = comparison.compare_files(args.probe, args.port, names=names, params=params, rtol=args.rtol)
     print(compared)
     return int(compared.first is not None)
+
+
+def run_diagnose(args):
+    """Name the known bug that explains a port's features. Exit status 1 unless they agree with the model's.
+
+    The file is an .npz or .safetensors with `tokens` [B, L] and `text_features` [B, E], the port's for
+    them, and, better still, other stages by their names in minclip.trace, Hugging Face or OpenCLIP.
+    """
+    from minclip import checkpoint, diagnosis, tracing
+
+    dump = tracing.read_dump(args.port)
+    for name in ("tokens", "text_features"):
+        if name not in dump:
+            raise ValueError(f"{args.port} has no {name!r}: it needs the port's tokens and text_features")
+    tokens, features = dump.pop("tokens"), dump.pop("text_features")
+    diagnosed = diagnosis.diagnose(checkpoint.load(args.model), tokens, features, trace=dump or None)
+    print(diagnosed)
+    return int(diagnosed.verdict != "agrees")
 
 
 def read_names(path):
