@@ -29,7 +29,7 @@ def working_cupy():
     except RuntimeError as error:  # CUDARuntimeError, whose status is CUDA's own number
         if getattr(error, "status", None) != NO_DEVICE:
             raise ValueError(
-                f'device="cuda" needs an NVIDIA driver that fits CuPy ({error}): update the driver or {REMEDY}'
+                f'device="cuda" needs an NVIDIA driver that fits CuPy ({error}): update it or {REMEDY}'
             ) from None
         found = 0
     if not found:

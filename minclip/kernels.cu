@@ -38,7 +38,7 @@ extern "C" __global__ void softmax(const NUMBER* x, NUMBER* y, int rows, int len
     if (this_row() >= rows) return;
     x += (size_t)this_row() * length;
     y += (size_t)this_row() * length;
-    WIDE top = -INFINITY, total = 0;
+    WIDE top = -1e30, total = 0;
     for (int i = threadIdx.x; i < length; i += 32) top = max(top, WIDE(x[i]));
     top = largest(top);
     for (int i = threadIdx.x; i < length; i += 32) total += exp(WIDE(x[i]) - top);
@@ -72,7 +72,7 @@ extern "C" __global__ void attend(const NUMBER* qkv, NUMBER* context, const int*
     if (n >= nodes) return;
     int group = threadIdx.x / 8, part = head * K + threadIdx.x % 8 * (K / 8);
     Part q = *(const Part*)(qkv + (size_t)n * 3 * width + part);
-    WIDE top = -1e30, total = 0, found[K / 8] = {};
+    WIDE top = -1e20, total = 0, found[K / 8] = {};
     for (int first = 0; first <= position[n]; first += 4) {
         int at = min(first + group, position[n]);
         const NUMBER* key = qkv + (size_t)path[(size_t)row[n] * longest + at] * 3 * width + width + part;
@@ -80,7 +80,7 @@ extern "C" __global__ void attend(const NUMBER* qkv, NUMBER* context, const int*
         WIDE score = 0;
         for (int i = 0; i < K / 8; i++) score += WIDE(q.x[i]) * WIDE(k.x[i]);
         for (int apart = 4; apart; apart /= 2) score += __shfl_xor_sync(0xffffffff, score, apart);
-        score = first + group > position[n] ? WIDE(-INFINITY) : score / sqrt(WIDE(K));
+        score = first + group > position[n] ? WIDE(-1e30) : score / sqrt(WIDE(K));
         WIDE before = top;
         top = max(top, score);
         WIDE weight = exp(score - top), kept = exp(before - top);

@@ -18,7 +18,7 @@ from minclip import device, model
 
 PARAMS = random_params(width=128, layers=2, embed=24, context=19, vocabulary=97)
 TOKENS = random_tokens([5, 2, 11], context=19, vocabulary=97)
-needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++, to run CUDA source on the host")
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++, to run CUDA on the host")
 
 
 @pytest.fixture
@@ -64,11 +64,14 @@ def test_float16_goes_through_the_kernels_with_the_same_stages(fake, activation)
 
 
 @needs_compiler
-def test_float16_on_the_gpu_is_no_further_from_truth_than_torch(fake):
+def test_the_kernels_float16_is_as_near_the_truth_as_numpys_and_torchs(fake):
+    """Within what chance does to either over these few texts; on a card the bar is torch's own error."""
     host, gpu = on_gpu(PARAMS, "float16")
-    truth = torch_encode_text({n: a.astype(float) for n, a in host.items()}, TOKENS, "float64")
-    ours = relative(minclip.encode_text(gpu, TOKENS).get(), truth)
-    assert ours <= relative(torch_encode_text(host, TOKENS, "float16"), truth)
+    tokens = random_tokens(range(3, 19), context=19, vocabulary=97)
+    truth = torch_encode_text({n: a.astype(float) for n, a in host.items()}, tokens, "float64")
+    ours = relative(minclip.encode_text(gpu, tokens).get(), truth)
+    assert ours <= 1.05 * relative(minclip.encode_text(host, tokens), truth)
+    assert ours <= 1.05 * relative(torch_encode_text(host, tokens, "float16"), truth)
 
 
 @needs_compiler
@@ -170,18 +173,17 @@ def test_the_stand_in_has_cupys_own_signatures():
 
 def test_cuda_compiles_the_kernels():
     pytest.importorskip("cupy", reason="CuPy is not installed")
-    nvrtc = importlib.import_module("cupy_backends.cuda.libs").__dict__.get("nvrtc")
     try:
         from cupy_backends.cuda.libs import nvrtc
     except ImportError as error:
         pytest.skip(f"nvidia-cuda-nvrtc is not installed: {error}")
-    include = [path for path in sys.path for path in [f"{path}/nvidia/cu13/include"]]
+    headers = [f"-I{path}/nvidia/cu13/include" for path in sys.path]
     source = (importlib.resources.files(minclip) / "kernels.cu").read_text()
     for number, wide in (("__half", "float"), ("float", "float"), ("double", "double")):
         program = nvrtc.createProgram(source, "kernels.cu", (), ())
         options = [f"-DNUMBER={number}", f"-DWIDE={wide}", "-DK=64", "--gpu-architecture=compute_80"]
         try:
-            nvrtc.compileProgram(program, (*options, "--std=c++17", *(f"-I{path}" for path in include)))
+            nvrtc.compileProgram(program, (*options, "--std=c++17", *headers))
         except nvrtc.NVRTCError:
             log = nvrtc.getProgramLog(program)
             if "could not open source file" in log:
@@ -199,7 +201,8 @@ def broken_cupy(status, message):
         error.status = status
         raise error
 
-    return types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=types.SimpleNamespace(getDeviceCount=fail)))
+    runtime = types.SimpleNamespace(getDeviceCount=fail)
+    return types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=runtime))
 
 
 @pytest.mark.parametrize(
