@@ -6,6 +6,7 @@
 (1, 128)
 """
 
+from minclip import fast
 from minclip.builtin import pictures
 from minclip.checkpoint import Params, available_models, from_state_dict, load, save
 from minclip.comparison import compare
@@ -21,6 +22,7 @@ __all__ = [
     "compare",
     "decode",
     "encode_text",
+    "fast",
     "from_state_dict",
     "load",
     "normalize",

@@ -129,6 +129,45 @@ def test_attention_over_a_tree_is_attention_over_each_path(fake, number, wide, K
         assert relative(context.get()[n], expected) < (4e-4 if dtype == "f2" else 1e-6)
 
 
+@needs_compiler
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize(("dtype", "bound"), [("float16", 3e-3), ("float32", 1e-6)])
+def test_fast_gives_the_same_features_on_cupy_arrays_chunk_by_chunk(
+    fake, monkeypatch, dtype, bound, activation
+):
+    fast_gpu = importlib.import_module("minclip.fast_gpu")
+    monkeypatch.setattr(fast_gpu, "NODES", 12)
+    host, gpu = on_gpu(PARAMS, dtype, activation)
+    tokens = random_tokens([5, 2, 7, 6, 6, 3], context=19, vocabulary=97)
+    tokens[3:5, :4] = tokens[2, :4]
+    tokens = np.concatenate([tokens, tokens[:1]]).reshape(7, 1, 19)
+    features = minclip.fast.encode_text(gpu, tokens)
+    assert isinstance(features, fake.ndarray)
+    assert features.dtype == dtype
+    assert set(Fake.waits) <= {"synchronize"}  # of chunks, by their events
+    assert relative(features.get(), minclip.encode_text(host, tokens)) < bound
+    assert minclip.fast.encode_text(gpu, tokens[:0]).shape == (0, 1, 24)
+
+
+@needs_compiler
+def test_the_built_in_model_loads_onto_the_gpu_in_float16(fake):
+    params = minclip.load(device="cuda")
+    assert all(isinstance(a, fake.ndarray) and a.dtype == np.float16 for a in params.values())
+    tokens = minclip.tokenize("a cat", context_length=len(params["positional_embedding"]))
+    expected = minclip.encode_text(minclip.load(), tokens)
+    assert relative(minclip.encode_text(params, tokens).get(), expected) < 5e-3
+
+
+def test_the_command_line_says_in_one_line_that_there_is_no_gpu(monkeypatch, capsys):
+    from minclip import cli
+
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    assert cli.main(["encode", "a cat", "--device", "cuda"]) == 1
+    said = capsys.readouterr().err
+    assert "needs CuPy" in said
+    assert said.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "refused",
     [
