@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
-from minclip.device import to_gpu, working_cupy
 from minclip import dialects
+from minclip.device import to_gpu, working_cupy
 from minclip.download import available_models, download
 from minclip.tensor_files import FLOATS, Stored, map_file, read_npz, read_safetensors, zip_members
 from minclip.torch_archive import read_archive

@@ -53,7 +53,8 @@ def encode_text(params, tokens, *, progress=False):
 
     On the GPU it is minclip.fast_gpu that computes, some 0.5 GB of nodes at a time (fast_gpu.NODES).
 
-    Returns features [..., E], not normalised, in the dtype and on the device of params. Raises and warns as the reference.
+    Returns features [..., E], not normalised, in the dtype and on the device of params. Raises and
+    warns as the reference.
     """
     layers, heads, activation = architecture(params)
     tokens, leading = check_tokens(params, tokens)

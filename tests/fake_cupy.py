@@ -1,9 +1,10 @@
 """A stand-in for CuPy where there is no GPU: NumPy's arithmetic behind CuPy's refusals.
 
 What CuPy refuses is refused: conversion to NumPy by the way, NumPy arrays among its own, names and
-keywords that it has not. What makes the host wait for the GPU is counted in `Fake.waits`. cuBLAS is asked by address,
-as the real one is, and a RawKernel is the CUDA source itself, compiled by g++ with tests/cuda_on_cpu.h.
-`FUNCTIONS` and `METHODS` are CuPy 14.2's own signatures; a test holds them against CuPy where it is installed.
+keywords that it has not. What makes the host wait for the GPU is counted in `Fake.waits`. cuBLAS is
+asked by address, as the real one is, and a RawKernel is the CUDA source itself, compiled by g++ with
+tests/cuda_on_cpu.h. `FUNCTIONS` and `METHODS` are CuPy 14.2's own signatures; a test holds them against
+CuPy where it is installed.
 """
 
 import ctypes

@@ -102,22 +102,8 @@ def torch_encode_text(params, tokens, dtype="float32", activation="quick_gelu", 
         return (x[torch.arange(len(ids)), ids.argmax(dim=-1)] @ state["text_projection"]).cpu().numpy()
 
 
-<<<<<<< HEAD
 def transformers_model(params, dtype="float32", activation="quick_gelu", heads=None):
     """A transformers.CLIPTextModelWithProjection of params, which are renamed to its dialect."""
-=======
-def transformers_encode_text(params, tokens, dtype="float32", activation="quick_gelu", heads=None):
-    """The same through transformers."""
-    import torch
-
-    model = transformers_model(params, dtype, activation, heads)
-    with torch.no_grad():
-        return model(input_ids=torch.from_numpy(np.asarray(tokens)).long()).text_embeds.numpy()
-
-
-def transformers_model(params, dtype="float32", activation="quick_gelu", heads=None):
-    """A transformers.CLIPTextModelWithProjection that holds params, renamed to its dialect."""
->>>>>>> fast
     import torch
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
@@ -165,7 +151,6 @@ def transformers_model(params, dtype="float32", activation="quick_gelu", heads=N
     }
     model.load_state_dict(state, strict=True)
     return model
-<<<<<<< HEAD
 
 
 def transformers_encode_text(params, tokens, **options):
@@ -193,5 +178,3 @@ def openai_model(params, dtype="float32"):
     if dtype == "float16":
         openai("model").convert_weights(model)
     return model.eval()
-=======
->>>>>>> fast
