@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 import types
 from pathlib import Path
 
@@ -155,7 +156,8 @@ class Fake(types.ModuleType):
         self.cuda.runtime = types.SimpleNamespace(getDeviceCount=lambda: 1, CUDA_R_16F=2)
         self.cuda.device = types.SimpleNamespace(get_cublas_handle=lambda: 0)
         self.cuda.memory = types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError)
-        self.cuda.Stream, self.cuda.get_current_stream = Stream, Stream
+        self.cuda.Stream = self.cuda.get_current_stream = self.cuda.Event = Stream
+        self.cuda.get_elapsed_time = lambda start, end: 1e3 * (end.time - start.time)
         self.RawKernel = RawKernel
 
     def __getattr__(self, name):
@@ -181,7 +183,7 @@ class OutOfMemoryError(MemoryError):
 
 
 class Stream:
-    """A stream, and an event on it: all is done at once here."""
+    """A stream or an event: all is done at once here."""
 
     def __init__(self, null=False, non_blocking=False, ptds=False, priority=None):
         pass
@@ -193,6 +195,7 @@ class Stream:
         pass
 
     def record(self, event=None):
+        self.time = time.perf_counter()
         return self
 
     def wait_event(self, event):

@@ -163,8 +163,13 @@ def test_wrong_tokens_and_params_raise_as_the_reference_does():
         fast.encode_text(PARAMS, [[V]])
     with pytest.raises(ValueError, match="integers"):
         fast.encode_text(PARAMS, [[1.0]])
-    with pytest.raises(ValueError, match="text_projection"):
-        fast.encode_text({n: v for n, v in PARAMS.items() if n != "text_projection"}, rows([1]))
+    with pytest.raises(ValueError, match="positional_embedding"):
+        fast.encode_text({n: v for n, v in PARAMS.items() if n != "positional_embedding"}, rows([1]))
+
+
+def test_a_tower_without_projection_gives_what_it_pooled():
+    params = {n: v for n, v in PARAMS.items() if n != "text_projection"}
+    assert error(params, many(30)) < 1e-5
 
 
 def test_scores_that_overflow_exp_do_no_harm():

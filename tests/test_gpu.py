@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import fake_cupy
 import numpy as np
@@ -156,6 +157,32 @@ def test_the_built_in_model_loads_onto_the_gpu_in_float16(fake):
     tokens = minclip.tokenize("a cat", context_length=len(params["positional_embedding"]))
     expected = minclip.encode_text(minclip.load(), tokens)
     assert relative(minclip.encode_text(params, tokens).get(), expected) < 5e-3
+
+
+@needs_compiler
+def test_the_benchmark_for_a_card_runs_to_its_end(fake, monkeypatch):
+    """Only that it runs and that its parity figures are sound; its times are the stand-in's own."""
+    monkeypatch.syspath_prepend(Path(__file__).with_name("benchmarks"))
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    monkeypatch.delitem(sys.modules, "gpu", raising=False)
+    benchmark = importlib.import_module("gpu")
+    pool = types.SimpleNamespace(total_bytes=lambda: 0)
+    monkeypatch.setattr(fake, "get_default_memory_pool", lambda: pool, raising=False)
+    monkeypatch.setattr(benchmark, "ROUNDS", 1)
+    size = dict(width=64, layers=1, embed=8)
+    tokens = random_tokens([3, 4, 5])
+    rate = benchmark.matmul_rate(64)
+    text = "\n".join(benchmark.measure("a toy", size, tokens, rate, where="cpu", full=1))
+    sys.modules.pop("gpu")
+    for figure in (
+        "GPU − CPU",
+        "torch − truth",
+        "as fast; to reach: 0.8×",
+        "torch, padded",
+        "of the matmul rate",
+    ):
+        assert figure in text
+    assert np.isfinite(rate)
 
 
 def test_the_command_line_says_in_one_line_that_there_is_no_gpu(monkeypatch, capsys):
