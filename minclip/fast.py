@@ -58,16 +58,17 @@ def encode_text(params, tokens, *, progress=False):
     """
     layers, heads, activation = architecture(params)
     tokens, leading = check_tokens(params, tokens)
-    like = params.get("text_projection", params["ln_final.weight"])  # for the features' E and dtype
-    E = like.shape[-1]
+    P = params.get("text_projection")
+    if P is None:
+        raise ValueError("params has no 'text_projection', so there are no text features")
     if len(tokens) == 0:
-        return array_module(like).empty((*leading, E), like.dtype)
-    if not isinstance(like, np.ndarray):
+        return array_module(P).empty((*leading, P.shape[1]), P.dtype)
+    if not isinstance(P, np.ndarray):
         from minclip import fast_gpu
 
         features = fast_gpu.encode_corpus(params, trim(tokens), layers, heads, activation, progress)
-        return features.reshape(*leading, E)
-    features = np.empty((len(tokens), E), like.dtype)  # (B, E)
+        return features.reshape(*leading, P.shape[1])
+    features = np.empty((len(tokens), P.shape[1]), P.dtype)  # (B, E)
     corpus = sort(trim(tokens))
 
     def encode_chunk(chunk):
@@ -82,7 +83,7 @@ def encode_text(params, tokens, *, progress=False):
         with tqdm(total=len(tokens), unit=" texts", disable=not progress) as bar:
             for texts in pool.map(encode_chunk, chunks(corpus, threads, CHUNK)):
                 bar.update(texts)
-    return features.reshape(*leading, E)
+    return features.reshape(*leading, P.shape[1])
 
 
 def sort(tokens):
@@ -153,7 +154,7 @@ def fold(params, i, heads, activation):
     passes through attention as it is, into the bias of out_proj. And since nothing reads the residual
     stream but through a layer norm, what is written to it is written without its mean.
     """
-    dtype = widen(params.get("text_projection", params["ln_final.weight"])).dtype
+    dtype = widen(params["text_projection"]).dtype
     block = f"transformer.resblocks.{i}."
     names = [name for name in params if name.startswith(block)]
     p = {name.removeprefix(block): params[name].astype(dtype, copy=False) for name in names}
@@ -180,15 +181,14 @@ def centred(x):
 
 def encode_tree(params, blocks, heads, activation, tree):
     """Features [T, E] of the texts that make up the tree."""
-    P = params.get("text_projection")
-    like = widen(params["ln_final.weight"] if P is None else P)
-    xp, dtype, D, N = array_module(like), like.dtype, len(like), len(tree.ids)
-    x = params["token_embedding.weight"][tree.ids].astype(dtype)  # (N, D)
+    P = widen(params["text_projection"])
+    xp, D, N = array_module(P), P.shape[0], len(tree.ids)
+    x = params["token_embedding.weight"][tree.ids].astype(P.dtype)  # (N, D)
     x += params["positional_embedding"][tree.positions]
     x -= x.mean(axis=-1, keepdims=True)
-    h, q, context, change = (xp.zeros((N, D), dtype) for _ in range(4))
-    kv = xp.empty((N, 2 * D), dtype)
-    inner = xp.empty((N, len(blocks[0].c_fc)), dtype)  # (N, F)
+    h, q, context, change = (xp.zeros((N, D), P.dtype) for _ in range(4))
+    kv = xp.empty((N, 2 * D), P.dtype)
+    inner = xp.empty((N, len(blocks[0].c_fc)), P.dtype)  # (N, F)
     add_and_normalise(x, change, 0, h)
     for block in blocks:
         xp.matmul(h, block.kv.T, out=kv)
@@ -205,8 +205,7 @@ def encode_tree(params, blocks, heads, activation, tree):
         activate(inner, block.c_fc_bias, activation)
         xp.matmul(inner, block.c_proj.T, out=change)
         add_and_normalise(x, change, block.c_proj_bias, h)
-    x = (h * params["ln_final.weight"] + params["ln_final.bias"]).astype(dtype, copy=False)  # (T, D)
-    return x if P is None else x @ widen(P)
+    return (h * params["ln_final.weight"] + params["ln_final.bias"]).astype(P.dtype, copy=False) @ P
 
 
 def attend(q, kv, twigs, heads, context):

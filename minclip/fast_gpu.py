@@ -22,14 +22,14 @@ Tree = namedtuple("Tree", "ids positions row path ends order group")
 
 def encode_corpus(params, tokens, layers, heads, activation, progress):
     """Features [B, E] of tokens [B, L] on the host, trimmed; in the dtype of params, on the GPU."""
-    like = params.get("text_projection", params["ln_final.weight"])  # for the features' E and dtype
-    K = len(like) // heads
+    P = params["text_projection"]
+    K = len(P) // heads
     if K % 8:
         raise ValueError(
             f"minclip.fast on the GPU takes head widths that 8 divides, not {K}: use minclip.encode_text"
         )
     corpus = fast.sort(tokens)
-    features = cupy.empty((len(tokens), like.shape[-1]), like.dtype)  # (B, E)
+    features = cupy.empty((len(tokens), P.shape[1]), P.dtype)  # (B, E)
     sending, computing = cupy.cuda.Stream(non_blocking=True), cupy.cuda.get_current_stream()
     under_way = deque()
 
@@ -72,10 +72,9 @@ def number(corpus, chunk):
 
 def encode_tree(params, layers, heads, activation, tree):
     """Features [T, E] of the texts that make up the tree."""
-    P = params.get("text_projection")
-    dtype = (params["ln_final.weight"] if P is None else P).dtype
-    x = params["token_embedding.weight"][tree.ids].astype(dtype, copy=False)  # (N, D)
-    x = x + params["positional_embedding"][tree.positions].astype(dtype, copy=False)
+    P = params["text_projection"]
+    x = params["token_embedding.weight"][tree.ids].astype(P.dtype, copy=False)  # (N, D)
+    x = x + params["positional_embedding"][tree.positions].astype(P.dtype, copy=False)
     for i in range(layers):
         block = f"transformer.resblocks.{i}"
         h = layer_norm(x, *weight_and_bias(params, f"{block}.ln_1"))
@@ -86,8 +85,7 @@ def encode_tree(params, layers, heads, activation, tree):
         x = x + linear(context, *weight_and_bias(params, f"{block}.attn.out_proj"))
         h = layer_norm(x, *weight_and_bias(params, f"{block}.ln_2"))
         x = x + mlp(h, params, f"{block}.mlp", activation, pass_on)
-    x = layer_norm(x, *weight_and_bias(params, "ln_final"))  # (T, D)
-    return x if P is None else matmul(x, P)
+    return matmul(layer_norm(x, *weight_and_bias(params, "ln_final")), P)
 
 
 def attend(qkv, tree, heads):
