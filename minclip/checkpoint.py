@@ -102,7 +102,12 @@ def load_path(source, activation, dtype):
         tower, said = open_tower(source)
         return to_params(tower, said | ({"activation": activation} if activation else {}), source, dtype)
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
+        raise ValueError(f"{source}: {one_line(error)}") from None
+
+
+def one_line(error):
+    """What went wrong in a line, though a damaged file's own names may be in it."""
+    return " ".join(str(error).split())[:800]
 
 
 def to_params(tower, said, source, dtype=None):
@@ -227,8 +232,8 @@ def read_tensors(path):
 
 def openai_activation(classes):
     """{"activation": "quick_gelu"} for a TorchScript archive of OpenAI's, unless it has torch's GELU."""
-    blocks = {name: kind for name, kind in classes.items() if "resblocks" in name and "visual." not in name}
-    exact = any(kind.endswith("torch.nn.modules.activation.GELU") for kind in blocks.values())
+    blocks = [kind for name, kind in classes.items() if "resblocks" in name and "visual." not in name]
+    exact = any("torch.nn.modules.activation." in kind and kind.endswith(".GELU") for kind in blocks)
     return {"activation": "quick_gelu"} if blocks and not exact else {}
 
 
@@ -289,7 +294,7 @@ def inspect(path):
         tensors, about = describe(path)
         lines += about
     except ValueError as error:
-        lines.append(f"{path} does not load: {error}")
+        lines.append(f"{path} does not load: {one_line(error)}")
         try:
             source, _, _ = os.fspath(path).partition("#")
             file = path if os.path.exists(path) else source

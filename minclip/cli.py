@@ -1,6 +1,7 @@
 """The command line: `minclip encode "a photo of a cat"`, and tools for those who port CLIP."""
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -33,14 +34,29 @@ def parser():
     encode = commands.add_parser("encode", help="turn texts into features", description=run_encode.__doc__)
     encode.set_defaults(run=run_encode)
     encode.add_argument("texts", nargs="*", metavar="TEXT")
-    encode.add_argument("--file", metavar="captions.txt", help="read texts from a file, one a line")
     encode.add_argument(
-        "-o", dest="output", metavar="features.npy", help="write the features [texts, E] there"
+        "--file", metavar="captions.txt", help="read texts from a UTF-8 file, one a line; - is standard input"
+    )
+    encode.add_argument(
+        "-o",
+        dest="output",
+        metavar="features.npy",
+        help="write the features [texts, E] there; stopped half way, the same command goes on",
     )
     add_model(encode)
     encode.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    encode.add_argument(
+        "--dtype", choices=["float16", "float32"], help="of the features; by default the device's"
+    )
     encode.add_argument("--normalize", action="store_true", help="write features of length 1")
     encode.add_argument("--truncate", action="store_true", help="cut texts that are too long for the model")
+    encode.add_argument(
+        "--dask", metavar="ADDRESS", help="encode on the workers of a Dask scheduler, tcp://host:8786"
+    )
+
+    inspect = commands.add_parser("inspect", help="tell what a file holds", description=run_inspect.__doc__)
+    inspect.set_defaults(run=run_inspect)
+    inspect.add_argument("checkpoint", metavar="CHECKPOINT", help="a file or folder of weights")
 
     probe = commands.add_parser("probe", help="write what to run a port on", description=run_probe.__doc__)
     probe.set_defaults(run=run_probe)
@@ -71,21 +87,36 @@ def add_model(command):
 
 def run_encode(args):
     """Encode each TEXT, or each line of a file, and show similarities or write the features."""
-    from minclip import checkpoint, model, tokenizer
+    from minclip import checkpoint, corpus, model, tokenizer
 
     if bool(args.texts) == bool(args.file):
         print("minclip encode: give texts or --file, one of the two", file=sys.stderr)
         return 2
-    texts = args.texts or read_lines(args.file)
+    if args.file and args.output:
+        return encode_corpus(args)
+    if args.dask:
+        print("minclip encode: --dask goes with --file and -o", file=sys.stderr)
+        return 2
+    with source(args.file) as file:
+        texts = args.texts or list(corpus.read_texts(file))
     params = checkpoint.load(args.model, device=args.device)
     context = len(params["positional_embedding"])
     tokens = tokenizer.tokenize(texts, context_length=context, truncate=args.truncate)
     features = model.encode_text(params, tokens)
     if args.output:
-        write_array(args.output, to_host(model.normalize(features) if args.normalize else features))
-        print(f"{args.output}: features of {len(texts)} texts, {list(features.shape)} {features.dtype}")
+        features = to_host(model.normalize(features) if args.normalize else features)
+        write_array(args.output, features.astype(args.dtype or features.dtype, copy=False))
+        print_written(args.output, features)
     else:
         show(args.model, params, texts, tokens, to_host(model.normalize(features)))
+    return 0
+
+
+def run_inspect(args):
+    """Tell a checkpoint's dialect, sizes, activation, dtype and tensors; of one that does not load, why."""
+    from minclip import checkpoint
+
+    print(checkpoint.inspect(args.checkpoint))
     return 0
 
 
@@ -123,6 +154,45 @@ def read_names(path):
     return names
 
 
+def encode_corpus(args):
+    """Write the features of each line of a file, however many, going on where an earlier run stopped."""
+    from minclip import checkpoint, cluster, corpus
+
+    # float16 is how features are kept; they are made in the device's own dtype, if not a wider one.
+    dtype = "float32" if args.dtype == "float32" or args.device == "cpu" else "float16"
+    # With Dask it is the workers that have the device.
+    params = checkpoint.load(args.model, device="cpu" if args.dask else args.device, dtype=dtype)
+    with contextlib.ExitStack() as stack:
+        encode_chunks = None
+        if args.dask:
+            encode_chunks = stack.enter_context(
+                cluster.encoder(args.dask, params, args.model, device=args.device)
+            )
+        features = corpus.encode_file(
+            params,
+            stack.enter_context(source(args.file)),
+            args.output,
+            dtype=args.dtype,
+            normalize=args.normalize,
+            truncate=args.truncate,
+            progress=True,
+            encode_chunks=encode_chunks,
+        )
+    print_written(args.output, features)
+    return 0
+
+
+def source(path):
+    """The binary file at path, or standard input for -, or nothing for nothing."""
+    if not path:
+        return contextlib.nullcontext()
+    return contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb")
+
+
+def print_written(path, features):
+    print(f"{path}: features of {len(features):,} texts, {list(features.shape)} {features.dtype}")
+
+
 def show(name, params, texts, tokens, features):
     """Print texts, their similarities, and the built-in pictures nearest to each."""
     layers = sum(key.endswith(".ln_1.weight") for key in params)
@@ -158,20 +228,6 @@ def show_nearest(texts, features):
 def one_line(text, width):
     text = " ".join(text.split())
     return text if len(text) <= width else text[: width - 3] + "..."
-
-
-def read_lines(path):
-    """The lines of a UTF-8 file, without their ends."""
-    lines = Path(path).read_bytes().split(b"\n")
-    if lines[-1] == b"":
-        lines.pop()
-    texts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            texts.append(line.removesuffix(b"\r").decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not UTF-8 at byte {error.start}") from None
-    return texts
 
 
 def write_array(path, array):

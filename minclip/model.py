@@ -34,12 +34,15 @@ def encode_text(params, tokens, *, tap=None):
              returns is what goes on, so it can record, replace or ablate. See `minclip.trace`.
 
     Returns features [..., E], not normalised, in the dtype and on the device of params.
+    Without a text_projection a tap gets the stages up to "pooled", and that is returned.
     Raises ValueError where tokens or params do not fit. A row without the end-of-text id, which is
     the last of the vocabulary, warns and is pooled at its largest id, as the reference does.
     """
     layers, heads, activation = architecture(params)
     tokens, leading = check_tokens(params, tokens)
     if tap is None:
+        if "text_projection" not in params:
+            raise ValueError("params has no 'text_projection': minclip.trace gives its stages up to 'pooled'")
         tap = pass_on
         tokens = trim(tokens)  # exact: a position never sees a later one
     P = params.get("text_projection")
@@ -60,8 +63,8 @@ def encode_text(params, tokens, *, tap=None):
     # The end-of-text id is the largest there is, so argmax finds it, and of several the first.
     eot = tap("eot", tokens.argmax(axis=-1))  # (B,)
     pooled = tap("pooled", x[xp.arange(B), eot])  # (B, D)
-    if P is None:
-        raise ValueError("params has no 'text_projection': without it there are stages up to 'pooled' only")
+    if P is None:  # there is no more to trace
+        return pooled.reshape(*leading, pooled.shape[-1])
     features = tap("text_features", matmul(pooled, P))  # (B, E)
     return features.reshape(*leading, features.shape[-1])
 

@@ -153,11 +153,11 @@ def transformers_model(params, dtype="float32", activation="quick_gelu", heads=N
     return model
 
 
-def transformers_encode_text(params, tokens, **options):
+def transformers_encode_text(params, tokens, dtype="float32", **options):
     """CLIP.encode_text through transformers."""
     import torch
 
-    model = transformers_model(params, **options)
+    model = transformers_model(params, dtype, **options)
     with torch.no_grad():
         return model(input_ids=torch.from_numpy(np.asarray(tokens)).long()).text_embeds.numpy()
 
