@@ -30,7 +30,7 @@ def random_params(
 
     params = {
         "token_embedding.weight": normal(1, V, D, mean=0.3),
-        "text_projection": normal(0.5, L, D),
+        "positional_embedding": normal(0.5, L, D),
         "ln_final.weight": normal(0.2, D, mean=1),
         "ln_final.bias": normal(0.2, D),
         "text_projection": normal(D**-0.5, D, E),
