@@ -11,6 +11,7 @@ import numpy as np
 import safetensors.numpy
 
 from minclip import dialects
+from minclip.device import to_gpu, working_cupy
 from minclip.download import available_models, download
 from minclip.tensor_files import FLOATS, Stored, map_file, read_npz, read_safetensors, zip_members
 from minclip.torch_archive import read_archive
@@ -72,7 +73,8 @@ def load(source="builtin", *, device="cpu", dtype=None, activation=None):
     device       "cpu" for NumPy arrays, "cuda" for CuPy arrays
     dtype        "float16", "float32" or "float64"; by default float32 on the CPU, float16 on the GPU
     activation   "quick_gelu" or "gelu", for a file that does not say and has no config beside it
-    Raises OSError for a file that cannot be read, ValueError for one that is not CLIP's text tower.
+    Raises OSError for a file that cannot be read, ValueError for one that is not CLIP's text tower or
+    where no GPU answers, MemoryError where the GPU is too full.
     Nothing in a file is ever run. Arrays of the dtype that the file has may be maps of it.
     """
     if device not in ("cpu", "cuda"):
@@ -80,15 +82,18 @@ def load(source="builtin", *, device="cpu", dtype=None, activation=None):
     dtype = np.dtype(dtype or ("float16" if device == "cuda" else "float32"))
     if dtype.name not in ("float16", "float32", "float64"):
         raise ValueError(f"dtype must be float16, float32 or float64, not {dtype}")
-    move = to_gpu() if device == "cuda" else np.asarray
+    if device == "cuda":
+        working_cupy()  # or an error, before anything is downloaded
     if isinstance(source, str) and source == "builtin":
         from minclip import builtin
 
         params = Params(builtin.load_builtin(), activation="quick_gelu", heads=2)
     else:
         params = load_path(download(source) if source in available_models() else source, activation, dtype)
-    arrays = {name: move(array.astype(dtype, copy=False)) for name, array in params.items()}
-    return Params(arrays, activation=params.activation, heads=params.heads)
+    arrays = {name: np.asarray(array.astype(dtype, copy=False)) for name, array in params.items()}
+    return Params(
+        to_gpu(arrays) if device == "cuda" else arrays, activation=params.activation, heads=params.heads
+    )
 
 
 def load_path(source, activation, dtype):
@@ -347,16 +352,3 @@ def as_floats(value, name, dtype=None):
     if array.dtype.kind != "f":
         raise ValueError(f"{name} holds {array.dtype}, not floats")
     return array if dtype is None else array.astype(dtype, copy=False)
-
-
-def to_gpu():
-    """cupy.asarray, or one line on what is missing."""
-    try:
-        import cupy
-    except ImportError:
-        raise ValueError(
-            "device='cuda' needs CuPy: pip install 'minclip[cuda13]', or 'minclip[cuda12]' for CUDA 12"
-        ) from None
-    if not cupy.is_available():
-        raise ValueError("device='cuda': CuPy finds no GPU that it can use; device='cpu' works everywhere")
-    return cupy.asarray

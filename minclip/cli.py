@@ -19,7 +19,7 @@ def main(argv=None):
     except BrokenPipeError:  # the reader, `head` say, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         print(f"minclip: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -51,14 +51,24 @@ def encode_text(params, tokens, *, progress=False):
     one more copy of the blocks' parameters and some 60 MB a thread. float16 is computed in float32.
     progress=True shows a bar.
 
-    Returns features [..., E], not normalised, in the dtype of params. Raises and warns as the reference.
+    On the GPU it is minclip.fast_gpu that computes, some 0.5 GB of nodes at a time (fast_gpu.NODES).
+
+    Returns features [..., E], not normalised, in the dtype and on the device of params. Raises and
+    warns as the reference.
     """
     layers, heads, activation = architecture(params)
     tokens, leading = check_tokens(params, tokens)
-    P = params["text_projection"]
-    features = np.empty((len(tokens), P.shape[1]), P.dtype)  # (B, E)
+    P = params.get("text_projection")
+    if P is None:
+        raise ValueError("params has no 'text_projection', so there are no text features")
     if len(tokens) == 0:
+        return array_module(P).empty((*leading, P.shape[1]), P.dtype)
+    if not isinstance(P, np.ndarray):
+        from minclip import fast_gpu
+
+        features = fast_gpu.encode_corpus(params, trim(tokens), layers, heads, activation, progress)
         return features.reshape(*leading, P.shape[1])
+    features = np.empty((len(tokens), P.shape[1]), P.dtype)  # (B, E)
     corpus = sort(trim(tokens))
 
     def encode_chunk(chunk):
@@ -71,7 +81,7 @@ def encode_text(params, tokens, *, progress=False):
     with one_blas_thread() as threads, ThreadPoolExecutor(threads) as pool:
         blocks = list(pool.map(lambda i: fold(params, i, heads, activation), range(layers)))
         with tqdm(total=len(tokens), unit=" texts", disable=not progress) as bar:
-            for texts in pool.map(encode_chunk, chunks(corpus, threads)):
+            for texts in pool.map(encode_chunk, chunks(corpus, threads, CHUNK)):
                 bar.update(texts)
     return features.reshape(*leading, P.shape[1])
 
@@ -92,23 +102,31 @@ def sort(tokens):
     return Corpus(rows[new], lengths[new], shared[new], order, new.cumsum() - 1)
 
 
-def chunks(corpus, threads):
-    """Slices of the sorted rows with at most about CHUNK nodes each, and as many for every thread."""
+def chunks(corpus, threads, most):
+    """Slices of the sorted rows with about `most` nodes each at most, and as many for every thread."""
     nodes = (corpus.lengths - corpus.shared).cumsum()
-    count = threads * math.ceil(nodes[-1] / CHUNK / threads)
+    count = threads * math.ceil(nodes[-1] / most / threads)
     bounds = np.searchsorted(nodes, nodes[-1] * np.arange(1, count) / count)
     bounds = np.unique([0, *bounds, len(nodes)]).tolist()
     return [slice(*pair) for pair in pairwise(bounds)]
 
 
-def grow(rows, lengths, shared):
-    """The tree of sorted rows [T, L], its nodes in preorder, the last repeated until TWIG divides N."""
+def number(rows, lengths, shared):
+    """The tree of sorted rows [T, L]: each node's row and position [N], in preorder, and each row's path.
+
+    path [T, L] holds the nodes that a row passes, one a position; behind its end, any.
+    """
     at = np.arange(rows.shape[1])
     shared = np.append(0, shared[1:])  # the row before the first belongs to another tree
     new = (at >= shared[:, None]) & (at < lengths[:, None])  # (T, L)
-    number = new.cumsum().reshape(new.shape) - 1
-    path = np.maximum.accumulate(np.where(new, number, 0))  # (T, L) the nodes that a row passes
-    row, position = (np.pad(index, (0, -new.sum() % TWIG), mode="edge") for index in new.nonzero())  # (N,)
+    nodes = new.cumsum().reshape(new.shape) - 1
+    return *new.nonzero(), np.maximum.accumulate(np.where(new, nodes, 0))
+
+
+def grow(rows, lengths, shared):
+    """The tree of sorted rows [T, L], its nodes in preorder, the last repeated until TWIG divides N."""
+    row, position, path = number(rows, lengths, shared)
+    row, position = (np.pad(index, (0, -len(index) % TWIG), mode="edge") for index in (row, position))  # (N,)
     nodes = np.arange(len(row)).reshape(-1, TWIG)  # (G, M)
     twigs = [twigs_of(nodes[a : a + TWIGS], row, position, path) for a in range(0, len(nodes), TWIGS)]
     return Tree(rows[row, position], position, path[np.arange(len(rows)), lengths - 1], twigs)

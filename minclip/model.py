@@ -11,8 +11,10 @@ used as x @ W.T; text_projection alone is [in, out] and is used as x @ P.
 
 The same lines run on NumPy and on CuPy: an array's own module does the work. float16 is how
 numbers are kept between stages; inside a stage they are float32 and are rounded once at its end.
+On the GPU minclip.gpu does float16's steps, in the same way, on the tensor cores.
 """
 
+import functools
 import math
 import sys
 import warnings
@@ -98,6 +100,21 @@ def mlp(x, params, name, activation, tap):
     return tap(name, linear(h, *weight_and_bias(params, f"{name}.c_proj")))
 
 
+def quick_on_gpu(step):
+    """The step; for float16 arrays on the GPU, minclip.gpu's step of the same name and meaning."""
+
+    @functools.wraps(step)
+    def dispatch(x, *others):
+        if isinstance(x, np.ndarray) or x.dtype != np.float16:
+            return step(x, *others)
+        from minclip import gpu
+
+        return getattr(gpu, step.__name__)(x, *others)
+
+    return dispatch
+
+
+@quick_on_gpu
 def layer_norm(x, weight, bias):
     """Zero mean and unit (biased) variance over the last axis, then weight and bias."""
     wide = widen(x)
@@ -106,17 +123,20 @@ def layer_norm(x, weight, bias):
     return (centred / (variance + EPS) ** 0.5 * weight + bias).astype(x.dtype, copy=False)
 
 
+@quick_on_gpu
 def linear(x, weight, bias):
     """x @ weight.T + bias. One product of two matrices is quicker than a stack of small ones."""
     rows = widen(x).reshape(-1, x.shape[-1]) @ widen(weight).T + bias
     return rows.astype(x.dtype, copy=False).reshape(*x.shape[:-1], weight.shape[0])
 
 
+@quick_on_gpu
 def matmul(a, b):
     """a @ b in the dtype of a."""
     return (widen(a) @ widen(b)).astype(a.dtype, copy=False)
 
 
+@quick_on_gpu
 def softmax(x):
     """Positive and of sum 1 over the last axis. The maximum is taken off first, so exp never overflows."""
     wide = widen(x)
@@ -124,12 +144,14 @@ def softmax(x):
     return (e / e.sum(axis=-1, keepdims=True)).astype(x.dtype, copy=False)
 
 
+@quick_on_gpu
 def quick_gelu(x):
     """x * sigmoid(1.702 x): the approximation of the GELU that OpenAI trained CLIP with."""
     with np.errstate(over="ignore"):  # exp may reach inf; x / inf is the right answer, 0
         return (x / (1 + array_module(x).exp(-1.702 * widen(x)))).astype(x.dtype, copy=False)
 
 
+@quick_on_gpu
 def gelu(x):
     """x * Phi(x), Phi the normal distribution: the exact (erf) GELU of most OpenCLIP models."""
     wide = widen(x)

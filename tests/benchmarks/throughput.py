@@ -62,7 +62,8 @@ def captions(count=5000, seed=0):
 def needed_flops(params, tokens):
     """What the matmuls of the prefix tree cost, attention and the trimmed last layer included."""
     corpus = fast.sort(tokens)
-    (D, E), F = params["text_projection"].shape, 4 * SIZE["width"]
+    D, E = params["text_projection"].shape
+    F = 4 * D
     nodes, texts = (corpus.lengths - corpus.shared).sum(), len(corpus.rows)
 
     def seen(a, b):
