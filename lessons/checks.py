@@ -1,0 +1,267 @@
+"""The exercises' self-checks: each looks at one mechanism, and says in one line what is likely wrong.
+
+A check is a function that takes the reader's answer and stops at the first thing amiss:
+
+    @exercise
+    def check_layer_norm(layer_norm):
+        x, w, b = ...
+        y = call(layer_norm, x, w, b)               # also sees to it that the inputs are unchanged
+        like(y, x, "keepdims=True keeps ...")       # shape and dtype
+        equal(y, truth, {"the variance is biased: divide by D, not D - 1": the value that gives})
+
+In a notebook check_layer_norm(answer) prints ✓, ✗ and the likely cause, or that nothing was
+attempted yet; it never raises, so that Run all passes. The truth is a slow loop or a constant from
+elsewhere, not only minclip. check_layer_norm.verdict(answer) gives the line to a test.
+"""
+
+import functools
+import traceback
+
+import numpy as np
+
+import minclip
+
+
+class Wrong(Exception):
+    """The answer is not right; the message names the likely cause."""
+
+
+def exercise(body):
+    """Make of a body that raises Wrong a check that prints one line."""
+    name = body.__name__.removeprefix("check_").replace("_", " ")
+
+    def verdict(answer):
+        if answer is ...:
+            return f"○ {name}: not attempted yet"
+        try:
+            said = body(answer)
+        except NotImplementedError:
+            return f"○ {name}: not attempted yet"
+        except Wrong as wrong:
+            return f"✗ {name}: {wrong}"
+        except Exception as error:  # the reader's own slip, told in a line instead of a page
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            return f"✗ {name}: line {at.lineno} of {at.name} raised {type(error).__name__}: {error}"
+        return f"✓ {name}: {said or 'right'}"
+
+    @functools.wraps(body)
+    def check(answer):
+        print(verdict(answer))
+
+    check.verdict = verdict
+    return check
+
+
+def expect(condition, cause):
+    """Stop, naming the likely cause, unless the condition holds."""
+    if not condition:
+        raise Wrong(cause)
+
+
+def call(function, *inputs):
+    """function(*inputs), with a word if it gives nothing back or writes into its inputs."""
+    given = [np.copy(a) if isinstance(a, np.ndarray) else list(a) if isinstance(a, list) else a for a in inputs]
+    with np.errstate(all="ignore"):
+        result = function(*inputs)
+    for before, after in zip(given, inputs, strict=True):
+        unchanged = np.array_equal(before, after, equal_nan=True) if isinstance(before, np.ndarray) else before == after
+        expect(unchanged, "your function writes into its input: make a new array (x = x + y, not x += y)")
+    expect(result is not None, "your function returns None: does it end in return?")
+    return result
+
+
+def like(result, shape, dtype=None, cause=""):
+    """result must be an array of this shape, and of this dtype if one is given."""
+    expect(isinstance(result, np.ndarray), f"an array was wanted, not {type(result).__name__}")
+    hint = f": {cause}" if cause else ""
+    expect(result.shape == tuple(shape), f"the shape is {result.shape} and should be {tuple(shape)}{hint}")
+    if dtype is not None:
+        expect(result.dtype == dtype, f"the dtype is {result.dtype} and should be {np.dtype(dtype)}{hint}")
+
+
+def equal(result, truth, misses=(), tolerance=1e-5):
+    """result must be truth. misses maps the likely cause of a well-known wrong answer to the value it gives."""
+    result, truth = np.asarray(result), np.asarray(truth)
+    if close(result, truth, tolerance):
+        return
+    for cause, value in dict(misses).items():
+        expect(not close(result, value, tolerance), cause)
+    expect(result.shape == truth.shape, f"the shape is {result.shape} and should be {truth.shape}")
+    expect(not np.isnan(result.astype(float)).any() or np.isnan(truth).any(), "there is a NaN in your result")
+    at = tuple(int(i) for i in np.argwhere(~np.isclose(result, truth, tolerance, tolerance))[0])
+    where = f" at {list(at)}" if at else ""
+    raise Wrong(f"the first difference is{where}: {result[at]:.6g}, and {truth[at]:.6g} was wanted")
+
+
+def close(a, b, tolerance=1e-5):
+    a, b = np.asarray(a), np.asarray(b)
+    return a.shape == b.shape and np.allclose(a, b, tolerance, tolerance, equal_nan=True)
+
+
+def agree(by_hand, package, tolerance=1e-5):
+    """Print that what was worked out by hand is what the package gives; raise AssertionError if it is not."""
+    by_hand, package = np.asarray(by_hand), np.asarray(package)
+    np.testing.assert_allclose(by_hand, package, rtol=tolerance, atol=tolerance)
+    print(f"by hand = minclip, shape {package.shape}, {package.dtype}")
+
+
+# 01 Turn text into tokens
+
+
+def toy_ranks():
+    """The toy list of merges of lesson 01: pair to rank."""
+    return {("l", "o"): 0, ("n", "e"): 1, ("lo", "w"): 2, ("e", "r</w>"): 3, ("w", "er</w>"): 4, ("ne", "w"): 5}
+
+
+@exercise
+def check_merge_step(merge_step):
+    rank = toy_ranks()
+    got = call(merge_step, ["l", "o", "w", "e", "r</w>"], rank)
+    expect(isinstance(got, list), f"a list of pieces was wanted, not {type(got).__name__}")
+    expect(got != ["low", "er</w>"], "that is more than one step: join one pair, then stop")
+    expect(got != ["l", "o", "w", "er</w>"], "that is the pair of the highest rank: the lowest rank goes first")
+    expect(got == ["lo", "w", "e", "r</w>"], f"l o w e r</w> became {' '.join(map(str, got))}: join l and o, rank 0")
+    got = call(merge_step, ["lo", "lo", "n", "e"], rank)
+    expect(got == ["lo", "lo", "ne"], f"lo lo n e became {' '.join(map(str, got))}: join n and e, the only pair with a rank")
+    got = call(merge_step, ["e", "r</w>", "l", "o", "w"], rank)
+    expect(got != ["er</w>", "l", "o", "w"], "the first pair with a rank is not enough: l o has the lowest rank")
+    expect(got == ["e", "r</w>", "lo", "w"], f"e r</w> l o w became {' '.join(map(str, got))}")
+    got = call(merge_step, ["w", "o"], rank)
+    expect(got == ["w", "o"], "no pair of w o has a rank: the pieces should come back as they are")
+    return "the lowest rank goes first, one pair a step"
+
+
+@exercise
+def check_bpe(bpe):
+    expect(call(bpe, "low") != ["l", "o", "w"], "nothing was joined in low: repeat the step until nothing changes")
+    for word, ids, cause in (
+        ("cat", [2368], "the last letter needs its </w> before the first merge"),
+        ("photo", [1125], "repeat the step until nothing changes"),
+        ("hatbox", [3447, 2063], "two pieces are left, and neither pair has a rank"),
+        ("café", [15304], "merge UTF-8 bytes, not letters: é is two bytes"),
+        ("electroencephalography", [11648, 6495, 745, 3435, 4897],
+         "longest match first gives other pieces: follow the ranks"),
+    ):  # fmt: skip
+        got = call(bpe, word)
+        expect(len(got) and isinstance(got[0], (int, np.integer)), f"ids were wanted, not {got!r}: look pieces up in the vocabulary")
+        expect(list(got) == ids, f"{word} became {list(got)} and should be {ids}: {cause}")
+    return "five words, id for id"
+
+
+@exercise
+def check_fit(fit):
+    short = call(fit, [49406, 320, 2368, 49407], 6)
+    expect(len(short) == 6, f"4 ids in a context of 6 became {len(short)}: pad with 0 up to the context length")
+    expect(list(short) != [49406, 320, 2368, 49407, 49407, 49407], "CLIP pads with 0, not with the end id")
+    equal(short, [49406, 320, 2368, 49407, 0, 0])
+    long = call(fit, [49406, 320, 1125, 539, 320, 2368, 49407], 5)
+    expect(len(long) == 5, f"7 ids in a context of 5 became {len(long)}: cut at the context length")
+    expect(long[-1] == 49407, "the end id was cut off: then nothing marks where to read the sentence out")
+    equal(long, [49406, 320, 1125, 539, 49407])
+    exact = call(fit, [49406, 320, 49407], 3)
+    expect(list(exact) == [49406, 320, 49407], "ids that just fit should stay as they are")
+    return "cut texts keep their end, short ones are padded with 0"
+
+
+@exercise
+def check_split(split):
+    for text, pieces, cause in (
+        ("a photo of a cat", ["a", "photo", "of", "a", "cat"], "words"),
+        ("a photo of a cat.", ["a", "photo", "of", "a", "cat", "."], "a full stop is a piece of its own"),
+        ("a cat's toy", ["a", "cat", "'s", "toy"], "'s is one piece: put contractions before the other alternatives"),
+        ("room 101", ["room", "1", "0", "1"], "CLIP's rule takes digits one at a time"),
+        ("wow!!! ok", ["wow", "!!!", "ok"], "a run of signs is one piece"),
+        ("naïve café", ["naïve", "café"], "letters are more than a to z: \\p{L}"),
+    ):
+        got = call(split, text)
+        expect(list(got) == pieces, f"{text!r} became {list(got)}, and {pieces} was wanted: {cause}")
+    return "six texts, piece for piece"
+
+
+# 02 Look up embeddings
+
+
+def small_table():
+    """A table [V, D] and positions [context, D] with round numbers: a row is told at a glance."""
+    table = (100 * np.arange(10)[:, None] + np.arange(4)).astype(np.float32)
+    positions = (np.arange(6)[:, None] / np.array([8, 4, 2, 1])).astype(np.float32)
+    return table, positions
+
+
+@exercise
+def check_one_hot_lookup(one_hot_lookup):
+    table, _ = small_table()
+    tokens = np.array([3, 0, 3, 7])
+    rows = call(one_hot_lookup, table, tokens)
+    like(rows, (4, 4), cause="one row of the table for each token: (L, V) @ (V, D)")
+    equal(rows, [table[3], table[0], table[3], table[7]],
+          {"the rows come out scaled by the ids: a one-hot row holds a 1, not the id": table[tokens] * tokens[:, None]})  # fmt: skip
+    like(rows, (4, 4), np.float32, "build the one-hot matrix in the table's dtype, or the product becomes float64")
+    return "a lookup is a product with a one-hot matrix"
+
+
+@exercise
+def check_embed(embed):
+    table, positions = small_table()
+    for tokens in (np.array([[3, 0, 7], [1, 1, 2]]), np.array([[5, 4, 3, 2, 1, 0]])):
+        B, L = tokens.shape
+        try:
+            x = call(embed, table, positions, tokens)
+        except ValueError as error:
+            expect("broadcast" not in str(error), f"L = {L} and {len(positions)} positions do not add: slice positions[:L]")
+            raise
+        like(x, (B, L, 4), np.float32, "tokens (B, L) pick rows of the table: (B, L, D)")
+        truth = np.array([[[table[id][d] + positions[i][d] for d in range(4)] for i, id in enumerate(row)] for row in tokens])
+        misses = {
+            "the positions are not in it": table[tokens],
+            "the positions start at row 1: OpenAI's start at row 0": table[tokens] + np.roll(positions, -1, 0)[:L],
+            "the last rows of the positions were taken: the first L are wanted": table[tokens] + positions[-L:],
+            "the positions were looked up by token id: it is the place that counts": table[tokens] + positions[tokens % 6],
+        }
+        equal(x, truth, misses)
+    return "any length up to the context"
+
+
+@exercise
+def check_add_positions(add_positions):
+    table, positions = small_table()
+    first = table[np.array([3, 0, 7])]
+    y = add_positions(first, positions[:3])
+    expect(y is not None, "your function returns None: does it end in return?")
+    expect(np.array_equal(first, table[np.array([3, 0, 7])]), "x was written into: x += y changes the caller's array")
+    view = table[2:5]
+    y = call(add_positions, view, positions[:3])
+    expect(not np.shares_memory(y, view), "what came back is a view of the table: the next writer changes the table")
+    like(y, (3, 4), np.float32)
+    equal(y, view + positions[:3])
+    return "the table is as it was"
+
+
+# 03 Normalise a vector
+
+
+# 04 Let tokens attend
+
+
+# 05 Split into heads
+
+
+# 06 Think at each position
+
+
+# 07 Add it to the stream
+
+
+# 08 Read out the sentence
+
+
+# 09 Compare sentences
+
+
+# 10 Choose a precision and a device
+
+
+# 11 Make it fast
+
+
+# 12 Debug a port
