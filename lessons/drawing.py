@@ -98,8 +98,16 @@ def pipeline(*lit):
         ax = blank(figure, [0.008, 0.02, 0.984, 0.96], (0, 100), (0, 16))
         frame = {"fill": False, "edgecolor": FAINT, "linewidth": 1, "linestyle": (0, (3, 3))}
         ax.add_patch(Rectangle((20.2, 1.2), 59.2, 13.2, **frame))
-        ax.text(49.8, 14.4, "one block, repeated", ha="center", va="center", color=FAINT, fontsize=8.5,
-                backgroundcolor=GROUND)  # fmt: skip
+        ax.text(
+            49.8,
+            14.4,
+            "one block, repeated",
+            ha="center",
+            va="center",
+            color=FAINT,
+            fontsize=8.5,
+            backgroundcolor=GROUND,
+        )
         for i, (key, label, shape) in enumerate(STAGES):
             x, on = 1.2 + 9.9 * i, key in lit
             box(ax, x, 5.6, 7.8, 6, label, fill=INK if on else "#ffffff", ink="#ffffff" if on else INK)
@@ -109,16 +117,24 @@ def pipeline(*lit):
 
     order = ", ".join(label for _, label, _ in STAGES)
     named = ", ".join(dict.fromkeys(label for key, label, _ in STAGES if key in lit))
-    return Picture(draw, 118, f"The encoder from left to right: {order}; from the first norm to the second add is one "
-                   f"block, repeated. Lit here: {named}.")  # fmt: skip
+    alt = f"The encoder from left to right: {order}; from the first norm to the second add is one block, repeated."
+    return Picture(draw, 118, f"{alt} Lit here: {named}.")
 
 
 def letters(ax, x, y, shape, size=9):
     """A shape such as BLD, each letter in the colour of its axis, centred at (x, y)."""
     step = 1.8
     for i, letter in enumerate(shape):
-        ax.text(x + step * (i - (len(shape) - 1) / 2), y, letter, color=AXIS[letter], weight="bold",
-                fontsize=size, ha="center", va="center")  # fmt: skip
+        ax.text(
+            x + step * (i - (len(shape) - 1) / 2),
+            y,
+            letter,
+            color=AXIS[letter],
+            weight="bold",
+            fontsize=size,
+            ha="center",
+            va="center",
+        )
 
 
 # Pieces that several figures share
@@ -132,15 +148,27 @@ def blank(figure, place, xlim=(0, 1), ylim=(0, 1)):
     return ax
 
 
-def box(ax, x, y, width, height, label="", fill="#ffffff", ink=INK, edge=None, size=9, **text):
-    shape = FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.6",
-                           facecolor=fill, edgecolor=edge or (fill if fill != "#ffffff" else FAINT), linewidth=1)  # fmt: skip
-    ax.add_patch(shape)
+def box(ax, x, y, width, height, label="", fill="#ffffff", ink=INK, size=9, **text):
+    edge = FAINT if fill == "#ffffff" else fill
+    style = {
+        "boxstyle": "round,pad=0,rounding_size=0.6",
+        "facecolor": fill,
+        "edgecolor": edge,
+        "linewidth": 1,
+    }
+    ax.add_patch(FancyBboxPatch((x, y), width, height, **style))
     ax.text(x + width / 2, y + height / 2, label, ha="center", va="center", color=ink, fontsize=size, **text)
 
 
 def arrow(ax, x0, y0, x1, y1, color=FAINT):
-    style = {"arrowstyle": "-|>", "color": color, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 8, "linewidth": 1}
+    style = {
+        "arrowstyle": "-|>",
+        "color": color,
+        "shrinkA": 0,
+        "shrinkB": 0,
+        "mutation_scale": 8,
+        "linewidth": 1,
+    }
     ax.annotate("", (x1, y1), (x0, y0), arrowprops=style)
 
 
@@ -174,7 +202,11 @@ def heat(ax, matrix, rows=None, columns=None, limit=None, numbers=None):
     scale = {"norm": norm} if signed else {"vmin": 0, "vmax": top}
     ax.imshow(shown, cmap=SIGNED if signed else AMOUNT, aspect="auto", interpolation="nearest", **scale)
     for i, j in np.argwhere(~finite):
-        ax.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor="#ebe9e3", edgecolor="#b9b6ad", hatch="////", linewidth=0))
+        ax.add_patch(
+            Rectangle(
+                (j - 0.5, i - 0.5), 1, 1, facecolor="#ebe9e3", edgecolor="#b9b6ad", hatch="////", linewidth=0
+            )
+        )
     word_ticks(ax.set_yticks, rows)
     word_ticks(ax.set_xticks, columns, turned=max(map(len, columns or [""])) > 3)
     for spine in ax.spines.values():
@@ -182,16 +214,32 @@ def heat(ax, matrix, rows=None, columns=None, limit=None, numbers=None):
     if numbers:
         for i, j in np.argwhere(finite):
             dark = abs(matrix[i, j]) > 0.62 * top
-            ax.text(j, i, format(matrix[i, j], numbers), ha="center", va="center", fontsize=8,
-                    color="#ffffff" if dark else INK)  # fmt: skip
+            ax.text(
+                j,
+                i,
+                format(matrix[i, j], numbers),
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="#ffffff" if dark else INK,
+            )
     return top
 
 
 # General figures: heat maps, bars, curves
 
 
-def heatmaps(panels, rows=None, columns=None, names=("L", "L"), across=None, numbers=None, alt="", share=False,
-             height=None):  # fmt: skip
+def heatmaps(
+    panels,
+    rows=None,
+    columns=None,
+    names=("L", "L"),
+    across=None,
+    numbers=None,
+    alt="",
+    share=False,
+    height=None,
+):
     """Matrices side by side, [(title, matrix), ...], with the same words on their axes.
 
     names are the axes' letters, each with words after it if you like: ("L queries", "L keys").
@@ -218,8 +266,10 @@ def heatmaps(panels, rows=None, columns=None, names=("L", "L"), across=None, num
     return Picture(draw, round(height), alt)
 
 
-def bars(panels, labels=None, across=None, alt="", color=None, height=230, name=None, numbers=None, share=True):
-    """Bar charts side by side, [(title, values), ...]; labels stand under the bars, numbers (".2f") over them.
+def bars(
+    panels, labels=None, across=None, alt="", color=None, height=230, name=None, numbers=None, share=True
+):
+    """Bar charts side by side, [(title, values), ...]; labels go under the bars, numbers (".2f") over them.
 
     name is the letter of the axis that the bars run along, and gives them their colour.
     """
@@ -231,7 +281,9 @@ def bars(panels, labels=None, across=None, alt="", color=None, height=230, name=
         grid = figure.subplots(down, across, squeeze=False, sharey=share).ravel()
         for ax, (title, values) in zip(grid, panels, strict=False):
             values = np.asarray(values, dtype=float)
-            drawn = ax.bar(range(len(values)), values, width=0.72, color=color or AXIS.get((name or " ")[0], SERIES[0]))
+            drawn = ax.bar(
+                range(len(values)), values, width=0.72, color=color or AXIS.get((name or " ")[0], SERIES[0])
+            )
             ax.axhline(0, color=FAINT, linewidth=0.8)
             if numbers:
                 ax.bar_label(drawn, fmt="{:" + numbers + "}", fontsize=8, padding=2, color=INK)
@@ -259,8 +311,16 @@ def curves(panels, alt="", height=270, ticks=None, log=False, marks=False):
         for ax, (title, x, lines, xlabel, ylabel) in zip(grid, panels, strict=True):
             for i, (name, y) in enumerate(lines.items()):
                 style = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))[i % 6]
-                ax.plot(x, y, color=SERIES[i % 6], linestyle=style, linewidth=1.8, label=name,
-                        marker="o" if marks else None, markersize=3.5)  # fmt: skip
+                ax.plot(
+                    x,
+                    y,
+                    color=SERIES[i % 6],
+                    linestyle=style,
+                    linewidth=1.8,
+                    label=name,
+                    marker="o" if marks else None,
+                    markersize=3.5,
+                )
             if log:
                 ax.set_yscale("log")
             ax.grid(color=LINE, linewidth=0.6)
@@ -294,11 +354,29 @@ def merge_ladder(steps, notes, ids=None):
             ax.text(1.6, y + 0.9, str(i), color=FAINT, ha="center", va="center")
             for k, piece in enumerate(pieces):
                 fresh = piece not in old
-                width = len(piece) * unit + 0.5
-                box(ax, x, y, width - 0.3, 1.8, piece, fill=AXIS["V"] if fresh else "#ffffff",
-                    ink="#ffffff" if fresh else INK, size=10.5, family="DejaVu Sans Mono")  # fmt: skip
+                width = len(piece) * unit + 0.5 * len(piece.replace("</w>", ""))
+                box(
+                    ax,
+                    x,
+                    y,
+                    width - 0.3,
+                    1.8,
+                    piece,
+                    fill=AXIS["V"] if fresh else "#ffffff",
+                    ink="#ffffff" if fresh else INK,
+                    size=10.5,
+                    family="DejaVu Sans Mono",
+                )
                 if ids is not None and i == len(steps) - 1:
-                    ax.text(x + width / 2, y - 0.75, str(ids[k]), color=AXIS["V"], weight="bold", ha="center", va="center")
+                    ax.text(
+                        x + width / 2,
+                        y - 0.75,
+                        str(ids[k]),
+                        color=AXIS["V"],
+                        weight="bold",
+                        ha="center",
+                        va="center",
+                    )
                 x += width
             ax.text(total + 5.5, y + 0.9, note, va="center", color=INK)
 
@@ -316,10 +394,33 @@ def id_strip(tokens, labels=None):
         ax = blank(figure, [0.01, 0.02, 0.98, 0.96], (0, n), (-0.5, 2.8))
         for i, (id, label) in enumerate(zip(tokens.tolist(), labels, strict=True)):
             special, pad = label in ("⟨start⟩", "⟨end⟩"), label == "⟨pad⟩"
-            ax.add_patch(Rectangle((i + 0.04, 0.75), 0.92, 1.1, facecolor=AXIS["V"] if special else "#ffffff",
-                         edgecolor=LINE if pad else AXIS["V"], linewidth=1))  # fmt: skip
-            ax.text(i + 0.5, 1.3, str(id), ha="center", va="center", color="#ffffff" if special else FAINT if pad else INK)
-            ax.text(i + 0.5, 2.3, label, ha="center", va="center", color=FAINT if pad else INK, weight="normal" if pad else "bold")
+            ax.add_patch(
+                Rectangle(
+                    (i + 0.04, 0.75),
+                    0.92,
+                    1.1,
+                    facecolor=AXIS["V"] if special else "#ffffff",
+                    edgecolor=LINE if pad else AXIS["V"],
+                    linewidth=1,
+                )
+            )
+            ax.text(
+                i + 0.5,
+                1.3,
+                str(id),
+                ha="center",
+                va="center",
+                color="#ffffff" if special else FAINT if pad else INK,
+            )
+            ax.text(
+                i + 0.5,
+                2.3,
+                label,
+                ha="center",
+                va="center",
+                color=FAINT if pad else INK,
+                weight="normal" if pad else "bold",
+            )
             ax.text(i + 0.5, 0.38, str(i), ha="center", va="center", color=AXIS["L"], fontsize=8)
         ax.text(n / 2, -0.25, "L positions", ha="center", va="center", color=AXIS["L"], weight="bold")
 
@@ -349,12 +450,20 @@ def lookup(labels, ids, table, positions):
         strip.set_facecolor("#ece6df")
         strip.hlines(ids, 0, 1, color=AXIS["V"], linewidth=1.6)
         strip.set_ylabel("V vocabulary", color=AXIS["V"], weight="bold", labelpad=-24)
-        places = [(0.245, rows, "rows of the table"), (0.515, positions, "rows of the positions"),
-                  (0.77, rows + positions, "their sum")]  # fmt: skip
+        places = [
+            (0.245, rows, "rows of the table"),
+            (0.515, positions, "rows of the positions"),
+            (0.77, rows + positions, "their sum"),
+        ]
         link = blank(figure, [0, 0, 1, 1])
         step = (top - bottom) / len(ids)
         for i, id in enumerate(ids):
-            link.plot([0.127, 0.175], [top - (top - bottom) * id / V, top - step * (i + 0.5)], color=AXIS["V"], linewidth=0.9)
+            link.plot(
+                [0.127, 0.175],
+                [top - (top - bottom) * id / V, top - step * (i + 0.5)],
+                color=AXIS["V"],
+                linewidth=0.9,
+            )
         for k, (left, matrix, title) in enumerate(places):
             ax = figure.add_axes([left, bottom, 0.215, top - bottom])
             heat(ax, np.clip(matrix, -limit, limit), labels if k == 0 else None, limit=limit)
@@ -363,11 +472,13 @@ def lookup(labels, ids, table, positions):
             for i in range(1, len(ids)):
                 ax.axhline(i - 0.5, color=GROUND, linewidth=1.5)
             if k:
-                link.text(left - 0.028, (top + bottom) / 2, "+="[k - 1], ha="center", va="center", fontsize=16)
+                link.text(
+                    left - 0.028, (top + bottom) / 2, "+="[k - 1], ha="center", va="center", fontsize=16
+                )
 
     told = ", ".join(f"{label} is row {id}" for label, id in zip(labels, ids.tolist(), strict=True))
-    return Picture(draw, 62 + 31 * len(ids), f"Rows lifted out of a table of {V}: {told}; then the rows of positions "
-                   f"0 to {len(ids) - 1} are added.")  # fmt: skip
+    alt = f"Rows lifted out of a table of {V}: {told}; the rows of positions 0 to {len(ids) - 1} are added."
+    return Picture(draw, 62 + 31 * len(ids), alt)
 
 
 # 03 Normalise a vector
@@ -389,8 +500,16 @@ def head_columns(x, heads, labels):
     def sheet(ax, x0, y0, columns, cell):
         for i in range(L):
             for n, j in enumerate(columns):
-                ax.add_patch(Rectangle((x0 + n * cell, y0 - i - 1), cell * 0.96, 0.94, linewidth=0,
-                             facecolor=SERIES[j // K % 6], alpha=0.25 + 0.75 * tint[i, j]))  # fmt: skip
+                ax.add_patch(
+                    Rectangle(
+                        (x0 + n * cell, y0 - i - 1),
+                        cell * 0.96,
+                        0.94,
+                        linewidth=0,
+                        facecolor=SERIES[j // K % 6],
+                        alpha=0.25 + 0.75 * tint[i, j],
+                    )
+                )
 
     def draw(figure):
         wide = 30 / D
@@ -404,17 +523,38 @@ def head_columns(x, heads, labels):
         for h in range(heads):
             x0 = 50 + h * (K * wide + gap)
             sheet(ax, x0, 0, range(h * K, (h + 1) * K), wide)
-            ax.text(x0 + K * wide / 2, -L - 0.6, f"head {h}", ha="center", va="center", color=SERIES[h % 6], weight="bold")
+            ax.text(
+                x0 + K * wide / 2,
+                -L - 0.6,
+                f"head {h}",
+                ha="center",
+                va="center",
+                color=SERIES[h % 6],
+                weight="bold",
+            )
         ax.text(50, 0.8, f"H sheets: H × L × K = {heads} × {L} × {K}", va="center", weight="bold")
         arrow(ax, 62, -L - 1.4, 44, -1.5 * L - 2.6)
-        ax.text(60, -1.5 * L - 2.4, "each head works on its own sheet;\nthen the columns move back", color=FAINT, va="center")
+        ax.text(
+            60,
+            -1.5 * L - 2.4,
+            "each head works on its own sheet;\nthen the columns move back",
+            color=FAINT,
+            va="center",
+        )
         sheet(ax, 11.5, -L - 3, range(D), wide)
         for i, label in enumerate(labels):
             ax.text(10.5, -L - 3.5 - i, label, ha="right", va="center")
-        ax.text(26.5, -2 * L - 4.0, "merged: L × D again, column for column", ha="center", va="center", color=FAINT)
+        ax.text(
+            26.5,
+            -2 * L - 4.0,
+            "merged: L × D again, column for column",
+            ha="center",
+            va="center",
+            color=FAINT,
+        )
 
-    return Picture(draw, round(46 * L + 120), f"A sheet of {L} rows and {D} columns; its columns, {K} to a head, move "
-                   f"aside into {heads} sheets and back to where they were.")  # fmt: skip
+    alt = f"The {D} columns of a sheet of {L} rows move aside, {K} to a head, into {heads} sheets, and back."
+    return Picture(draw, round(46 * L + 120), alt)
 
 
 # 06 Think at each position
@@ -427,7 +567,7 @@ def head_columns(x, heads, labels):
 
 
 def readout(x, eot, labels, features):
-    """The sheet [L, D] after the last layer norm, its end-of-text row pulled out, and the features [E] it becomes."""
+    """The sheet [L, D] after ln_final, its end-of-text row pulled out, and the features [E] that it becomes."""
     x, features = np.asarray(x, dtype=float), np.asarray(features, dtype=float)
     L = len(x)
 
@@ -436,7 +576,9 @@ def readout(x, eot, labels, features):
         sheet = figure.add_axes([0.1, 0.16, 0.42, 0.7])
         heat(sheet, np.clip(x, -limit, limit), labels, limit=limit)
         sheet.set_title("after ln_final: every position")
-        sheet.add_patch(Rectangle((-0.5, eot - 0.5), x.shape[1], 1, fill=False, edgecolor=AXIS["L"], linewidth=2))
+        sheet.add_patch(
+            Rectangle((-0.5, eot - 0.5), x.shape[1], 1, fill=False, edgecolor=AXIS["L"], linewidth=2)
+        )
         axis_names(sheet, None, "D width")
         at = 0.86 - 0.7 * (eot + 0.5) / L
         link = blank(figure, [0, 0, 1, 1])
@@ -452,8 +594,12 @@ def readout(x, eot, labels, features):
         out.set_title("text features")
         axis_names(out, None, "E embedding")
 
-    return Picture(draw, 90 + 30 * L, f"The sheet of {L} rows; row {eot}, {labels[eot]}, is pulled out and "
-                   f"becomes {len(features)} features.")  # fmt: skip
+    return Picture(
+        draw,
+        90 + 30 * L,
+        f"The sheet of {L} rows; row {eot}, {labels[eot]}, is pulled out and "
+        f"becomes {len(features)} features.",
+    )
 
 
 # 09 Compare sentences
@@ -469,8 +615,13 @@ def readout(x, eot, labels, features):
 
 
 def traffic_lights(rows, columns, states, alt=""):
-    """A table of lights, rows × columns: "ok", "warn", "bad" or "" in each cell, with a sign beside the colour."""
-    look = {"ok": (GOOD, INK, "✓"), "warn": (WARN, INK, "~"), "bad": (BAD, "#ffffff", "✗"), "": (GROUND, INK, "")}
+    """A table of lights: "ok", "warn", "bad" or "" for each row and column, with a sign beside the colour."""
+    look = {
+        "ok": (GOOD, INK, "✓"),
+        "warn": (WARN, INK, "~"),
+        "bad": (BAD, "#ffffff", "✗"),
+        "": (GROUND, INK, ""),
+    }
 
     def draw(figure):
         figure.set_layout_engine("constrained", w_pad=0.06, h_pad=0.06)

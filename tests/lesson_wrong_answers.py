@@ -4,6 +4,8 @@ WRONG[check name] lists (answer, words that the message must hold); tests/test_l
 At least two for each check. The messages of one check must differ from each other.
 """
 
+from itertools import pairwise
+
 import numpy as np
 import regex
 
@@ -13,24 +15,24 @@ WRONG = {}
 
 
 def merge_step_highest(pieces, ranks):
-    pairs = [p for p in zip(pieces, pieces[1:], strict=False) if p in ranks]
+    pairs = [p for p in pairwise(pieces) if p in ranks]
     return join(pieces, max(pairs, key=ranks.get)) if pairs else pieces
 
 
 def merge_step_first(pieces, ranks):
-    pairs = [p for p in zip(pieces, pieces[1:], strict=False) if p in ranks]
+    pairs = [p for p in pairwise(pieces) if p in ranks]
     return join(pieces, pairs[0]) if pairs else pieces
 
 
 def merge_step_all(pieces, ranks):
     pieces = list(pieces)
-    while pairs := [p for p in zip(pieces, pieces[1:], strict=False) if p in ranks]:
+    while pairs := [p for p in pairwise(pieces) if p in ranks]:
         pieces = join(pieces, min(pairs, key=ranks.get))
     return pieces
 
 
 def merge_step_in_place(pieces, ranks):
-    pairs = [p for p in zip(pieces, pieces[1:], strict=False) if p in ranks]
+    pairs = [p for p in pairwise(pieces) if p in ranks]
     if pairs:
         pieces[:] = join(pieces, min(pairs, key=ranks.get))
     return pieces
@@ -75,7 +77,7 @@ WRONG["check_merge_step"] = [
     (merge_step_in_place, "writes into its input"),
 ]
 WRONG["check_bpe"] = [
-    (bpe_with(lambda word: bytes_of(word)[:-1] + [bytes_of(word)[-1][0]], merge_step_all), "needs its </w>"),
+    (bpe_with(lambda word: [*bytes_of(word)[:-1], bytes_of(word)[-1][0]], merge_step_all), "needs its </w>"),
     (bpe_with(lambda word: [*word[:-1], word[-1] + "</w>"], merge_step_all), "UTF-8 bytes"),
     (bpe_with(bytes_of, longest_match), "longest match"),
     (bpe_with(bytes_of, merge_step_first), "repeat the step"),
@@ -84,7 +86,7 @@ WRONG["check_bpe"] = [
 WRONG["check_fit"] = [
     (lambda ids, n: (ids + [0] * n)[:n], "end id was cut off"),
     (lambda ids, n: ids if len(ids) <= n else [*ids[: n - 1], 49407], "pad with 0"),
-    (lambda ids, n: [*ids[: n - 1], 49407] if len(ids) > n else ids + [49407] * (n - len(ids)), "not with the end id"),
+    (lambda ids, n: [*ids[: n - 1], *[49407] * max(1, n - len(ids))], "not with the end id"),
     (lambda ids, n: [*ids, 49407][:n] + [0] * (n - len(ids)), "pad with 0"),
 ]
 WRONG["check_split"] = [
@@ -117,15 +119,18 @@ def embed_with(pick, places):
 
 WRONG["check_one_hot_lookup"] = [
     (lambda table, tokens: one_hot(tokens, len(table), float) @ table, "float64"),
-    (lambda table, tokens: (one_hot(tokens, len(table)) * tokens[:, None].astype(np.float32)) @ table, "not the id"),
+    (lambda table, ids: (one_hot(ids, len(table)) * ids[:, None].astype("f")) @ table, "not the id"),
     (lambda table, tokens: table[tokens[0]], "one row of the table for each token"),
 ]
 WRONG["check_embed"] = [
-    (lambda table, positions, tokens: table[tokens] + positions, "slice"),
+    (lambda table, positions, ids: table[ids] + positions, "slice"),
     (lambda table, positions, tokens: table[tokens], "positions are not in it"),
-    (lambda table, positions, tokens: table[tokens] + positions[-tokens.shape[1] :], "last rows"),
-    (lambda table, positions, tokens: table[tokens] + positions[tokens % 6], "looked up by token id"),
-    (lambda table, positions, tokens: table[tokens] + np.roll(positions, -1, 0)[: tokens.shape[1]], "start at row 1"),
+    (lambda table, positions, ids: table[ids] + positions[-ids.shape[1] :], "last rows"),
+    (lambda table, positions, ids: table[ids] + positions[ids % 6], "looked up by token id"),
+    (
+        lambda table, positions, ids: table[ids] + positions[np.arange(1, ids.shape[1] + 1) % 6],
+        "start at row 1",
+    ),
 ]
 WRONG["check_add_positions"] = [
     (add_in_place, "was written into"),

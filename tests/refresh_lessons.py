@@ -35,10 +35,11 @@ def execute(notebook):
     """notebook as a clean kernel in lessons/ leaves it, with nothing in it that differs from run to run."""
     notebook = tidy(notebook)
     package = Path(minclip.__file__).resolve().parent.parent
-    env = os.environ | {"PYTHONPATH": str(package), "PYTHONWARNINGS": "error", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     env |= {"OPENBLAS_NUM_THREADS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
-    client = NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(LESSONS)}})
-    client.execute(env=env)
+    place = {"metadata": {"path": str(LESSONS)}}
+    NotebookClient(notebook, timeout=120, kernel_name="python3", resources=place).execute(env=env)
     return tidy(notebook, outputs=True)
 
 
@@ -80,11 +81,12 @@ def solved(notebook):
 
 
 def pictures(notebook):
-    """(cell id, PNG bytes, height on the page) of every figure."""
+    """(cell id, PNG, height on the page) of every figure."""
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
-                yield cell.id, base64.b64decode(output.data["image/png"]), output.metadata["image/png"]["height"]
+                png = base64.b64decode(output.data["image/png"])
+                yield cell.id, png, output.metadata["image/png"]["height"]
 
 
 def main():
