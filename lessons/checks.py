@@ -102,10 +102,10 @@ def close(a, b, tolerance=1e-5):
 
 
 def agree(by_hand, package, tolerance=1e-5):
-    """Print that what was worked out by hand is what the package gives; raise AssertionError if it is not."""
+    """Print that what was worked out by hand is what the package gives; AssertionError if it is not."""
     by_hand, package = np.asarray(by_hand), np.asarray(package)
     np.testing.assert_allclose(by_hand, package, rtol=tolerance, atol=tolerance)
-    print(f"by hand = minclip, shape {package.shape}, {package.dtype}")
+    print(f"the same to rounding: shape {package.shape}, {package.dtype}")
 
 
 # 01 Turn text into tokens

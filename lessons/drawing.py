@@ -117,7 +117,7 @@ def pipeline(*lit):
 
     order = ", ".join(label for _, label, _ in STAGES)
     named = ", ".join(dict.fromkeys(label for key, label, _ in STAGES if key in lit))
-    alt = f"The encoder from left to right: {order}; from the first norm to the second add is one block, repeated."
+    alt = f"The encoder from left to right: {order}; from first norm to second add one repeated block."
     return Picture(draw, 118, f"{alt} Lit here: {named}.")
 
 
@@ -453,7 +453,7 @@ def lookup(labels, ids, table, positions):
         places = [
             (0.245, rows, "rows of the table"),
             (0.515, positions, "rows of the positions"),
-            (0.77, rows + positions, "their sum"),
+            (0.78, rows + positions, "their sum"),
         ]
         link = blank(figure, [0, 0, 1, 1])
         step = (top - bottom) / len(ids)
@@ -465,7 +465,7 @@ def lookup(labels, ids, table, positions):
                 linewidth=0.9,
             )
         for k, (left, matrix, title) in enumerate(places):
-            ax = figure.add_axes([left, bottom, 0.215, top - bottom])
+            ax = figure.add_axes([left, bottom, 0.205, top - bottom])
             heat(ax, np.clip(matrix, -limit, limit), labels if k == 0 else None, limit=limit)
             ax.set_title(title)
             axis_names(ax, None, "D width")
@@ -473,7 +473,7 @@ def lookup(labels, ids, table, positions):
                 ax.axhline(i - 0.5, color=GROUND, linewidth=1.5)
             if k:
                 link.text(
-                    left - 0.028, (top + bottom) / 2, "+="[k - 1], ha="center", va="center", fontsize=16
+                    left - 0.031, (top + bottom) / 2, "+="[k - 1], ha="center", va="center", fontsize=16
                 )
 
     told = ", ".join(f"{label} is row {id}" for label, id in zip(labels, ids.tolist(), strict=True))
@@ -567,7 +567,7 @@ def head_columns(x, heads, labels):
 
 
 def readout(x, eot, labels, features):
-    """The sheet [L, D] after ln_final, its end-of-text row pulled out, and the features [E] that it becomes."""
+    """The sheet [L, D] after ln_final, its end-of-text row pulled out, and the features [E] it becomes."""
     x, features = np.asarray(x, dtype=float), np.asarray(features, dtype=float)
     L = len(x)
 
