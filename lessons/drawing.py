@@ -21,12 +21,12 @@ import minclip
 
 # B batch, L positions, D width, H heads, K head width, F MLP width, E embedding, V vocabulary
 AXIS = {
-    "B": "#6b7280", "L": "#0072b2", "D": "#c44e00", "H": "#00845f",
-    "K": "#b58900", "F": "#b0468c", "E": "#40309a", "V": "#5c4033",
+    "B": "#6b7280", "L": "#0072b2", "D": "#c44e00", "H": "#01a35c",
+    "K": "#9c4a29", "F": "#7b0b71", "E": "#0014b5", "V": "#5c4033",
 }  # fmt: skip
 GROUND, INK, FAINT, LINE = "#f6f5f1", "#1f2933", "#6b747d", "#d5d3cb"
-# For things that are no axis: one head after another, one curve after another (Okabe and Ito).
-SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9")
+# For things that are no axis: one head after another, one curve after another.
+SERIES = ("#0072b2", "#d55e00", "#11a268", "#c46b9d", "#8b4900", "#1393ff")
 GOOD, WARN, BAD = "#9fd3bd", "#f3cf7a", "#c8452f"
 AMOUNT = LinearSegmentedColormap.from_list("amount", ["#ffffff", "#a9c9d6", "#3d7f9b", "#14323f"])
 SIGNED = colormaps["PuOr_r"]

@@ -6,6 +6,7 @@ import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from refresh_lessons import (
 
 sys.path.insert(0, str(LESSONS))
 import checks
+import drawing
 
 each_lesson = pytest.mark.parametrize("path", lessons(), ids=lambda path: path.stem)
 TWO_AT_A_TIME = ThreadPoolExecutor(2)
@@ -224,3 +226,47 @@ def test_checks_say_when_nothing_was_attempted(name):
 @each_lesson
 def test_reading_and_writing_a_lesson_changes_nothing(path):
     assert tidy(read(path), outputs=True) == read(path)
+
+
+# What a red-, green- or blue-blind eye makes of linear RGB: Machado, Oliveira and Fernandes,
+# IEEE Transactions on Visualization and Computer Graphics 15 (2009), severity 1.0.
+EYES = {
+    "all colours": np.eye(3),
+    "no red": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "no green": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "no blue": [
+        [1.255528, -0.076749, -0.178779],
+        [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.303900],
+    ],
+}
+XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+
+
+def linear(color):
+    channels = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    return np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+
+
+def lab(rgb):
+    x, y, z = np.cbrt(np.maximum(XYZ @ rgb / [0.9505, 1, 1.089], 0.0089))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("palette", [drawing.AXIS.values(), drawing.SERIES], ids=["axes", "series"])
+@pytest.mark.parametrize("eye", EYES)
+def test_colours_can_be_told_apart_by_every_eye_and_read_on_the_card(palette, eye):
+    seen = [lab(np.clip(EYES[eye] @ linear(color), 0, 1)) for color in palette]
+    assert min(np.linalg.norm(a - b) for a, b in combinations(seen, 2)) > 15  # 2.3 is just noticeable
+    contrast = [
+        (XYZ[1] @ linear(drawing.GROUND) + 0.05) / (XYZ[1] @ linear(color) + 0.05) for color in palette
+    ]
+    assert min(contrast) > 2.8
