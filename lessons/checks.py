@@ -261,6 +261,102 @@ def check_add_positions(add_positions):
 # 03 Normalise a vector
 
 
+def normed(x, weight=1, bias=0, *, eps=1e-5, ddof=0, outside=False, centre=True, axis=-1):
+    """Layer norm with every known slip as an option."""
+    if axis is None:
+        mean, variance = x.mean(), x.var()
+    else:
+        mean, variance = x.mean(axis=axis, keepdims=True), x.var(axis=axis, keepdims=True, ddof=ddof)
+    if not centre:
+        mean, variance = 0, (x * x).mean(axis=-1, keepdims=True)
+    spread = variance**0.5 + eps if outside else (variance + eps) ** 0.5
+    return (x - mean) / spread * weight + bias
+
+
+@exercise
+def check_layer_norm(layer_norm):
+    rng = np.random.default_rng(3)
+    x = (rng.standard_normal((2, 3, 8)) * [[[2], [0.01], [0.003]]] + 1).astype(np.float32)
+    weight, bias = (rng.standard_normal(8).astype(np.float32) + shift for shift in (2, 0))
+    y = call(layer_norm, x, weight, bias)
+    like(y, x.shape, cause="keepdims=True keeps the mean as (..., 1)")
+    truth = np.zeros(x.shape)
+    for b, i in np.ndindex(2, 3):
+        row = [float(value) for value in x[b, i]]
+        mean = sum(row) / 8
+        variance = sum((value - mean) ** 2 for value in row) / 8
+        for d in range(8):
+            truth[b, i, d] = (row[d] - mean) / (variance + 1e-5) ** 0.5 * weight[d] + bias[d]
+    x = x.astype(float)
+    misses = {
+        "the variance divides by D, not by D - 1": normed(x, weight, bias, ddof=1),
+        "eps belongs inside the root: sqrt(variance + eps)": normed(x, weight, bias, outside=True),
+        "eps outside the root, and D - 1: the Annotated Transformer's": normed(
+            x, weight, bias, outside=True, ddof=1
+        ),
+        "eps is missing": normed(x, weight, bias, eps=0),
+        "the mean is not taken off": normed(x, weight, bias, centre=False),
+        "you normalised over the tokens: the axis is -1": normed(x, weight, bias, axis=-2),
+        "one mean for everything: each row has its own": normed(x, weight, bias, axis=None),
+        "divide by the root of the variance, not by the variance": (x - x.mean(-1, keepdims=True))
+        / (x.var(-1, keepdims=True) + 1e-5) * weight + bias,
+        "the weight is not in it": normed(x, 1, bias),
+        "the bias is not in it": normed(x, weight),
+        "weight and bias come after the scaling": normed(x * weight + bias),
+    }  # fmt: skip
+    equal(y, truth, misses, 3e-4)
+    like(y, x.shape, np.float32, "float32 in, float32 out")
+    flat = call(layer_norm, np.full((1, 8), 3, dtype=np.float32), weight, bias)
+    expect(not np.isnan(flat).any(), "a row of equal numbers gives NaN: eps keeps the root above 0")
+    equal(flat, bias[None])
+    return "mean off, root of variance plus eps, weight, bias"
+
+
+@exercise
+def check_unchanged(unchanged):
+    known = {"shift", "double", "negate", "reverse", "both", "stretch"}
+    expect(isinstance(unchanged, (set, list, tuple)), "a set of names was wanted, such as {'shift'}")
+    unchanged = set(unchanged)
+    expect(unchanged <= known, f"the names are {', '.join(sorted(known))}")
+    expect("negate" not in unchanged, "a spread is never negative, so -x comes out negated")
+    expect(
+        "reverse" not in unchanged, "the row read backwards comes out backwards: each number keeps its column"
+    )
+    expect("stretch" not in unchanged, "one column times 10 changes the direction of the row")
+    expect("shift" in unchanged, "x + 5 has a mean that is 5 more, and the mean is taken off")
+    expect("double" in unchanged, "2 * x has twice the spread, and the spread is divided out")
+    expect("both" in unchanged, "3 * x - 7 is a positive factor and a shift: both go")
+    return "where the row lay and how large it was are forgotten"
+
+
+SUSPECTS = {
+    "A": ("outside", {"outside": True}), "B": ("unbiased", {"ddof": 1}),
+    "C": ("mean", {"centre": False}), "D": ("eps", {"eps": 1e-7}),
+}  # fmt: skip
+
+
+def suspect(letter, x):
+    """One of four layer norms with a fault, for exercise 3 of lesson 03. (Reading on spoils it.)"""
+    return normed(np.asarray(x, dtype=float), **SUSPECTS[letter][1])
+
+
+@exercise
+def check_suspects(culprits):
+    expect(isinstance(culprits, dict) and set(culprits) == set("ABCD"), "a dict with the keys A, B, C, D")
+    named = sorted(culprits.values())
+    expect(named == ["eps", "mean", "outside", "unbiased"], f"each fault occurs once, and you named {named}")
+    probes = {
+        "unbiased": "compare its spread with 1 on an ordinary row",
+        "mean": "look at the mean of what it gives",
+        "outside": "try rows of variance 1e-8",
+        "eps": "try rows of variance 1e-8",
+    }
+    for letter, (fault, _) in SUSPECTS.items():
+        said = culprits[letter]
+        expect(said == fault, f"{letter} is not {said!r}: {probes[said]}")
+    return "four near-misses told apart by what they do"
+
+
 # 04 Let tokens attend
 
 

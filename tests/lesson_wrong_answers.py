@@ -141,6 +141,55 @@ WRONG["check_add_positions"] = [
 # 03 Normalise a vector
 
 
+def normed(*inputs, **slips):
+    import checks
+
+    return checks.normed(*inputs, **slips)
+
+
+def layer_norm_with(**slips):
+    def layer_norm(x, weight, bias):
+        return normed(x.astype(float), weight, bias, **slips).astype(x.dtype)
+
+    return layer_norm
+
+
+def layer_norm_in_place(x, weight, bias):
+    x -= x.mean(axis=-1, keepdims=True)
+    return normed(x, weight, bias)
+
+
+WRONG["check_layer_norm"] = [
+    (layer_norm_with(ddof=1), "not by D - 1"),
+    (layer_norm_with(outside=True), "inside the root"),
+    (layer_norm_with(outside=True, ddof=1), "Annotated Transformer"),
+    (layer_norm_with(eps=0), "eps is missing"),
+    (layer_norm_with(centre=False), "mean is not taken off"),
+    (layer_norm_with(axis=-2), "the axis is -1"),
+    (layer_norm_with(axis=None), "each row has its own"),
+    (lambda x, weight, bias: normed(x, weight), "bias is not in it"),
+    (lambda x, weight, bias: normed(x, 1, bias), "weight is not in it"),
+    (lambda x, weight, bias: normed(x * weight + bias), "come after the scaling"),
+    (lambda x, weight, bias: normed(x.astype(float), weight, bias), "float64"),
+    (lambda x, weight, bias: normed(x[0], weight, bias), "shape"),
+    (layer_norm_in_place, "writes into its input"),
+]
+WRONG["check_unchanged"] = [
+    ({"shift", "double", "both", "negate"}, "never negative"),
+    ({"shift", "double", "both", "reverse"}, "backwards"),
+    ({"shift", "double", "both", "stretch"}, "direction"),
+    ({"double", "both"}, "mean is taken off"),
+    ({"shift"}, "spread is divided out"),
+    ({"shift", "double"}, "both go"),
+]
+WRONG["check_suspects"] = [
+    ({"A": "eps", "B": "unbiased", "C": "mean", "D": "outside"}, "A is not 'eps': try rows"),
+    ({"A": "outside", "B": "mean", "C": "unbiased", "D": "eps"}, "B is not 'mean'"),
+    ({"A": "outside", "B": "outside", "C": "mean", "D": "eps"}, "each fault occurs once"),
+    ({"A": "outside"}, "the keys A, B, C, D"),
+]
+
+
 # 04 Let tokens attend
 
 

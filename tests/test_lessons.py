@@ -218,7 +218,8 @@ def test_checks_say_when_nothing_was_attempted(name):
     def stub(*inputs):
         raise NotImplementedError
 
-    assert all_checks()[name].verdict(stub).endswith("not attempted yet")
+    if callable(WRONG[name][0][0]):  # the others take a value
+        assert all_checks()[name].verdict(stub).endswith("not attempted yet")
     assert all_checks()[name].verdict(...).endswith("not attempted yet")
     assert len({all_checks()[name].verdict(answer) for answer, _ in WRONG[name]}) >= 2
 
