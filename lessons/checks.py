@@ -16,6 +16,7 @@ elsewhere, not only minclip. check_layer_norm.verdict(answer) gives the line to 
 
 import copy
 import functools
+import math
 import operator
 import traceback
 
@@ -358,6 +359,102 @@ def check_suspects(culprits):
 
 
 # 04 Let tokens attend
+
+
+def shares(x, axis=-1):
+    e = np.exp(x - x.max(axis=axis, keepdims=True))
+    return e / e.sum(axis=axis, keepdims=True)
+
+
+@exercise
+def check_softmax(softmax):
+    x = np.array([[[1, 2, 3], [0, 0, 0]], [[-1, 4, 2], [5, 5, -5]]], dtype=np.float32)
+    y = call(softmax, x)
+    like(y, x.shape, cause="keepdims=True keeps the sum as (..., 1)")
+    truth = np.zeros(x.shape)
+    for i in np.ndindex(2, 2):
+        e = [math.exp(value) for value in x[i].tolist()]
+        truth[i] = [value / sum(e) for value in e]
+    misses = {
+        "the shares sum to 1 down the columns: the axis is -1": shares(x, -2),
+        "one sum for everything: each row has its own": np.exp(x) / np.exp(x).sum(),
+        "the exponentials are not divided by their sum": np.exp(x),
+        "the maximum was taken off and the rest forgotten: exp, then divide": x - x.max(-1, keepdims=True),
+    }  # fmt: skip
+    equal(y, truth, misses)
+    like(y, x.shape, np.float32, "float32 in, float32 out")
+    large = call(softmax, np.array([[1000, 999, 0], [-1000, -1001, -1000]], dtype=np.float32))
+    expect(not np.isnan(large).any(), "NaN: subtract the row maximum before exponentiating")
+    equal(large, [[0.7310586, 0.2689414, 0], [0.4223188, 0.1553624, 0.4223188]])
+    hidden = call(softmax, np.array([[2, -np.inf, -np.inf]], dtype=np.float32))
+    equal(hidden, [[1, 0, 0]])
+    return "shares of sum 1, and no overflow"
+
+
+@exercise
+def check_causal_mask(causal_mask):
+    for L in (4, 1):
+        mask = call(causal_mask, L)
+        like(mask, (L, L))
+        expect(not np.isnan(mask).any(), "NaN: 0 times inf is not a number; build it with triu or where")
+        truth = np.zeros((L, L))
+        for i, j in np.ndindex(L, L):
+            truth[i, j] = -np.inf if j > i else 0
+        expect(
+            not (np.diag(mask) != 0).any(), "the diagonal is forbidden: row 0 would have nothing to attend to"
+        )
+        expect(
+            not np.array_equal(mask, truth.T) or L == 1,
+            "the wrong triangle: later columns are forbidden, j > i",
+        )
+        expect(not (mask == np.inf).any(), "+inf would give a forbidden column the whole share: -inf")
+        expect(not ((mask != 0) == (truth != 0)).all() or np.isinf(mask[truth != 0]).all(),
+               "a finite number only makes a share small: -inf makes it exactly 0")  # fmt: skip
+        equal(mask, truth)
+        like(mask, (L, L), np.float32, "say dtype=np.float32, or scores + mask is float64")
+    return "-inf above the diagonal, 0 elsewhere"
+
+
+@exercise
+def check_attend(attend):
+    rng = np.random.default_rng(4)
+    q, k, v = (2 * rng.standard_normal((3, 5, 4))).astype(np.float32)
+    context = call(attend, q, k, v)
+    like(context, (5, 4), cause="(L, L) weights @ (L, K) values")
+    truth = np.zeros((5, 4))
+    for i in range(5):
+        e = [math.exp(sum(float(q[i, d]) * float(k[j, d]) for d in range(4)) / 2) for j in range(i + 1)]
+        for j in range(i + 1):
+            truth[i] += e[j] / sum(e) * v[j]
+    scores, mask = q @ k.T / 2, np.triu(np.full((5, 5), -np.inf), 1)
+    misses = {
+        "later tokens are seen: add the mask": shares(scores) @ v,
+        "the mask is applied after the softmax, so the shares do not sum to 1": np.tril(shares(scores)) @ v,
+        "the scores are not divided by the root of K": shares(2 * scores + mask) @ v,
+        "divide by the root of K, not by K": shares(scores / 2 + mask) @ v,
+        "divide by the root of K, not of L": shares(scores * 2 / 5**0.5 + mask) @ v,
+        "the softmax runs down the columns: the axis is -1": shares(scores + mask, 0)
+        @ v,
+        "q and k are exchanged: scores are q @ k.T": shares(scores.T + mask) @ v,
+        "the wrong triangle is forbidden": shares(scores + mask.T) @ v,
+        "the values are not in it: weights @ v": shares(scores + mask) @ k,
+    }  # fmt: skip
+    equal(context, truth, misses)
+    like(context, (5, 4), np.float32, "a float64 mask or np.sqrt(4) makes the result float64")
+    return "compare, forbid, share out, take the mean"
+
+
+@exercise
+def check_rows_changed(rows_changed):
+    expect(
+        isinstance(rows_changed, (set, list, tuple, range)), "a set of positions was wanted, such as {0, 1}"
+    )
+    rows = set(rows_changed)
+    expect(rows <= set(range(7)), "positions run from 0 to 6")
+    expect(not rows & {0, 1, 2}, "rows 0 to 2 come earlier, and the mask hides position 3 from them")
+    expect(3 in rows, "row 3 itself changes: its query, key and value are those of the new token")
+    expect(rows == {3, 4, 5, 6}, "every later row may attend to position 3, also the last one")
+    return "a change flows to later rows only"
 
 
 # 05 Split into heads

@@ -193,6 +193,56 @@ WRONG["check_suspects"] = [
 # 04 Let tokens attend
 
 
+def shares(x, axis=-1):
+    e = np.exp(x - x.max(axis=axis, keepdims=True))
+    return e / e.sum(axis=axis, keepdims=True)
+
+
+def triangle(L, dtype=np.float32):
+    return np.triu(np.full((L, L), -np.inf, dtype=dtype), 1)
+
+
+def softmax_in_place(x):
+    x -= x.max(axis=-1, keepdims=True)
+    return shares(x)
+
+
+WRONG["check_softmax"] = [
+    (lambda x: np.exp(x) / np.exp(x).sum(axis=-1, keepdims=True), "NaN: subtract the row maximum"),
+    (lambda x: shares(x, -2), "down the columns"),
+    (lambda x: np.exp(x) / np.exp(x).sum(), "each row has its own"),
+    (lambda x: np.exp(x), "not divided"),
+    (lambda x: shares(x.astype(float)), "float64"),
+    (lambda x: shares(x)[0], "shape"),
+    (softmax_in_place, "writes into its input"),
+]
+WRONG["check_causal_mask"] = [
+    (lambda L: np.triu(np.ones((L, L), dtype=np.float32), 1) * -np.inf, "0 times inf"),
+    (lambda L: np.triu(np.full((L, L), -np.inf, dtype=np.float32)), "diagonal is forbidden"),
+    (lambda L: triangle(L).T, "wrong triangle"),
+    (lambda L: np.triu(np.full((L, L), -1e9, dtype=np.float32), 1), "finite number"),
+    (lambda L: -triangle(L), "+inf"),
+    (lambda L: triangle(L, float), "float64"),
+]
+WRONG["check_attend"] = [
+    (lambda q, k, v: shares(q @ k.T / 2) @ v, "add the mask"),
+    (lambda q, k, v: np.tril(shares(q @ k.T / 2)) @ v, "after the softmax"),
+    (lambda q, k, v: shares(q @ k.T + triangle(5)) @ v, "not divided"),
+    (lambda q, k, v: shares(q @ k.T / 4 + triangle(5)) @ v, "not by K"),
+    (lambda q, k, v: shares(k @ q.T / 2 + triangle(5)) @ v, "exchanged"),
+    (lambda q, k, v: shares(q @ k.T / 2 + triangle(5), 0) @ v, "down the columns"),
+    (lambda q, k, v: shares(q @ k.T / 2 + triangle(5).T) @ v, "wrong triangle"),
+    (lambda q, k, v: shares(q @ k.T / 2 + triangle(5, float)) @ v, "float64"),
+    (lambda q, k, v: shares(q @ k.T / 2 + triangle(5)), "weights @ (L, K) values"),
+]
+WRONG["check_rows_changed"] = [
+    ({3}, "every later row"),
+    ({4, 5, 6}, "row 3 itself"),
+    (set(range(7)), "the mask hides"),
+    ({0, 1, 2, 3}, "the mask hides"),
+]
+
+
 # 05 Split into heads
 
 
