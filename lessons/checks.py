@@ -460,6 +460,83 @@ def check_rows_changed(rows_changed):
 # 05 Split into heads
 
 
+def placed(B, L, D):
+    """[B, L, D] whose every number tells its place: 104 is in row 1, column 4."""
+    x = 1000 * np.arange(B)[:, None, None] + 100 * np.arange(L)[:, None] + np.arange(D)
+    return x.astype(np.float32)
+
+
+@exercise
+def check_split_heads(split_heads):
+    B, L, H, K = 2, 3, 4, 5
+    x = placed(B, L, H * K)
+    y = call(split_heads, x, H)
+    cut = x.reshape(B, L, H, K)
+    expect(
+        np.shape(y) != cut.shape, "the columns are cut; now the heads must come before the tokens: transpose"
+    )
+    like(y, (B, H, L, K), cause="(B, H, L, K) with K = D // H")
+    truth = np.zeros((B, H, L, K))
+    for b, h, i, d in np.ndindex(B, H, L, K):
+        truth[b, h, i, d] = x[b, i, h * K + d]
+    misses = {
+        "right shape, wrong numbers: one reshape mixes tokens; cut the last axis, then transpose": x.reshape(
+            B, H, L, K
+        ),
+        "each head took every H-th column: head h gets K neighbours, so cut D into (H, K)": x.reshape(
+            B, L, K, H
+        ).transpose(0, 3, 1, 2),
+    }
+    equal(y, truth, misses)
+    like(y, truth.shape, np.float32)
+    return "each head has its K columns of every token"
+
+
+@exercise
+def check_merge_heads(merge_heads):
+    B, L, H, K = 2, 3, 4, 5
+    x = placed(B, L, H * K)
+    sheets = np.ascontiguousarray(np.stack(np.split(x, H, axis=-1), axis=1))
+    y = call(merge_heads, sheets)
+    like(y, (B, L, H * K), cause="(B, L, D) with D = H * K")
+    misses = {
+        "right shape, wrong numbers: bring the tokens before the heads, then reshape": sheets.reshape(
+            B, L, H * K
+        ),
+        "the heads' columns are interleaved: K comes last": sheets.transpose(0, 2, 3, 1).reshape(B, L, H * K),
+    }
+    equal(y, x, misses)
+    like(y, x.shape, np.float32)
+    return "every column is back in its place"
+
+
+@exercise
+def check_unpack(unpack):
+    B, L, H, K = 2, 3, 4, 5
+    packed = placed(B, L, 3 * H * K)
+    got = call(unpack, packed, H)
+    expect(len(got) == 3, f"three arrays were wanted, q, k and v, and {len(got)} came")
+    truth = np.zeros((3, B, H, L, K))
+    for which, b, h, i, d in np.ndindex(*truth.shape):
+        truth[which, b, h, i, d] = packed[b, i, which * H * K + h * K + d]
+    misses = {
+        "that reads q, k and v of each head in turn: in CLIP all of q comes first": packed.reshape(
+            B, L, H, 3, K
+        ).transpose(3, 0, 2, 1, 4),
+        "q, k and v are right, but not in this order": truth[[1, 0, 2]],
+        "q, k and v come in reverse": truth[::-1],
+        "the split into heads mixes tokens: cut the last axis, then transpose": np.stack(
+            [part.reshape(B, H, L, K) for part in np.split(packed, 3, axis=-1)]
+        ),
+        "the heads are not split off: each is (B, H, L, K)": np.stack(np.split(packed, 3, axis=-1)),
+        "tokens come before heads: transpose to (B, H, L, K)": truth.transpose(0, 1, 3, 2, 4),
+    }
+    for part in got:
+        expect(isinstance(part, np.ndarray), f"arrays were wanted, not {type(part).__name__}")
+    equal(np.stack(list(got)), truth, misses)
+    return "q, k and v, head by head"
+
+
 # 06 Think at each position
 
 

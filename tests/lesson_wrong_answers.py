@@ -246,6 +246,35 @@ WRONG["check_rows_changed"] = [
 # 05 Split into heads
 
 
+def halves(x, H):
+    """(B, L, D) to (B, L, H, K): cut, and not yet moved."""
+    return x.reshape(*x.shape[:2], H, -1)
+
+
+WRONG["check_split_heads"] = [
+    (halves, "now the heads must come before"),
+    (lambda x, H: x.reshape(x.shape[0], H, x.shape[1], -1), "one reshape mixes tokens"),
+    (lambda x, H: x.reshape(*x.shape[:2], -1, H).transpose(0, 3, 1, 2), "every H-th column"),
+    (lambda x, H: halves(x, H).transpose(2, 0, 1, 3), "(B, H, L, K)"),
+]
+WRONG["check_merge_heads"] = [
+    (lambda x: x.reshape(x.shape[0], x.shape[2], -1), "bring the tokens before"),
+    (lambda x: x.transpose(0, 2, 3, 1).reshape(x.shape[0], x.shape[2], -1), "interleaved"),
+    (lambda x: x.transpose(0, 2, 1, 3), "(B, L, D)"),
+]
+WRONG["check_unpack"] = [
+    (lambda x, H: x.reshape(*x.shape[:2], H, 3, -1).transpose(3, 0, 2, 1, 4), "of each head in turn"),
+    (lambda x, H: [halves(x, 3 * H).transpose(0, 2, 1, 3)[:, n * H : n * H + H] for n in (1, 0, 2)], "order"),
+    (
+        lambda x, H: [p.reshape(x.shape[0], H, x.shape[1], -1) for p in np.split(x, 3, axis=-1)],
+        "mixes tokens",
+    ),
+    (lambda x, H: np.split(x, 3, axis=-1), "heads are not split off"),
+    (lambda x, H: [halves(p, H) for p in np.split(x, 3, axis=-1)], "tokens come before heads"),
+    (lambda x, H: halves(x, 3 * H).transpose(0, 2, 1, 3), "three arrays"),
+]
+
+
 # 06 Think at each position
 
 
