@@ -540,6 +540,85 @@ def check_unpack(unpack):
 # 06 Think at each position
 
 
+def bend(x, slope=1.702):
+    return x / (1 + np.exp(-slope * x))
+
+
+def exact_gelu(x):
+    return x * 0.5 * (1 + np.vectorize(math.erf)(x / 2**0.5))
+
+
+@exercise
+def check_quick_gelu(quick_gelu):
+    x = np.array([[-4, -2.25, -1], [0, 0.5, 3]], dtype=np.float32)
+    y = call(quick_gelu, x)
+    like(y, x.shape)
+    truth = np.array([value / (1 + math.exp(-1.702 * value)) for value in x.ravel().tolist()]).reshape(2, 3)
+    misses = {
+        "that is the exact GELU: CLIP's gate is the sigmoid of 1.702 x": exact_gelu(x),
+        "that is SiLU: the 1.702 is missing": bend(x, 1),
+        "the constant is 1.702, not 1.773": bend(x, 1.773),
+        "that is the gate alone: multiply it with x": 1 / (1 + np.exp(-1.702 * x)),
+        "the sign of the exponent is wrong: the gate opens for positive x": bend(x, -1.702),
+        "that is ReLU: the gate is soft": np.maximum(x, 0),
+    }
+    equal(y, truth, misses)
+    like(y, x.shape, np.float32, "float32 in, float32 out")
+    far = call(quick_gelu, np.array([-1000, 1000], dtype=np.float32))
+    expect(not np.isnan(far).any(), "NaN far out: write it so that no inf is divided by inf")
+    equal(far, [0, 1000])
+    return "a soft gate, and no NaN"
+
+
+@exercise
+def check_mlp(mlp):
+    rng = np.random.default_rng(6)
+    shapes = ((2, 3, 4), (16, 4), (16,), (4, 16), (4,))
+    inputs = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    x, W, b, V, c = inputs
+    try:
+        y = call(mlp, *inputs)
+    except ValueError as error:
+        expect("matmul" not in str(error), "the product does not fit: weights are (out, in), so x @ weight.T")
+        raise
+    like(y, x.shape, cause="D in, D out")
+    truth = np.zeros(x.shape)
+    for i in np.ndindex(2, 3):
+        h = [sum(float(x[i][d]) * float(W[f, d]) for d in range(4)) + float(b[f]) for f in range(16)]
+        h = [value / (1 + math.exp(-1.702 * value)) for value in h]
+        for d in range(4):
+            truth[i][d] = sum(h[f] * float(V[d, f]) for f in range(16)) + float(c[d])
+    h = x @ W.T + b
+    misses = {
+        "there is no activation between the two maps": h @ V.T + c,
+        "that is the exact GELU: CLIP was trained with QuickGELU": exact_gelu(h) @ V.T + c,
+        "that is ReLU: CLIP's gate is soft": np.maximum(h, 0) @ V.T + c,
+        "the activation comes before c_fc: it stands between the two": bend(x) @ W.T @ V.T + b @ V.T + c,
+        "there is a second activation at the end": bend(bend(h) @ V.T + c),
+        "c_fc's bias is not in it": bend(x @ W.T) @ V.T + c,
+        "c_proj's bias is not in it": bend(h) @ V.T,
+        "the stream is not added here: that is lesson 07": x + bend(h) @ V.T + c,
+    }
+    equal(y, truth, misses, 1e-4)
+    like(y, x.shape, np.float32, "float32 in, float32 out")
+    return "out, bend, back"
+
+
+@exercise
+def check_worst(worst):
+    expect(np.ndim(worst) == 0, "one number was wanted")
+    x = float(worst)
+    expect(-5 <= x <= 0, "a place between -5 and 0 was wanted, not a difference")
+    if 0.015 < -x < 0.025:
+        raise Wrong("that is the size of the difference: the place was wanted")
+    expect(abs(x + 1.0) > 0.5, "there QuickGELU is close to the exact one: look at the right panel again")
+    expect(
+        abs(x + 2.27) < 0.02,
+        f"the difference at {x:.2f} is {abs(bend(x) - exact_gelu(x)):.4f}; 0.0203 can be had",
+    )
+    return "0.0203 at -2.27: try an activation there"
+
+
 # 07 Add it to the stream
 
 

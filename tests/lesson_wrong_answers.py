@@ -278,6 +278,45 @@ WRONG["check_unpack"] = [
 # 06 Think at each position
 
 
+def bend(x, slope=1.702):
+    return x / (1 + np.exp(-slope * x))
+
+
+def bend_by_quotient(x):
+    e = np.exp(1.702 * x)
+    return x * (e / (1 + e))
+
+
+def mlp_with(activation, first=1, second=1):
+    return lambda x, W, b, V, c: activation(x @ W.T + first * b) @ V.T + second * c
+
+
+WRONG["check_quick_gelu"] = [
+    (bend_by_quotient, "NaN far out"),
+    (lambda x: bend(x, 1), "SiLU"),
+    (lambda x: bend(x, 1.773), "not 1.773"),
+    (lambda x: bend(x, -1.702), "sign of the exponent"),
+    (lambda x: 1 / (1 + np.exp(-1.702 * x)), "gate alone"),
+    (lambda x: np.maximum(x, 0), "ReLU"),
+    (lambda x: bend(x.astype(float)), "float64"),
+]
+WRONG["check_mlp"] = [
+    (mlp_with(lambda h: h), "no activation"),
+    (mlp_with(lambda h: np.maximum(h, 0)), "ReLU"),
+    (mlp_with(bend, first=0), "c_fc's bias"),
+    (mlp_with(bend, second=0), "c_proj's bias"),
+    (lambda x, W, b, V, c: bend(mlp_with(bend)(x, W, b, V, c)), "second activation"),
+    (lambda x, W, b, V, c: x + mlp_with(bend)(x, W, b, V, c), "lesson 07"),
+    (lambda x, W, b, V, c: bend(x @ W + b) @ V + c, "x @ weight.T"),
+]
+WRONG["check_worst"] = [
+    (0.0203, "between -5 and 0"),
+    (-0.0203, "size of the difference"),
+    (-1.0, "close to the exact one"),
+    (-3.5, "can be had"),
+]
+
+
 # 07 Add it to the stream
 
 
