@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from minclip import model, tokenizer
 from minclip.checkpoint import as_array
-from minclip.model import encode_text
+from minclip.fast import encode_text
 
 try:
     import fcntl
