@@ -6,10 +6,31 @@
 (1, 128)
 """
 
-from minclip.checkpoint import Params, from_state_dict, load, save
+from minclip import fast
+from minclip.builtin import pictures
+from minclip.checkpoint import Params, available_models, from_state_dict, load, save
+from minclip.comparison import compare
+from minclip.diagnosis import diagnose
 from minclip.model import encode_text, normalize
 from minclip.tokenizer import decode, tokenize
+from minclip.tracing import trace, trace_torch
 
 __version__ = "0.1.0"
 
-__all__ = ["Params", "decode", "encode_text", "from_state_dict", "load", "normalize", "save", "tokenize"]
+__all__ = [
+    "Params",
+    "available_models",
+    "compare",
+    "decode",
+    "diagnose",
+    "encode_text",
+    "fast",
+    "from_state_dict",
+    "load",
+    "normalize",
+    "pictures",
+    "save",
+    "tokenize",
+    "trace",
+    "trace_torch",
+]

@@ -1,6 +1,7 @@
 """The command line: `minclip encode "a photo of a cat"`, and tools for those who port CLIP."""
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ def main(argv=None):
     except BrokenPipeError:  # the reader, `head` say, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         print(f"minclip: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -33,14 +34,55 @@ def parser():
     encode = commands.add_parser("encode", help="turn texts into features", description=run_encode.__doc__)
     encode.set_defaults(run=run_encode)
     encode.add_argument("texts", nargs="*", metavar="TEXT")
-    encode.add_argument("--file", metavar="captions.txt", help="read texts from a file, one a line")
     encode.add_argument(
-        "-o", dest="output", metavar="features.npy", help="write the features [texts, E] there"
+        "--file", metavar="captions.txt", help="read texts from a UTF-8 file, one a line; - is standard input"
+    )
+    encode.add_argument(
+        "-o",
+        dest="output",
+        metavar="features.npy",
+        help="write the features [texts, E] there; stopped half way, the same command goes on",
     )
     add_model(encode)
     encode.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    encode.add_argument(
+        "--dtype", choices=["float16", "float32"], help="of the features; by default the device's"
+    )
     encode.add_argument("--normalize", action="store_true", help="write features of length 1")
     encode.add_argument("--truncate", action="store_true", help="cut texts that are too long for the model")
+    encode.add_argument(
+        "--dask", metavar="ADDRESS", help="encode on the workers of a Dask scheduler, tcp://host:8786"
+    )
+
+    inspect = commands.add_parser("inspect", help="tell what a file holds", description=run_inspect.__doc__)
+    inspect.set_defaults(run=run_inspect)
+    inspect.add_argument("checkpoint", metavar="CHECKPOINT", help="a file or folder of weights")
+
+    probe = commands.add_parser("probe", help="write what to run a port on", description=run_probe.__doc__)
+    probe.set_defaults(run=run_probe)
+    probe.add_argument("-o", dest="output", metavar="probe.npz", required=True, help="the file to write")
+    add_model(probe)
+
+    diagnose = commands.add_parser(
+        "diagnose", help="name the bug that a port has", description=run_diagnose.__doc__
+    )
+    diagnose.set_defaults(run=run_diagnose)
+    diagnose.add_argument("port", metavar="port.npz", help="the port's tokens and text_features")
+    add_model(diagnose)
+
+    compare = commands.add_parser(
+        "compare", help="find where a port diverges", description=run_compare.__doc__
+    )
+    compare.set_defaults(run=run_compare)
+    compare.add_argument("probe", metavar="probe.npz", help="what minclip probe wrote")
+    compare.add_argument("port", metavar="port.npz", help="the port's arrays by name; .safetensors too")
+    compare.add_argument(
+        "--names", metavar="names.json", help='our names for the port\'s: {"theirs": "ours"}'
+    )
+    compare.add_argument("--rtol", type=float, help="relative error allowed, in place of measured rounding")
+    compare.add_argument(
+        "--model", metavar="NAME|PATH", help="the probe's model, to tell new error from inherited"
+    )
     return top
 
 
@@ -52,28 +94,134 @@ def add_model(command):
 
 def run_encode(args):
     """Encode each TEXT, or each line of a file, and show similarities or write the features."""
-    from minclip import checkpoint, model, tokenizer
+    from minclip import checkpoint, corpus, model, tokenizer
 
     if bool(args.texts) == bool(args.file):
         print("minclip encode: give texts or --file, one of the two", file=sys.stderr)
         return 2
-    texts = args.texts or read_lines(args.file)
+    if args.file and args.output:
+        return encode_corpus(args)
+    if args.dask:
+        print("minclip encode: --dask goes with --file and -o", file=sys.stderr)
+        return 2
+    with source(args.file) as file:
+        texts = args.texts or list(corpus.read_texts(file))
     params = checkpoint.load(args.model, device=args.device)
     context = len(params["positional_embedding"])
     tokens = tokenizer.tokenize(texts, context_length=context, truncate=args.truncate)
     features = model.encode_text(params, tokens)
     if args.output:
-        write_array(args.output, to_host(model.normalize(features) if args.normalize else features))
-        print(f"{args.output}: features of {len(texts)} texts, {list(features.shape)} {features.dtype}")
+        features = to_host(model.normalize(features) if args.normalize else features)
+        write_array(args.output, features.astype(args.dtype or features.dtype, copy=False))
+        print_written(args.output, features)
     else:
         show(args.model, params, texts, tokens, to_host(model.normalize(features)))
     return 0
 
 
+def run_inspect(args):
+    """Tell a checkpoint's dialect, sizes, activation, dtype and tensors; of one that does not load, why."""
+    from minclip import checkpoint
+
+    print(checkpoint.inspect(args.checkpoint))
+    return 0
+
+
+def run_probe(args):
+    """Write probe tokens and every stage of the reference on them, for a port in any language to match."""
+    from minclip import checkpoint, tracing
+
+    traced = tracing.write_probe(args.output, checkpoint.load(args.model))
+    size = os.path.getsize(args.output) / 1e6
+    print(f"{args.output}: tokens {list(traced.tokens.shape)} and {len(traced)} stages, {size:.1f} MB")
+    return 0
+
+
+def run_compare(args):
+    """Hold a port's arrays against a probe, stage by stage. Exit status 1 where they diverge."""
+    from minclip import checkpoint, comparison
+
+    names = read_names(args.names) if args.names else {}
+    params = checkpoint.load(args.model) if args.model else None
+    compared = comparison.compare_files(args.probe, args.port, names=names, params=params, rtol=args.rtol)
+    print(compared)
+    return int(compared.first is not None)
+
+
+def run_diagnose(args):
+    """Name the known bug that explains a port's features. Exit status 1 unless they agree with the model's.
+
+    The file is an .npz or .safetensors with `tokens` [B, L] and `text_features` [B, E], the port's for
+    them, and, better still, other stages by their names in minclip.trace, Hugging Face or OpenCLIP.
+    """
+    from minclip import checkpoint, diagnosis, tracing
+
+    dump = tracing.read_dump(args.port)
+    for name in ("tokens", "text_features"):
+        if name not in dump:
+            raise ValueError(f"{args.port} has no {name!r}: it needs the port's tokens and text_features")
+    tokens, features = dump.pop("tokens"), dump.pop("text_features")
+    diagnosed = diagnosis.diagnose(checkpoint.load(args.model), tokens, features, trace=dump or None)
+    print(diagnosed)
+    return int(diagnosed.verdict != "agrees")
+
+
+def read_names(path):
+    """The object of a JSON file, from the port's names to ours."""
+    import json
+
+    try:
+        names = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON object of names: {error}") from None
+    if not isinstance(names, dict):
+        raise ValueError(f'{path} is no JSON object of names, {{"theirs": "ours"}}')
+    return names
+
+
+def encode_corpus(args):
+    """Write the features of each line of a file, however many, going on where an earlier run stopped."""
+    from minclip import checkpoint, cluster, corpus
+
+    # float16 is how features are kept; they are made in the device's own dtype, if not a wider one.
+    dtype = "float32" if args.dtype == "float32" or args.device == "cpu" else "float16"
+    # With Dask it is the workers that have the device.
+    params = checkpoint.load(args.model, device="cpu" if args.dask else args.device, dtype=dtype)
+    with contextlib.ExitStack() as stack:
+        encode_chunks = None
+        if args.dask:
+            encode_chunks = stack.enter_context(
+                cluster.encoder(args.dask, params, args.model, device=args.device)
+            )
+        features = corpus.encode_file(
+            params,
+            stack.enter_context(source(args.file)),
+            args.output,
+            dtype=args.dtype,
+            normalize=args.normalize,
+            truncate=args.truncate,
+            progress=True,
+            encode_chunks=encode_chunks,
+        )
+    print_written(args.output, features)
+    return 0
+
+
+def source(path):
+    """The binary file at path, or standard input for -, or nothing for nothing."""
+    if not path:
+        return contextlib.nullcontext()
+    return contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb")
+
+
+def print_written(path, features):
+    print(f"{path}: features of {len(features):,} texts, {list(features.shape)} {features.dtype}")
+
+
 def show(name, params, texts, tokens, features):
     """Print texts, their similarities, and the built-in pictures nearest to each."""
     layers = sum(key.endswith(".ln_1.weight") for key in params)
-    kind = "built-in, a small CLIP-style model trained for minclip" if name == "builtin" else name
+    kind = "built-in, a small CLIP-style one, not CLIP" if name == "builtin" else name
     print(f"model: {kind} ({layers} layers, width {params['ln_final.weight'].size})\n")
     print("    tokens  text")
     for i, text in enumerate(texts, 1):
@@ -105,20 +253,6 @@ def show_nearest(texts, features):
 def one_line(text, width):
     text = " ".join(text.split())
     return text if len(text) <= width else text[: width - 3] + "..."
-
-
-def read_lines(path):
-    """The lines of a UTF-8 file, without their ends."""
-    lines = Path(path).read_bytes().split(b"\n")
-    if lines[-1] == b"":
-        lines.pop()
-    texts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            texts.append(line.removesuffix(b"\r").decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not UTF-8 at byte {error.start}") from None
-    return texts
 
 
 def write_array(path, array):

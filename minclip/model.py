@@ -11,8 +11,10 @@ used as x @ W.T; text_projection alone is [in, out] and is used as x @ P.
 
 The same lines run on NumPy and on CuPy: an array's own module does the work. float16 is how
 numbers are kept between stages; inside a stage they are float32 and are rounded once at its end.
+On the GPU minclip.gpu does float16's steps, in the same way, on the tensor cores.
 """
 
+import functools
 import math
 import sys
 import warnings
@@ -32,31 +34,37 @@ def encode_text(params, tokens, *, tap=None):
              returns is what goes on, so it can record, replace or ablate. See `minclip.trace`.
 
     Returns features [..., E], not normalised, in the dtype and on the device of params.
+    Without a text_projection a tap gets the stages up to "pooled", and that is returned.
     Raises ValueError where tokens or params do not fit. A row without the end-of-text id, which is
     the last of the vocabulary, warns and is pooled at its largest id, as the reference does.
     """
     layers, heads, activation = architecture(params)
     tokens, leading = check_tokens(params, tokens)
     if tap is None:
+        if "text_projection" not in params:
+            raise ValueError("params has no 'text_projection': minclip.trace gives its stages up to 'pooled'")
         tap = pass_on
         tokens = trim(tokens)  # exact: a position never sees a later one
-    P = params["text_projection"]
-    xp = array_module(P)
+    P = params.get("text_projection")
+    like = params["ln_final.weight"] if P is None else P
+    xp, dtype = array_module(like), like.dtype
     tokens = xp.asarray(tokens)
     B, L = tokens.shape
 
-    x = params["token_embedding.weight"][tokens].astype(P.dtype, copy=False)  # (B, L, D)
+    x = params["token_embedding.weight"][tokens].astype(dtype, copy=False)  # (B, L, D)
     x = tap("token_embedding", x)
-    positions = params["positional_embedding"][:L].astype(P.dtype)  # (L, D)
+    positions = params["positional_embedding"][:L].astype(dtype)  # (L, D)
     x = tap("embedding", x + tap("positional_embedding", positions))  # (B, L, D)
     # -inf above the diagonal. Padding needs no mask: it comes after the end of text.
-    mask = xp.triu(xp.full((L, L), -math.inf, dtype=P.dtype), 1)  # (L, L)
+    mask = xp.triu(xp.full((L, L), -math.inf, dtype=dtype), 1)  # (L, L)
     for i in range(layers):
         x = residual_block(x, params, f"transformer.resblocks.{i}", heads, activation, mask, tap)  # (B, L, D)
     x = tap("ln_final", layer_norm(x, *weight_and_bias(params, "ln_final")))  # (B, L, D)
     # The end-of-text id is the largest there is, so argmax finds it, and of several the first.
     eot = tap("eot", tokens.argmax(axis=-1))  # (B,)
     pooled = tap("pooled", x[xp.arange(B), eot])  # (B, D)
+    if P is None:  # there is no more to trace
+        return pooled.reshape(*leading, pooled.shape[-1])
     features = tap("text_features", matmul(pooled, P))  # (B, E)
     return features.reshape(*leading, features.shape[-1])
 
@@ -92,6 +100,21 @@ def mlp(x, params, name, activation, tap):
     return tap(name, linear(h, *weight_and_bias(params, f"{name}.c_proj")))
 
 
+def quick_on_gpu(step):
+    """The step; for float16 arrays on the GPU, minclip.gpu's step of the same name and meaning."""
+
+    @functools.wraps(step)
+    def dispatch(x, *others):
+        if isinstance(x, np.ndarray) or x.dtype != np.float16:
+            return step(x, *others)
+        from minclip import gpu
+
+        return getattr(gpu, step.__name__)(x, *others)
+
+    return dispatch
+
+
+@quick_on_gpu
 def layer_norm(x, weight, bias):
     """Zero mean and unit (biased) variance over the last axis, then weight and bias."""
     wide = widen(x)
@@ -100,17 +123,20 @@ def layer_norm(x, weight, bias):
     return (centred / (variance + EPS) ** 0.5 * weight + bias).astype(x.dtype, copy=False)
 
 
+@quick_on_gpu
 def linear(x, weight, bias):
     """x @ weight.T + bias. One product of two matrices is quicker than a stack of small ones."""
     rows = widen(x).reshape(-1, x.shape[-1]) @ widen(weight).T + bias
     return rows.astype(x.dtype, copy=False).reshape(*x.shape[:-1], weight.shape[0])
 
 
+@quick_on_gpu
 def matmul(a, b):
     """a @ b in the dtype of a."""
     return (widen(a) @ widen(b)).astype(a.dtype, copy=False)
 
 
+@quick_on_gpu
 def softmax(x):
     """Positive and of sum 1 over the last axis. The maximum is taken off first, so exp never overflows."""
     wide = widen(x)
@@ -118,12 +144,14 @@ def softmax(x):
     return (e / e.sum(axis=-1, keepdims=True)).astype(x.dtype, copy=False)
 
 
+@quick_on_gpu
 def quick_gelu(x):
     """x * sigmoid(1.702 x): the approximation of the GELU that OpenAI trained CLIP with."""
     with np.errstate(over="ignore"):  # exp may reach inf; x / inf is the right answer, 0
         return (x / (1 + array_module(x).exp(-1.702 * widen(x)))).astype(x.dtype, copy=False)
 
 
+@quick_on_gpu
 def gelu(x):
     """x * Phi(x), Phi the normal distribution: the exact (erf) GELU of most OpenCLIP models."""
     wide = widen(x)
@@ -174,16 +202,17 @@ def normalize(features):
 
 def architecture(params):
     """(layers, heads, activation), from names and shapes, from a Params, or by OpenAI's habit."""
-    for name in ("token_embedding.weight", "positional_embedding", "ln_final.weight", "text_projection"):
+    for name in ("token_embedding.weight", "positional_embedding", "ln_final.weight"):
         if name not in params:
             raise ValueError(f"params has no {name!r}: give another dialect to minclip.from_state_dict first")
-    P = params["text_projection"]
-    if not hasattr(P, "astype") or P.dtype.kind != "f":
-        kind = f"{type(P).__module__}.{type(P).__name__}"
+    for array in (params["ln_final.weight"], params.get("text_projection", params["ln_final.weight"])):
+        if hasattr(array, "astype") and array.dtype.kind == "f":
+            continue
+        kind = f"{type(array).__module__}.{type(array).__name__}"
         raise ValueError(f"params must hold float arrays, not {kind}: minclip.from_state_dict converts")
     blocks = [name for name in params if name.startswith("transformer.resblocks.")]
     layers = sum(name.endswith(".ln_1.weight") for name in blocks)
-    width = P.shape[0]
+    width = params["ln_final.weight"].shape[0]
     heads = getattr(params, "heads", None) or width // 64
     if heads < 1 or width % heads:
         raise ValueError(f"{heads} heads do not divide width {width}: give heads= to minclip.from_state_dict")

@@ -67,23 +67,23 @@ def relative(a, b):
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-def torch_encode_text(params, tokens, dtype="float32", activation="quick_gelu", heads=None):
+def torch_encode_text(params, tokens, dtype="float32", activation="quick_gelu", heads=None, device="cpu"):
     """CLIP.encode_text through torch.nn's own MultiheadAttention, LayerNorm and Linear, in any dtype."""
     import torch
     from torch import nn
     from torch.nn import functional
 
     dtype = getattr(torch, dtype)
-    state = {name: torch.from_numpy(np.asarray(array)).to(dtype) for name, array in params.items()}
-    ids = torch.from_numpy(np.asarray(tokens)).long()
+    state = {name: torch.from_numpy(np.asarray(array)).to(device, dtype) for name, array in params.items()}
+    ids = torch.from_numpy(np.asarray(tokens)).long().to(device)
     D = state["text_projection"].shape[0]
     L = ids.shape[1]
     heads = heads or D // 64
     layers = sum(name.endswith(".ln_1.weight") for name in state)
-    mask = torch.full((L, L), -torch.inf, dtype=dtype).triu(1)
+    mask = torch.full((L, L), -torch.inf, dtype=dtype, device=device).triu(1)
 
     def module(kind, prefix, *args, **kwargs):
-        made = kind(*args, dtype=dtype, **kwargs)
+        made = kind(*args, dtype=dtype, device=device, **kwargs)
         made.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
         return made.eval()
 
@@ -99,11 +99,11 @@ def torch_encode_text(params, tokens, dtype="float32", activation="quick_gelu", 
             h = h * torch.sigmoid(1.702 * h) if activation == "quick_gelu" else functional.gelu(h)
             x = x + module(nn.Linear, block + "mlp.c_proj.", 4 * D, D)(h)
         x = module(nn.LayerNorm, "ln_final.", D)(x.permute(1, 0, 2))
-        return (x[torch.arange(len(ids)), ids.argmax(dim=-1)] @ state["text_projection"]).numpy()
+        return (x[torch.arange(len(ids)), ids.argmax(dim=-1)] @ state["text_projection"]).cpu().numpy()
 
 
-def transformers_encode_text(params, tokens, dtype="float32", activation="quick_gelu", heads=None):
-    """The same through transformers.CLIPTextModelWithProjection, with params renamed to its dialect."""
+def transformers_model(params, dtype="float32", activation="quick_gelu", heads=None):
+    """A transformers.CLIPTextModelWithProjection of params, which are renamed to its dialect."""
     import torch
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
@@ -150,5 +150,31 @@ def transformers_encode_text(params, tokens, dtype="float32", activation="quick_
         for name, array in state.items()
     }
     model.load_state_dict(state, strict=True)
+    return model
+
+
+def transformers_encode_text(params, tokens, dtype="float32", **options):
+    """CLIP.encode_text through transformers."""
+    import torch
+
+    model = transformers_model(params, dtype, **options)
     with torch.no_grad():
         return model(input_ids=torch.from_numpy(np.asarray(tokens)).long()).text_embeds.numpy()
+
+
+def openai_model(params, dtype="float32"):
+    """OpenAI's own CLIP of clip/model.py around params; the image tower is a small random one.
+
+    float16 is what clip.load makes of it on a GPU: layer norms and embeddings stay float32.
+    """
+    import torch
+
+    V, D = params["token_embedding.weight"].shape
+    context, E = len(params["positional_embedding"]), params["text_projection"].shape[1]
+    layers = sum(name.endswith(".ln_1.weight") for name in params)
+    model = openai("model").CLIP(E, 32, 1, 64, 16, context, V, D, D // 64, layers)
+    state = {name: torch.from_numpy(np.asarray(array)) for name, array in params.items()}
+    assert not model.load_state_dict(state, strict=False).unexpected_keys
+    if dtype == "float16":
+        openai("model").convert_weights(model)
+    return model.eval()

@@ -102,7 +102,7 @@ def test_start_and_end_tokens_have_full_rows_of_their_own(params):
     with builtin.safe_open(builtin.MODEL, framework="np") as file:
         assert {START, END} <= set(file.get_tensor("token_embedding.full_ids").tolist())
     norms = np.linalg.norm(params["token_embedding.weight"], axis=1)
-    assert (norms[[START, END]] > np.median(norms) / 2).all()
+    assert (norms[[START, END]] > np.median(norms) / 5).all()
     assert not np.allclose(params["token_embedding.weight"][START], params["token_embedding.weight"][END])
 
 
@@ -125,11 +125,11 @@ def test_the_picture_table_is_unit_rows_with_names(table):
         ("seen names", 1, 0.90),
         ("seen names", 5, 0.98),
         ("shortcodes", 5, 0.80),
-        ("held-out keywords", 10, 0.38),
+        ("held-out keywords", 10, 0.40),
     ],
 )
 def test_retrieval_on_a_sample(params, table, held_out, test, k, bar):
-    """Bars for 200 queries; the card has the figures for all of them."""
+    """Bars for 150 queries; the card has the figures for all of them."""
     emoji, _, features = table
     index = {e: i for i, e in enumerate(emoji)}
     scores = encode(params, [text for text, _, _ in held_out[test]]) @ features.T
@@ -152,7 +152,7 @@ def test_held_out_phrases_are_ordered_as_by_the_teacher(params, held_out):
 @pytest.mark.parametrize(
     ("text", "first", "second"),
     [
-        ("a dog and a pizza", "dog", "pizza"),
+        ("a horse riding an astronaut", "horse", "astronaut"),
         ("a cat with an umbrella", "cat", "umbrella"),
         ("a guitar and a rocket", "guitar", "rocket"),
     ],

@@ -1,0 +1,637 @@
+"""The exercises' self-checks: each looks at one mechanism, and says in one line what is likely wrong.
+
+A check is a function that takes the reader's answer and stops at the first thing amiss:
+
+    @exercise
+    def check_layer_norm(layer_norm):
+        x, w, b = ...
+        y = call(layer_norm, x, w, b)               # also sees to it that the inputs are unchanged
+        like(y, x, "keepdims=True keeps ...")       # shape and dtype
+        equal(y, truth, {"the variance is biased: divide by D, not D - 1": the value that gives})
+
+In a notebook check_layer_norm(answer) prints ✓, ✗ and the likely cause, or that nothing was
+attempted yet; it never raises, so that Run all passes. The truth is a slow loop or a constant from
+elsewhere, not only minclip. check_layer_norm.verdict(answer) gives the line to a test.
+"""
+
+import copy
+import functools
+import math
+import operator
+import traceback
+
+import numpy as np
+
+
+class Wrong(Exception):
+    """The answer is not right; the message names the likely cause."""
+
+
+def exercise(body):
+    """Make of a body that raises Wrong a check that prints one line."""
+    name = body.__name__.removeprefix("check_").replace("_", " ")
+
+    def verdict(answer):
+        if answer is ...:
+            return f"○ {name}: not attempted yet"
+        try:
+            said = body(answer)
+        except NotImplementedError:
+            return f"○ {name}: not attempted yet"
+        except Wrong as wrong:
+            return f"✗ {name}: {wrong}"
+        except Exception as error:  # the reader's own slip, told in a line instead of a page
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            return f"✗ {name}: line {at.lineno} of {at.name} raised {type(error).__name__}: {error}"
+        return f"✓ {name}: {said or 'right'}"
+
+    @functools.wraps(body)
+    def check(answer):
+        print(verdict(answer))
+
+    check.verdict = verdict
+    return check
+
+
+def expect(condition, cause):
+    """Stop, naming the likely cause, unless the condition holds."""
+    if not condition:
+        raise Wrong(cause)
+
+
+def call(function, *inputs):
+    """function(*inputs), with a word if it gives nothing back or writes into its inputs."""
+    given = copy.deepcopy(inputs)
+    with np.errstate(all="ignore"):
+        result = function(*inputs)
+    for before, after in zip(given, inputs, strict=True):
+        same = np.array_equal if isinstance(before, np.ndarray) else operator.eq
+        expect(
+            same(before, after),
+            "your function writes into its input: make a new array (x = x + y, not x += y)",
+        )
+    expect(result is not None, "your function returns None: does it end in return?")
+    return result
+
+
+def like(result, shape, dtype=None, cause=""):
+    """result must be an array of this shape, and of this dtype if one is given."""
+    expect(isinstance(result, np.ndarray), f"an array was wanted, not {type(result).__name__}")
+    hint = f": {cause}" if cause else ""
+    expect(result.shape == tuple(shape), f"the shape is {result.shape} and should be {tuple(shape)}{hint}")
+    if dtype is not None:
+        expect(result.dtype == dtype, f"the dtype is {result.dtype} and should be {np.dtype(dtype)}{hint}")
+
+
+def equal(result, truth, misses=(), tolerance=1e-5):
+    """result must be truth. misses maps the likely cause of a wrong answer to the value that it gives."""
+    result, truth = np.asarray(result), np.asarray(truth)
+    if close(result, truth, tolerance):
+        return
+    for cause, value in dict(misses).items():
+        expect(not close(result, value, tolerance), cause)
+    expect(result.shape == truth.shape, f"the shape is {result.shape} and should be {truth.shape}")
+    expect(not np.isnan(result.astype(float)).any() or np.isnan(truth).any(), "there is a NaN in your result")
+    at = tuple(int(i) for i in np.argwhere(~np.isclose(result, truth, tolerance, tolerance))[0])
+    where = f" at {list(at)}" if at else ""
+    raise Wrong(f"the first difference is{where}: {result[at]:.6g}, and {truth[at]:.6g} was wanted")
+
+
+def close(a, b, tolerance=1e-5):
+    a, b = np.asarray(a), np.asarray(b)
+    return a.shape == b.shape and np.allclose(a, b, tolerance, tolerance, equal_nan=True)
+
+
+def agree(by_hand, package, tolerance=1e-5):
+    """Print that what was worked out by hand is what the package gives; AssertionError if it is not."""
+    by_hand, package = np.asarray(by_hand), np.asarray(package)
+    np.testing.assert_allclose(by_hand, package, rtol=tolerance, atol=tolerance)
+    print(f"the same to rounding: shape {package.shape}, {package.dtype}")
+
+
+# 01 Turn text into tokens
+
+
+def toy_ranks():
+    """The toy list of merges of lesson 01: pair to rank."""
+    lines = ["l o", "n e", "lo w", "e r</w>", "w er</w>", "ne w"]
+    return {tuple(line.split()): rank for rank, line in enumerate(lines)}
+
+
+@exercise
+def check_merge_step(merge_step):
+    for before, after, misses in (
+        ("l o w e r</w>", "lo w e r</w>",
+         {"low er</w>": "that is more than one step: join one pair, then stop",
+          "l o w er</w>": "that is the pair of the highest rank: the lowest rank goes first"}),
+        ("lo lo n e", "lo lo ne", {}),
+        ("e r</w> l o w", "e r</w> lo w", {"er</w> l o w": "that is the first pair, not the lowest rank"}),
+        ("w o", "w o", {}),
+    ):  # fmt: skip
+        got = call(merge_step, before.split(), toy_ranks())
+        expect(isinstance(got, list), f"a list of pieces was wanted, not {type(got).__name__}")
+        got = " ".join(map(str, got))
+        expect(got not in misses, misses.get(got))
+        expect(got == after, f"{before} became {got}, and {after} was wanted")
+    return "the lowest rank goes first, one pair a step"
+
+
+@exercise
+def check_bpe(bpe):
+    ids = call(bpe, "cat")
+    expect(not isinstance(ids[0], str), f"ids were wanted, not {ids!r}: look pieces up in the vocabulary")
+    expect(list(ids) != [1481], "the last letter needs its </w> before the first merge")
+    for word, ids, cause in (
+        ("cat", [2368], "repeat the step until no pair has a rank"),
+        ("photo", [1125], "repeat the step until no pair has a rank"),
+        ("hatbox", [3447, 2063], "two pieces are left, and neither pair has a rank"),
+        ("café", [15304], "merge UTF-8 bytes, not letters: é is two bytes"),
+        ("electroencephalography", [11648, 6495, 745, 3435, 4897],
+         "longest match first gives other pieces: follow the ranks"),
+    ):  # fmt: skip
+        got = call(bpe, word)
+        expect(list(got) == ids, f"{word} became {list(got)} and should be {ids}: {cause}")
+    return "five words, id for id"
+
+
+@exercise
+def check_fit(fit):
+    short = call(fit, [49406, 320, 2368, 49407], 6)
+    expect(len(short) == 6, f"4 ids in a context of 6 became {len(short)}: pad with 0 up to the context")
+    expect(list(short) != [49406, 320, 2368, 49407, 49407, 49407], "CLIP pads with 0, not with the end id")
+    equal(short, [49406, 320, 2368, 49407, 0, 0])
+    long = call(fit, [49406, 320, 1125, 539, 320, 2368, 49407], 5)
+    expect(len(long) == 5, f"7 ids in a context of 5 became {len(long)}: cut at the context length")
+    expect(long[-1] == 49407, "the end id was cut off: then nothing marks where to read the sentence out")
+    equal(long, [49406, 320, 1125, 539, 49407])
+    exact = call(fit, [49406, 320, 49407], 3)
+    expect(list(exact) == [49406, 320, 49407], "ids that just fit should stay as they are")
+    return "cut texts keep their end, short ones are padded with 0"
+
+
+@exercise
+def check_split(split):
+    for text, pieces, cause in (
+        ("a photo of a cat", ["a", "photo", "of", "a", "cat"], "words"),
+        ("a photo of a cat.", ["a", "photo", "of", "a", "cat", "."], "a full stop is a piece of its own"),
+        ("a cat's toy", ["a", "cat", "'s", "toy"], "'s is one piece: contractions come first"),
+        ("room 101", ["room", "1", "0", "1"], "CLIP's rule takes digits one at a time"),
+        ("wow!!! ok", ["wow", "!!!", "ok"], "a run of signs is one piece"),
+        ("naïve café", ["naïve", "café"], "letters are more than a to z: \\p{L}"),
+    ):
+        got = call(split, text)
+        expect(list(got) == pieces, f"{text!r} became {list(got)}, and {pieces} was wanted: {cause}")
+    return "six texts, piece for piece"
+
+
+# 02 Look up embeddings
+
+
+def small_table():
+    """A table [V, D] and positions [context, D] with round numbers: a row is told at a glance."""
+    table = (100 * np.arange(10)[:, None] + np.arange(4)).astype(np.float32)
+    positions = (np.arange(6)[:, None] / np.array([8, 4, 2, 1])).astype(np.float32)
+    return table, positions
+
+
+@exercise
+def check_one_hot_lookup(one_hot_lookup):
+    table, _ = small_table()
+    tokens = np.array([3, 0, 3, 7])
+    rows = call(one_hot_lookup, table, tokens)
+    like(rows, (4, 4), cause="one row of the table for each token: (L, V) @ (V, D)")
+    scaled = table[tokens] * tokens[:, None]
+    equal(
+        rows,
+        table[[3, 0, 3, 7]],
+        {"the rows are scaled by the ids: a one-hot row holds a 1, not the id": scaled},
+    )
+    like(rows, (4, 4), np.float32, "make the one-hot matrix float32, or the product is float64")
+    return "a lookup is a product with a one-hot matrix"
+
+
+@exercise
+def check_embed(embed):
+    table, positions = small_table()
+    for tokens in (np.array([[3, 0, 7], [1, 1, 2]]), np.array([[5, 4, 3, 2, 1, 0]])):
+        B, L = tokens.shape
+        try:
+            x = call(embed, table, positions, tokens)
+        except ValueError as error:
+            expect(
+                "broadcast" not in str(error),
+                f"{L} rows and {len(positions)} positions do not add: slice them",
+            )
+            raise
+        like(x, (B, L, 4), np.float32, "tokens (B, L) pick rows of the table: (B, L, D)")
+        truth = np.zeros((B, L, 4))
+        for b, i, d in np.ndindex(B, L, 4):
+            truth[b, i, d] = table[tokens[b, i], d] + positions[i, d]
+        misses = {
+            "the positions are not in it": table[tokens],
+            "the positions start at row 1: they start at row 0": table[tokens]
+            + np.roll(positions, -1, 0)[:L],
+            "the last rows of the positions were taken, not the first L": table[tokens] + positions[-L:],
+            "the positions were looked up by token id, not by place": table[tokens] + positions[tokens % 6],
+        }
+        equal(x, truth, misses)
+    return "any length up to the context"
+
+
+@exercise
+def check_add_positions(add_positions):
+    table, positions = small_table()
+    first = table[np.array([3, 0, 7])]
+    y = add_positions(first, positions[:3])
+    expect(y is not None, "your function returns None: does it end in return?")
+    expect(
+        np.array_equal(first, table[np.array([3, 0, 7])]),
+        "x was written into: x += y changes the caller's array",
+    )
+    view = table[2:5]
+    y = call(add_positions, view, positions[:3])
+    expect(
+        not np.shares_memory(y, view),
+        "what came back is a view of the table: the next writer changes the table",
+    )
+    like(y, (3, 4), np.float32)
+    equal(y, view + positions[:3])
+    return "the table is as it was"
+
+
+# 03 Normalise a vector
+
+
+def normed(x, weight=1, bias=0, *, eps=1e-5, ddof=0, outside=False, centre=True, axis=-1):
+    """Layer norm with every known slip as an option."""
+    if axis is None:
+        mean, variance = x.mean(), x.var()
+    else:
+        mean, variance = x.mean(axis=axis, keepdims=True), x.var(axis=axis, keepdims=True, ddof=ddof)
+    if not centre:
+        mean, variance = 0, (x * x).mean(axis=-1, keepdims=True)
+    spread = variance**0.5 + eps if outside else (variance + eps) ** 0.5
+    return (x - mean) / spread * weight + bias
+
+
+@exercise
+def check_layer_norm(layer_norm):
+    rng = np.random.default_rng(3)
+    x = (rng.standard_normal((2, 3, 8)) * [[[2], [0.01], [0.003]]] + 1).astype(np.float32)
+    weight, bias = (rng.standard_normal(8).astype(np.float32) + shift for shift in (2, 0))
+    y = call(layer_norm, x, weight, bias)
+    like(y, x.shape, cause="keepdims=True keeps the mean as (..., 1)")
+    truth = np.zeros(x.shape)
+    for b, i in np.ndindex(2, 3):
+        row = [float(value) for value in x[b, i]]
+        mean = sum(row) / 8
+        variance = sum((value - mean) ** 2 for value in row) / 8
+        for d in range(8):
+            truth[b, i, d] = (row[d] - mean) / (variance + 1e-5) ** 0.5 * weight[d] + bias[d]
+    x = x.astype(float)
+    misses = {
+        "the variance divides by D, not by D - 1": normed(x, weight, bias, ddof=1),
+        "eps belongs inside the root: sqrt(variance + eps)": normed(x, weight, bias, outside=True),
+        "eps outside the root, and D - 1: the Annotated Transformer's": normed(
+            x, weight, bias, outside=True, ddof=1
+        ),
+        "eps is missing": normed(x, weight, bias, eps=0),
+        "the mean is not taken off": normed(x, weight, bias, centre=False),
+        "you normalised over the tokens: the axis is -1": normed(x, weight, bias, axis=-2),
+        "one mean for everything: each row has its own": normed(x, weight, bias, axis=None),
+        "divide by the root of the variance, not by the variance": (x - x.mean(-1, keepdims=True))
+        / (x.var(-1, keepdims=True) + 1e-5) * weight + bias,
+        "the weight is not in it": normed(x, 1, bias),
+        "the bias is not in it": normed(x, weight),
+        "weight and bias come after the scaling": normed(x * weight + bias),
+    }  # fmt: skip
+    equal(y, truth, misses, 3e-4)
+    like(y, x.shape, np.float32, "float32 in, float32 out")
+    flat = call(layer_norm, np.full((1, 8), 3, dtype=np.float32), weight, bias)
+    expect(not np.isnan(flat).any(), "a row of equal numbers gives NaN: eps keeps the root above 0")
+    equal(flat, bias[None])
+    return "mean off, root of variance plus eps, weight, bias"
+
+
+@exercise
+def check_unchanged(unchanged):
+    known = {"shift", "double", "negate", "reverse", "both", "stretch"}
+    expect(isinstance(unchanged, (set, list, tuple)), "a set of names was wanted, such as {'shift'}")
+    unchanged = set(unchanged)
+    expect(unchanged <= known, f"the names are {', '.join(sorted(known))}")
+    expect("negate" not in unchanged, "a spread is never negative, so -x comes out negated")
+    expect(
+        "reverse" not in unchanged, "the row read backwards comes out backwards: each number keeps its column"
+    )
+    expect("stretch" not in unchanged, "one column times 10 changes the direction of the row")
+    expect("shift" in unchanged, "x + 5 has a mean that is 5 more, and the mean is taken off")
+    expect("double" in unchanged, "2 * x has twice the spread, and the spread is divided out")
+    expect("both" in unchanged, "3 * x - 7 is a positive factor and a shift: both go")
+    return "where the row lay and how large it was are forgotten"
+
+
+SUSPECTS = {
+    "A": ("outside", {"outside": True}), "B": ("unbiased", {"ddof": 1}),
+    "C": ("mean", {"centre": False}), "D": ("eps", {"eps": 1e-7}),
+}  # fmt: skip
+
+
+def suspect(letter, x):
+    """One of four layer norms with a fault, for exercise 3 of lesson 03. (Reading on spoils it.)"""
+    return normed(np.asarray(x, dtype=float), **SUSPECTS[letter][1])
+
+
+@exercise
+def check_suspects(culprits):
+    expect(isinstance(culprits, dict) and set(culprits) == set("ABCD"), "a dict with the keys A, B, C, D")
+    named = sorted(culprits.values())
+    expect(named == ["eps", "mean", "outside", "unbiased"], f"each fault occurs once, and you named {named}")
+    probes = {
+        "unbiased": "compare its spread with 1 on an ordinary row",
+        "mean": "look at the mean of what it gives",
+        "outside": "try rows of variance 1e-8",
+        "eps": "try rows of variance 1e-8",
+    }
+    for letter, (fault, _) in SUSPECTS.items():
+        said = culprits[letter]
+        expect(said == fault, f"{letter} is not {said!r}: {probes[said]}")
+    return "four near-misses told apart by what they do"
+
+
+# 04 Let tokens attend
+
+
+def shares(x, axis=-1):
+    e = np.exp(x - x.max(axis=axis, keepdims=True))
+    return e / e.sum(axis=axis, keepdims=True)
+
+
+@exercise
+def check_softmax(softmax):
+    x = np.array([[[1, 2, 3], [0, 0, 0]], [[-1, 4, 2], [5, 5, -5]]], dtype=np.float32)
+    y = call(softmax, x)
+    like(y, x.shape, cause="keepdims=True keeps the sum as (..., 1)")
+    truth = np.zeros(x.shape)
+    for i in np.ndindex(2, 2):
+        e = [math.exp(value) for value in x[i].tolist()]
+        truth[i] = [value / sum(e) for value in e]
+    misses = {
+        "the shares sum to 1 down the columns: the axis is -1": shares(x, -2),
+        "one sum for everything: each row has its own": np.exp(x) / np.exp(x).sum(),
+        "the exponentials are not divided by their sum": np.exp(x),
+        "the maximum was taken off and the rest forgotten: exp, then divide": x - x.max(-1, keepdims=True),
+    }  # fmt: skip
+    equal(y, truth, misses)
+    like(y, x.shape, np.float32, "float32 in, float32 out")
+    large = call(softmax, np.array([[1000, 999, 0], [-1000, -1001, -1000]], dtype=np.float32))
+    expect(not np.isnan(large).any(), "NaN: subtract the row maximum before exponentiating")
+    equal(large, [[0.7310586, 0.2689414, 0], [0.4223188, 0.1553624, 0.4223188]])
+    hidden = call(softmax, np.array([[2, -np.inf, -np.inf]], dtype=np.float32))
+    equal(hidden, [[1, 0, 0]])
+    return "shares of sum 1, and no overflow"
+
+
+@exercise
+def check_causal_mask(causal_mask):
+    for L in (4, 1):
+        mask = call(causal_mask, L)
+        like(mask, (L, L))
+        expect(not np.isnan(mask).any(), "NaN: 0 times inf is not a number; build it with triu or where")
+        truth = np.zeros((L, L))
+        for i, j in np.ndindex(L, L):
+            truth[i, j] = -np.inf if j > i else 0
+        expect(
+            not (np.diag(mask) != 0).any(), "the diagonal is forbidden: row 0 would have nothing to attend to"
+        )
+        expect(
+            not np.array_equal(mask, truth.T) or L == 1,
+            "the wrong triangle: later columns are forbidden, j > i",
+        )
+        expect(not (mask == np.inf).any(), "+inf would give a forbidden column the whole share: -inf")
+        expect(not ((mask != 0) == (truth != 0)).all() or np.isinf(mask[truth != 0]).all(),
+               "a finite number only makes a share small: -inf makes it exactly 0")  # fmt: skip
+        equal(mask, truth)
+        like(mask, (L, L), np.float32, "say dtype=np.float32, or scores + mask is float64")
+    return "-inf above the diagonal, 0 elsewhere"
+
+
+@exercise
+def check_attend(attend):
+    rng = np.random.default_rng(4)
+    q, k, v = (2 * rng.standard_normal((3, 5, 4))).astype(np.float32)
+    context = call(attend, q, k, v)
+    like(context, (5, 4), cause="(L, L) weights @ (L, K) values")
+    truth = np.zeros((5, 4))
+    for i in range(5):
+        e = [math.exp(sum(float(q[i, d]) * float(k[j, d]) for d in range(4)) / 2) for j in range(i + 1)]
+        for j in range(i + 1):
+            truth[i] += e[j] / sum(e) * v[j]
+    scores, mask = q @ k.T / 2, np.triu(np.full((5, 5), -np.inf), 1)
+    misses = {
+        "later tokens are seen: add the mask": shares(scores) @ v,
+        "the mask is applied after the softmax, so the shares do not sum to 1": np.tril(shares(scores)) @ v,
+        "the scores are not divided by the root of K": shares(2 * scores + mask) @ v,
+        "divide by the root of K, not by K": shares(scores / 2 + mask) @ v,
+        "divide by the root of K, not of L": shares(scores * 2 / 5**0.5 + mask) @ v,
+        "the softmax runs down the columns: the axis is -1": shares(scores + mask, 0)
+        @ v,
+        "q and k are exchanged: scores are q @ k.T": shares(scores.T + mask) @ v,
+        "the wrong triangle is forbidden": shares(scores + mask.T) @ v,
+        "the values are not in it: weights @ v": shares(scores + mask) @ k,
+    }  # fmt: skip
+    equal(context, truth, misses)
+    like(context, (5, 4), np.float32, "a float64 mask or np.sqrt(4) makes the result float64")
+    return "compare, forbid, share out, take the mean"
+
+
+@exercise
+def check_rows_changed(rows_changed):
+    expect(
+        isinstance(rows_changed, (set, list, tuple, range)), "a set of positions was wanted, such as {0, 1}"
+    )
+    rows = set(rows_changed)
+    expect(rows <= set(range(7)), "positions run from 0 to 6")
+    expect(not rows & {0, 1, 2}, "rows 0 to 2 come earlier, and the mask hides position 3 from them")
+    expect(3 in rows, "row 3 itself changes: its query, key and value are those of the new token")
+    expect(rows == {3, 4, 5, 6}, "every later row may attend to position 3, also the last one")
+    return "a change flows to later rows only"
+
+
+# 05 Split into heads
+
+
+def placed(B, L, D):
+    """[B, L, D] whose every number tells its place: 104 is in row 1, column 4."""
+    x = 1000 * np.arange(B)[:, None, None] + 100 * np.arange(L)[:, None] + np.arange(D)
+    return x.astype(np.float32)
+
+
+@exercise
+def check_split_heads(split_heads):
+    B, L, H, K = 2, 3, 4, 5
+    x = placed(B, L, H * K)
+    y = call(split_heads, x, H)
+    cut = x.reshape(B, L, H, K)
+    expect(
+        np.shape(y) != cut.shape, "the columns are cut; now the heads must come before the tokens: transpose"
+    )
+    like(y, (B, H, L, K), cause="(B, H, L, K) with K = D // H")
+    truth = np.zeros((B, H, L, K))
+    for b, h, i, d in np.ndindex(B, H, L, K):
+        truth[b, h, i, d] = x[b, i, h * K + d]
+    misses = {
+        "right shape, wrong numbers: one reshape mixes tokens; cut the last axis, then transpose": x.reshape(
+            B, H, L, K
+        ),
+        "each head took every H-th column: head h gets K neighbours, so cut D into (H, K)": x.reshape(
+            B, L, K, H
+        ).transpose(0, 3, 1, 2),
+    }
+    equal(y, truth, misses)
+    like(y, truth.shape, np.float32)
+    return "each head has its K columns of every token"
+
+
+@exercise
+def check_merge_heads(merge_heads):
+    B, L, H, K = 2, 3, 4, 5
+    x = placed(B, L, H * K)
+    sheets = np.ascontiguousarray(np.stack(np.split(x, H, axis=-1), axis=1))
+    y = call(merge_heads, sheets)
+    like(y, (B, L, H * K), cause="(B, L, D) with D = H * K")
+    misses = {
+        "right shape, wrong numbers: bring the tokens before the heads, then reshape": sheets.reshape(
+            B, L, H * K
+        ),
+        "the heads' columns are interleaved: K comes last": sheets.transpose(0, 2, 3, 1).reshape(B, L, H * K),
+    }
+    equal(y, x, misses)
+    like(y, x.shape, np.float32)
+    return "every column is back in its place"
+
+
+@exercise
+def check_unpack(unpack):
+    B, L, H, K = 2, 3, 4, 5
+    packed = placed(B, L, 3 * H * K)
+    got = call(unpack, packed, H)
+    expect(len(got) == 3, f"three arrays were wanted, q, k and v, and {len(got)} came")
+    truth = np.zeros((3, B, H, L, K))
+    for which, b, h, i, d in np.ndindex(*truth.shape):
+        truth[which, b, h, i, d] = packed[b, i, which * H * K + h * K + d]
+    misses = {
+        "that reads q, k and v of each head in turn: in CLIP all of q comes first": packed.reshape(
+            B, L, H, 3, K
+        ).transpose(3, 0, 2, 1, 4),
+        "q, k and v are right, but not in this order": truth[[1, 0, 2]],
+        "q, k and v come in reverse": truth[::-1],
+        "the split into heads mixes tokens: cut the last axis, then transpose": np.stack(
+            [part.reshape(B, H, L, K) for part in np.split(packed, 3, axis=-1)]
+        ),
+        "the heads are not split off: each is (B, H, L, K)": np.stack(np.split(packed, 3, axis=-1)),
+        "tokens come before heads: transpose to (B, H, L, K)": truth.transpose(0, 1, 3, 2, 4),
+    }
+    for part in got:
+        expect(isinstance(part, np.ndarray), f"arrays were wanted, not {type(part).__name__}")
+    equal(np.stack(list(got)), truth, misses)
+    return "q, k and v, head by head"
+
+
+# 06 Think at each position
+
+
+def bend(x, slope=1.702):
+    return x / (1 + np.exp(-slope * x))
+
+
+def exact_gelu(x):
+    return x * 0.5 * (1 + np.vectorize(math.erf)(x / 2**0.5))
+
+
+@exercise
+def check_quick_gelu(quick_gelu):
+    x = np.array([[-4, -2.25, -1], [0, 0.5, 3]], dtype=np.float32)
+    y = call(quick_gelu, x)
+    like(y, x.shape)
+    truth = np.array([value / (1 + math.exp(-1.702 * value)) for value in x.ravel().tolist()]).reshape(2, 3)
+    misses = {
+        "that is the exact GELU: CLIP's gate is the sigmoid of 1.702 x": exact_gelu(x),
+        "that is SiLU: the 1.702 is missing": bend(x, 1),
+        "the constant is 1.702, not 1.773": bend(x, 1.773),
+        "that is the gate alone: multiply it with x": 1 / (1 + np.exp(-1.702 * x)),
+        "the sign of the exponent is wrong: the gate opens for positive x": bend(x, -1.702),
+        "that is ReLU: the gate is soft": np.maximum(x, 0),
+    }
+    equal(y, truth, misses)
+    like(y, x.shape, np.float32, "float32 in, float32 out")
+    far = call(quick_gelu, np.array([-1000, 1000], dtype=np.float32))
+    expect(not np.isnan(far).any(), "NaN far out: write it so that no inf is divided by inf")
+    equal(far, [0, 1000])
+    return "a soft gate, and no NaN"
+
+
+@exercise
+def check_mlp(mlp):
+    rng = np.random.default_rng(6)
+    shapes = ((2, 3, 4), (16, 4), (16,), (4, 16), (4,))
+    inputs = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    x, W, b, V, c = inputs
+    try:
+        y = call(mlp, *inputs)
+    except ValueError as error:
+        expect("matmul" not in str(error), "the product does not fit: weights are (out, in), so x @ weight.T")
+        raise
+    like(y, x.shape, cause="D in, D out")
+    truth = np.zeros(x.shape)
+    for i in np.ndindex(2, 3):
+        h = [sum(float(x[i][d]) * float(W[f, d]) for d in range(4)) + float(b[f]) for f in range(16)]
+        h = [value / (1 + math.exp(-1.702 * value)) for value in h]
+        for d in range(4):
+            truth[i][d] = sum(h[f] * float(V[d, f]) for f in range(16)) + float(c[d])
+    h = x @ W.T + b
+    misses = {
+        "there is no activation between the two maps": h @ V.T + c,
+        "that is the exact GELU: CLIP was trained with QuickGELU": exact_gelu(h) @ V.T + c,
+        "that is ReLU: CLIP's gate is soft": np.maximum(h, 0) @ V.T + c,
+        "the activation comes before c_fc: it stands between the two": bend(x) @ W.T @ V.T + b @ V.T + c,
+        "there is a second activation at the end": bend(bend(h) @ V.T + c),
+        "c_fc's bias is not in it": bend(x @ W.T) @ V.T + c,
+        "c_proj's bias is not in it": bend(h) @ V.T,
+        "the stream is not added here: that is lesson 07": x + bend(h) @ V.T + c,
+    }
+    equal(y, truth, misses, 1e-4)
+    like(y, x.shape, np.float32, "float32 in, float32 out")
+    return "out, bend, back"
+
+
+@exercise
+def check_worst(worst):
+    expect(np.ndim(worst) == 0, "one number was wanted")
+    x = float(worst)
+    expect(-5 <= x <= 0, "a place between -5 and 0 was wanted, not a difference")
+    if 0.015 < -x < 0.025:
+        raise Wrong("that is the size of the difference: the place was wanted")
+    expect(abs(x + 1.0) > 0.5, "there QuickGELU is close to the exact one: look at the right panel again")
+    expect(
+        abs(x + 2.27) < 0.02,
+        f"the difference at {x:.2f} is {abs(bend(x) - exact_gelu(x)):.4f}; 0.0203 can be had",
+    )
+    return "0.0203 at -2.27: try an activation there"
+
+
+# 07 Add it to the stream
+
+
+# 08 Read out the sentence
+
+
+# 09 Compare sentences
+
+
+# 10 Choose a precision and a device
+
+
+# 11 Make it fast
+
+
+# 12 Debug a port

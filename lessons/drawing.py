@@ -1,0 +1,642 @@
+"""Every figure of the lessons: arrays and words in, a Picture out.
+
+Only matplotlib, and no pyplot: nothing depends on a backend or on what was drawn before, so the
+same numbers give the same picture. Figures stand on an opaque light card, so that they read
+alike on a light and on a dark page. Each axis of the arrays has one colour in all lessons, and
+its letter beside the colour. A picture's alt text says what a reader who cannot see it needs.
+"""
+
+import base64
+import io
+
+import numpy as np
+from matplotlib import colormaps, rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Rectangle
+from PIL import Image
+
+import minclip
+
+# B batch, L positions, D width, H heads, K head width, F MLP width, E embedding, V vocabulary
+AXIS = {
+    "B": "#6b7280", "L": "#0072b2", "D": "#c44e00", "H": "#01a35c",
+    "K": "#9c4a29", "F": "#7b0b71", "E": "#0014b5", "V": "#5c4033",
+}  # fmt: skip
+GROUND, INK, FAINT, LINE = "#f6f5f1", "#1f2933", "#6b747d", "#d5d3cb"
+# For things that are no axis: one head after another, one curve after another.
+SERIES = ("#0072b2", "#d55e00", "#11a268", "#c46b9d", "#8b4900", "#1393ff")
+GOOD, WARN, BAD = "#9fd3bd", "#f3cf7a", "#c8452f"
+AMOUNT = LinearSegmentedColormap.from_list("amount", ["#ffffff", "#a9c9d6", "#3d7f9b", "#14323f"])
+SIGNED = colormaps["PuOr_r"]
+
+WIDTH = 760  # of every figure, in the pixels of a web page: what a notebook's column holds
+STYLE = {
+    "font.family": "DejaVu Sans", "font.size": 9.5, "text.color": INK, "axes.labelcolor": INK,
+    "axes.edgecolor": LINE, "axes.facecolor": "#ffffff", "axes.titlesize": 10, "axes.titlelocation": "left",
+    "axes.titlepad": 7, "xtick.color": INK, "ytick.color": INK, "xtick.labelsize": 9, "ytick.labelsize": 9,
+    "xtick.major.size": 0, "ytick.major.size": 0, "figure.facecolor": GROUND, "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.formatter.useoffset": False,
+    "legend.fontsize": 9, "text.parse_math": False,
+}  # fmt: skip
+
+
+class Picture:
+    """A PNG with its alt text, which Jupyter shows at the lessons' width."""
+
+    def __init__(self, draw, height, alt):
+        """draw(figure) does the drawing; height is in the page's pixels."""
+        with rc_context(STYLE):
+            figure = Figure(figsize=(WIDTH / 100, height / 100), layout="none")
+            FigureCanvasAgg(figure)
+            draw(figure)
+            raw = io.BytesIO()
+            figure.savefig(raw, format="png", dpi=170)
+        image = Image.open(raw).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+        packed = io.BytesIO()
+        image.save(packed, format="png", optimize=True)
+        self.png, self.height, self.alt = packed.getvalue(), height, alt
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        shown = {"width": WIDTH, "height": self.height, "alt": self.alt}
+        png = base64.b64encode(self.png).decode("ascii")
+        return {"image/png": png, "text/plain": f"[picture] {self.alt}"}, {"image/png": shown}
+
+
+def words(tokens):
+    """A label for each id of one row: its text, with ⟨start⟩, ⟨end⟩, and ⟨pad⟩ after the end."""
+    labels, ended = [], False
+    for id in np.asarray(tokens).tolist():
+        name = {49406: "⟨start⟩", 49407: "⟨end⟩"}.get(id) or minclip.decode([id])[0]
+        labels.append("⟨pad⟩" if ended else name)
+        ended = ended or id == 49407
+    return labels
+
+
+# The strip at the top of every lesson
+
+STAGES = (  # key, word in the box, shape that leaves it
+    ("tokens", "tokens", "BL"),
+    ("embed", "embed", "BLD"),
+    ("norm", "norm", "BLD"),
+    ("attend", "attend", "BLD"),
+    ("add", "add", "BLD"),
+    ("norm", "norm", "BLD"),
+    ("mlp", "MLP", "BLD"),
+    ("add", "add", "BLD"),
+    ("read", "read out", "BE"),
+    ("compare", "compare", "BB"),
+)
+
+
+def pipeline(*lit):
+    """The whole encoder as a strip, with the stages named in lit (keys of STAGES) lit; "all" lights all."""
+    lit = [key for key, *_ in STAGES] if lit == ("all",) else lit
+
+    def draw(figure):
+        ax = blank(figure, [0.008, 0.02, 0.984, 0.96], (0, 100), (0, 16))
+        frame = {"fill": False, "edgecolor": FAINT, "linewidth": 1, "linestyle": (0, (3, 3))}
+        ax.add_patch(Rectangle((20.2, 1.2), 59.2, 13.2, **frame))
+        ax.text(
+            49.8,
+            14.4,
+            "one block, repeated",
+            ha="center",
+            va="center",
+            color=FAINT,
+            fontsize=8.5,
+            backgroundcolor=GROUND,
+        )
+        for i, (key, label, shape) in enumerate(STAGES):
+            x, on = 1.2 + 9.9 * i, key in lit
+            box(ax, x, 5.6, 7.8, 6, label, fill=INK if on else "#ffffff", ink="#ffffff" if on else INK)
+            if i < len(STAGES) - 1:
+                arrow(ax, x + 7.9, 8.6, x + 9.8, 8.6)
+            letters(ax, x + 3.9, 3.5, shape)
+
+    order = ", ".join(label for _, label, _ in STAGES)
+    named = ", ".join(dict.fromkeys(label for key, label, _ in STAGES if key in lit))
+    alt = f"The encoder from left to right: {order}; from first norm to second add one repeated block."
+    return Picture(draw, 118, f"{alt} Lit here: {named}.")
+
+
+def letters(ax, x, y, shape, size=9):
+    """A shape such as BLD, each letter in the colour of its axis, centred at (x, y)."""
+    step = 1.8
+    for i, letter in enumerate(shape):
+        ax.text(
+            x + step * (i - (len(shape) - 1) / 2),
+            y,
+            letter,
+            color=AXIS[letter],
+            weight="bold",
+            fontsize=size,
+            ha="center",
+            va="center",
+        )
+
+
+# Pieces that several figures share
+
+
+def blank(figure, place, xlim=(0, 1), ylim=(0, 1)):
+    """Axes without frame, for boxes and arrows."""
+    ax = figure.add_axes(place)
+    ax.set(xlim=xlim, ylim=ylim)
+    ax.set_axis_off()
+    return ax
+
+
+def box(ax, x, y, width, height, label="", fill="#ffffff", ink=INK, size=9, **text):
+    edge = FAINT if fill == "#ffffff" else fill
+    style = {
+        "boxstyle": "round,pad=0,rounding_size=0.6",
+        "facecolor": fill,
+        "edgecolor": edge,
+        "linewidth": 1,
+    }
+    ax.add_patch(FancyBboxPatch((x, y), width, height, **style))
+    ax.text(x + width / 2, y + height / 2, label, ha="center", va="center", color=ink, fontsize=size, **text)
+
+
+def arrow(ax, x0, y0, x1, y1, color=FAINT):
+    style = {
+        "arrowstyle": "-|>",
+        "color": color,
+        "shrinkA": 0,
+        "shrinkB": 0,
+        "mutation_scale": 8,
+        "linewidth": 1,
+    }
+    ax.annotate("", (x1, y1), (x0, y0), arrowprops=style)
+
+
+def axis_names(ax, rows=None, columns=None, pad=4):
+    """Name the axes of a heat map by their letters, in their colours, with what they count."""
+    if rows:
+        ax.set_ylabel(rows, color=AXIS[rows[0]], weight="bold", labelpad=pad)
+    if columns:
+        ax.set_xlabel(columns, color=AXIS[columns[0]], weight="bold", labelpad=pad)
+
+
+def word_ticks(set_ticks, labels, turned=False):
+    """Words at 0, 1, 2 ... of one axis, upright if turned; no ticks at all without words."""
+    if labels is None:
+        set_ticks([])
+    else:
+        set_ticks(range(len(labels)), labels, rotation=90 if turned else 0)
+
+
+def heat(ax, matrix, rows=None, columns=None, limit=None, numbers=None):
+    """A matrix as coloured cells: orange above zero, purple below; a matrix without negatives in blue ink.
+
+    rows and columns are words for the two axes. -inf is hatched. Numbers stand in the cells of a small one.
+    """
+    matrix = np.asarray(matrix, dtype=float)
+    finite = np.isfinite(matrix)
+    signed = bool((matrix[finite] < 0).any())
+    top = limit or abs(matrix[finite]).max(initial=0) or 1
+    shown = np.where(finite, matrix, np.nan)
+    norm = TwoSlopeNorm(0, -top, top) if signed else None
+    scale = {"norm": norm} if signed else {"vmin": 0, "vmax": top}
+    ax.imshow(shown, cmap=SIGNED if signed else AMOUNT, aspect="auto", interpolation="nearest", **scale)
+    for i, j in np.argwhere(~finite):
+        ax.add_patch(
+            Rectangle(
+                (j - 0.5, i - 0.5), 1, 1, facecolor="#ebe9e3", edgecolor="#b9b6ad", hatch="////", linewidth=0
+            )
+        )
+    word_ticks(ax.set_yticks, rows)
+    word_ticks(ax.set_xticks, columns, turned=max(map(len, columns or [""])) > 3)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    if numbers:
+        for i, j in np.argwhere(finite):
+            dark = abs(matrix[i, j]) > 0.62 * top
+            ax.text(
+                j,
+                i,
+                format(matrix[i, j], numbers),
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="#ffffff" if dark else INK,
+            )
+    return top
+
+
+# General figures: heat maps, bars, curves
+
+
+def heatmaps(
+    panels,
+    rows=None,
+    columns=None,
+    names=("L", "L"),
+    across=None,
+    numbers=None,
+    alt="",
+    share=False,
+    height=None,
+):
+    """Matrices side by side, [(title, matrix), ...], with the same words on their axes.
+
+    names are the axes' letters, each with words after it if you like: ("L queries", "L keys").
+    across is how many stand in a row (at most 4 by default), numbers a format such as ".1f" for the cells,
+    share gives all panels one scale of colour.
+    """
+    across = across or min(len(panels), 4)
+    down = -(-len(panels) // across)
+    limit = max(abs(m[np.isfinite(m)]).max() for _, m in panels) if share else None
+    height = height or down * (90 + 760 / across * 0.72)
+
+    def draw(figure):
+        # A long word on an axis needs its room, or it runs into the next panel.
+        figure.set_layout_engine("constrained", w_pad=0.06, h_pad=0.08)
+        grid = figure.subplots(down, across, squeeze=False).ravel()
+        for i, (title, matrix) in enumerate(panels):
+            ax, first = grid[i], i % across == 0
+            heat(ax, matrix, rows if first else None, columns, limit, numbers)
+            ax.set_title(title)
+            axis_names(ax, names[0] if first else None, names[1])
+        for ax in grid[len(panels) :]:
+            ax.set_axis_off()
+
+    return Picture(draw, round(height), alt)
+
+
+def bars(
+    panels, labels=None, across=None, alt="", color=None, height=230, name=None, numbers=None, share=True
+):
+    """Bar charts side by side, [(title, values), ...]; labels go under the bars, numbers (".2f") over them.
+
+    name is the letter of the axis that the bars run along, and gives them their colour.
+    """
+    across = across or len(panels)
+    down = -(-len(panels) // across)
+
+    def draw(figure):
+        figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)
+        grid = figure.subplots(down, across, squeeze=False, sharey=share).ravel()
+        for ax, (title, values) in zip(grid, panels, strict=False):
+            values = np.asarray(values, dtype=float)
+            drawn = ax.bar(
+                range(len(values)), values, width=0.72, color=color or AXIS.get((name or " ")[0], SERIES[0])
+            )
+            ax.axhline(0, color=FAINT, linewidth=0.8)
+            if numbers:
+                ax.bar_label(drawn, fmt="{:" + numbers + "}", fontsize=8, padding=2, color=INK)
+                ax.margins(y=0.14)
+            turned = labels is not None and max(map(len, labels)) * len(labels) * across > 75
+            word_ticks(ax.set_xticks, labels, turned)
+            ax.set_title(title)
+            ax.spines["bottom"].set_visible(False)
+            axis_names(ax, None, name)
+        for ax in grid[len(panels) :]:
+            ax.set_axis_off()
+
+    return Picture(draw, height * down, alt)
+
+
+def curves(panels, alt="", height=270, ticks=None, log=False, marks=False):
+    """Curves side by side: panels are (title, x, {name: y}, x label, y label), each name at its curve's end.
+
+    ticks are words for the x axis; log makes the y axis logarithmic; marks puts a dot at every point.
+    """
+
+    def draw(figure):
+        figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)
+        grid = figure.subplots(1, len(panels), squeeze=False).ravel()
+        for ax, (title, x, lines, xlabel, ylabel) in zip(grid, panels, strict=True):
+            for i, (name, y) in enumerate(lines.items()):
+                style = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))[i % 6]
+                ax.plot(
+                    x,
+                    y,
+                    color=SERIES[i % 6],
+                    linestyle=style,
+                    linewidth=1.8,
+                    label=name,
+                    marker="o" if marks else None,
+                    markersize=3.5,
+                )
+            if log:
+                ax.set_yscale("log")
+            ax.grid(color=LINE, linewidth=0.6)
+            if ticks is not None:
+                word_ticks(ax.set_xticks, ticks, turned=max(map(len, ticks)) > 3)
+            ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+            if len(lines) > 1:
+                ax.legend(loc="best", handlelength=2.6)
+
+    return Picture(draw, height, alt)
+
+
+# 01 Turn text into tokens
+
+
+def merge_ladder(steps, notes, ids=None):
+    """The pieces of a word step by step, a row a step, what was just joined filled; notes stand at the right.
+
+    steps  lists of pieces, the first the single characters, the last the word's tokens
+    notes  one line of text for each step
+    ids    the ids of the last step's pieces, written under them
+    """
+    unit = 1.35  # width of one character
+    total = sum(len(piece) for piece in steps[0]) * unit + 0.5 * len(steps[0])
+    rows = len(steps) + (0.55 if ids is not None else 0)
+
+    def draw(figure):
+        ax = blank(figure, [0.01, 0.02, 0.98, 0.96], (0, max(total + 24, 52)), (-rows * 2.6 + 0.2, 0.6))
+        for i, (pieces, note) in enumerate(zip(steps, notes, strict=True)):
+            x, y, old = 4, -2.6 * i - 2, list(steps[max(i - 1, 0)])
+            ax.text(1.6, y + 0.9, str(i), color=FAINT, ha="center", va="center")
+            for k, piece in enumerate(pieces):
+                fresh = piece not in old
+                width = len(piece) * unit + 0.5 * len(piece.replace("</w>", ""))
+                box(
+                    ax,
+                    x,
+                    y,
+                    width - 0.3,
+                    1.8,
+                    piece,
+                    fill=AXIS["V"] if fresh else "#ffffff",
+                    ink="#ffffff" if fresh else INK,
+                    size=10.5,
+                    family="DejaVu Sans Mono",
+                )
+                if ids is not None and i == len(steps) - 1:
+                    ax.text(
+                        x + width / 2,
+                        y - 0.75,
+                        str(ids[k]),
+                        color=AXIS["V"],
+                        weight="bold",
+                        ha="center",
+                        va="center",
+                    )
+                x += width
+            ax.text(total + 5.5, y + 0.9, note, va="center", color=INK)
+
+    told = "; ".join(" ".join(pieces) for pieces in steps)
+    return Picture(draw, round(30 * rows + 20), f"A word's pieces, one row per merge: {told}.")
+
+
+def id_strip(tokens, labels=None):
+    """One row of ids as boxes with the words above them: start, end and padding shaded apart."""
+    tokens = np.asarray(tokens)
+    labels = labels or words(tokens)
+    n = len(tokens)
+
+    def draw(figure):
+        ax = blank(figure, [0.01, 0.02, 0.98, 0.96], (0, n), (-0.5, 2.8))
+        for i, (id, label) in enumerate(zip(tokens.tolist(), labels, strict=True)):
+            special, pad = label in ("⟨start⟩", "⟨end⟩"), label == "⟨pad⟩"
+            ax.add_patch(
+                Rectangle(
+                    (i + 0.04, 0.75),
+                    0.92,
+                    1.1,
+                    facecolor=AXIS["V"] if special else "#ffffff",
+                    edgecolor=LINE if pad else AXIS["V"],
+                    linewidth=1,
+                )
+            )
+            ax.text(
+                i + 0.5,
+                1.3,
+                str(id),
+                ha="center",
+                va="center",
+                color="#ffffff" if special else FAINT if pad else INK,
+            )
+            ax.text(
+                i + 0.5,
+                2.3,
+                label,
+                ha="center",
+                va="center",
+                color=FAINT if pad else INK,
+                weight="normal" if pad else "bold",
+            )
+            ax.text(i + 0.5, 0.38, str(i), ha="center", va="center", color=AXIS["L"], fontsize=8)
+        ax.text(n / 2, -0.25, "L positions", ha="center", va="center", color=AXIS["L"], weight="bold")
+
+    told = ", ".join(f"{label} {id}" for label, id in zip(labels, tokens.tolist(), strict=True))
+    return Picture(draw, 112, f"Ids in a row: {told}.")
+
+
+# 02 Look up embeddings
+
+
+def lookup(labels, ids, table, positions):
+    """Rows lifted out of the vocabulary's table, plus the rows of the positions, is the embedding.
+
+    labels, ids   words and ids of L tokens
+    table         [V, D] token embedding
+    positions     [L, D] the positions' rows
+    """
+    ids, V = np.asarray(ids), len(table)
+    rows = table[ids]
+    limit = np.quantile(abs(rows + positions), 0.99)
+
+    def draw(figure):
+        height = 62 + 31 * len(ids)
+        top, bottom = 1 - 32 / height, 30 / height
+        strip = figure.add_axes([0.085, bottom, 0.04, top - bottom])
+        strip.set(xlim=(0, 1), ylim=(V, 0), xticks=[], yticks=[0, V - 1])
+        strip.set_facecolor("#ece6df")
+        strip.hlines(ids, 0, 1, color=AXIS["V"], linewidth=1.6)
+        strip.set_ylabel("V vocabulary", color=AXIS["V"], weight="bold", labelpad=-24)
+        places = [
+            (0.245, rows, "rows of the table"),
+            (0.515, positions, "rows of the positions"),
+            (0.78, rows + positions, "their sum"),
+        ]
+        link = blank(figure, [0, 0, 1, 1])
+        step = (top - bottom) / len(ids)
+        for i, id in enumerate(ids):
+            link.plot(
+                [0.127, 0.175],
+                [top - (top - bottom) * id / V, top - step * (i + 0.5)],
+                color=AXIS["V"],
+                linewidth=0.9,
+            )
+        for k, (left, matrix, title) in enumerate(places):
+            ax = figure.add_axes([left, bottom, 0.205, top - bottom])
+            heat(ax, np.clip(matrix, -limit, limit), labels if k == 0 else None, limit=limit)
+            ax.set_title(title)
+            axis_names(ax, None, "D width")
+            for i in range(1, len(ids)):
+                ax.axhline(i - 0.5, color=GROUND, linewidth=1.5)
+            if k:
+                link.text(
+                    left - 0.031, (top + bottom) / 2, "+="[k - 1], ha="center", va="center", fontsize=16
+                )
+
+    told = ", ".join(f"{label} is row {id}" for label, id in zip(labels, ids.tolist(), strict=True))
+    alt = f"Rows lifted out of a table of {V}: {told}; the rows of positions 0 to {len(ids) - 1} are added."
+    return Picture(draw, 62 + 31 * len(ids), alt)
+
+
+# 03 Normalise a vector
+
+
+# 04 Let tokens attend
+
+
+# 05 Split into heads
+
+
+def head_columns(x, heads, labels):
+    """[L, D] with its columns in the colours of their heads, moved aside into H sheets [L, K], and back."""
+    x = np.asarray(x, dtype=float)
+    L, D = x.shape
+    K = D // heads
+    tint = abs(x) / (abs(x).max() or 1)
+
+    def sheet(ax, x0, y0, columns, cell):
+        for i in range(L):
+            for n, j in enumerate(columns):
+                ax.add_patch(
+                    Rectangle(
+                        (x0 + n * cell, y0 - i - 1),
+                        cell * 0.96,
+                        0.94,
+                        linewidth=0,
+                        facecolor=SERIES[j // K % 6],
+                        alpha=0.25 + 0.75 * tint[i, j],
+                    )
+                )
+
+    def draw(figure):
+        wide = 30 / D
+        ax = blank(figure, [0.01, 0.02, 0.98, 0.96], (0, 100), (-2 * L - 5.2, 1.6))
+        for i, label in enumerate(labels):
+            ax.text(10.5, -i - 0.5, label, ha="right", va="center")
+        sheet(ax, 11.5, 0, range(D), wide)
+        ax.text(26.5, 0.8, f"one sheet: L × D = {L} × {D}", ha="center", va="center", weight="bold")
+        arrow(ax, 43, -L / 2, 48, -L / 2)
+        gap = min(4, 12 / heads)
+        for h in range(heads):
+            x0 = 50 + h * (K * wide + gap)
+            sheet(ax, x0, 0, range(h * K, (h + 1) * K), wide)
+            ax.text(
+                x0 + K * wide / 2,
+                -L - 0.6,
+                f"head {h}",
+                ha="center",
+                va="center",
+                color=SERIES[h % 6],
+                weight="bold",
+            )
+        ax.text(50, 0.8, f"H sheets: H × L × K = {heads} × {L} × {K}", va="center", weight="bold")
+        arrow(ax, 62, -L - 1.4, 44, -1.5 * L - 2.6)
+        ax.text(
+            60,
+            -1.5 * L - 2.4,
+            "each head works on its own sheet;\nthen the columns move back",
+            color=FAINT,
+            va="center",
+        )
+        sheet(ax, 11.5, -L - 3, range(D), wide)
+        for i, label in enumerate(labels):
+            ax.text(10.5, -L - 3.5 - i, label, ha="right", va="center")
+        ax.text(
+            26.5,
+            -2 * L - 4.0,
+            "merged: L × D again, column for column",
+            ha="center",
+            va="center",
+            color=FAINT,
+        )
+
+    alt = f"The {D} columns of a sheet of {L} rows move aside, {K} to a head, into {heads} sheets, and back."
+    return Picture(draw, round(46 * L + 120), alt)
+
+
+# 06 Think at each position
+
+
+# 07 Add it to the stream
+
+
+# 08 Read out the sentence
+
+
+def readout(x, eot, labels, features):
+    """The sheet [L, D] after ln_final, its end-of-text row pulled out, and the features [E] it becomes."""
+    x, features = np.asarray(x, dtype=float), np.asarray(features, dtype=float)
+    L = len(x)
+
+    def draw(figure):
+        limit = np.quantile(abs(x), 0.99)
+        sheet = figure.add_axes([0.1, 0.16, 0.42, 0.7])
+        heat(sheet, np.clip(x, -limit, limit), labels, limit=limit)
+        sheet.set_title("after ln_final: every position")
+        sheet.add_patch(
+            Rectangle((-0.5, eot - 0.5), x.shape[1], 1, fill=False, edgecolor=AXIS["L"], linewidth=2)
+        )
+        axis_names(sheet, None, "D width")
+        at = 0.86 - 0.7 * (eot + 0.5) / L
+        link = blank(figure, [0, 0, 1, 1])
+        arrow(link, 0.525, at, 0.575, 0.66, AXIS["L"])
+        row = figure.add_axes([0.59, 0.62, 0.38, 0.1])
+        heat(row, np.clip(x[eot : eot + 1], -limit, limit), limit=limit)
+        row.set_title(f"pooled: row {eot}, {labels[eot]}")
+        axis_names(row, None, "D width")
+        arrow(link, 0.78, 0.5, 0.78, 0.41)
+        link.text(0.765, 0.455, "@ text_projection (D, E)", va="center", ha="right")
+        out = figure.add_axes([0.59, 0.22, 0.38, 0.1])
+        heat(out, features[None], limit=np.quantile(abs(features), 0.99))
+        out.set_title("text features")
+        axis_names(out, None, "E embedding")
+
+    return Picture(
+        draw,
+        90 + 30 * L,
+        f"The sheet of {L} rows; row {eot}, {labels[eot]}, is pulled out and "
+        f"becomes {len(features)} features.",
+    )
+
+
+# 09 Compare sentences
+
+
+# 10 Choose a precision and a device
+
+
+# 11 Make it fast
+
+
+# 12 Debug a port
+
+
+def traffic_lights(rows, columns, states, alt=""):
+    """A table of lights: "ok", "warn", "bad" or "" for each row and column, with a sign beside the colour."""
+    look = {
+        "ok": (GOOD, INK, "✓"),
+        "warn": (WARN, INK, "~"),
+        "bad": (BAD, "#ffffff", "✗"),
+        "": (GROUND, INK, ""),
+    }
+
+    def draw(figure):
+        figure.set_layout_engine("constrained", w_pad=0.06, h_pad=0.06)
+        ax = figure.subplots()
+        ax.set_facecolor(GROUND)
+        for i in range(len(rows)):
+            for j in range(len(columns)):
+                fill, ink, sign = look[states[i][j]]
+                ax.add_patch(Rectangle((j - 0.47, i - 0.45), 0.94, 0.9, facecolor=fill, edgecolor=GROUND))
+                ax.text(j, i, sign, ha="center", va="center", color=ink, fontsize=10, weight="bold")
+        ax.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
+        ax.set_xticks(range(len(columns)), columns, rotation=90)
+        ax.set_yticks(range(len(rows)), rows)
+        ax.xaxis.tick_top()
+        for spine in ax.spines.values():
+            spine.set_visible(False)
+
+    return Picture(draw, 110 + 27 * len(rows), alt)

@@ -1,0 +1,121 @@
+"""OpenAI's own files, fetched once: resumed when broken off, verified before use, never half written."""
+
+import hashlib
+import http.client
+import os
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from tqdm import tqdm
+
+BASE = "https://openaipublic.azureedge.net/clip/models"
+MODELS = {  # name: sha256 and file, from openai/CLIP's clip/clip.py
+    "RN50": ("afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762", "RN50.pt"),
+    "RN101": ("8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599", "RN101.pt"),
+    "RN50x4": ("7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd", "RN50x4.pt"),
+    "RN50x16": ("52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa", "RN50x16.pt"),
+    "RN50x64": ("be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c", "RN50x64.pt"),
+    "ViT-B/32": ("40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af", "ViT-B-32.pt"),
+    "ViT-B/16": ("5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f", "ViT-B-16.pt"),
+    "ViT-L/14": ("b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836", "ViT-L-14.pt"),
+    "ViT-L/14@336px": (
+        "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
+        "ViT-L-14-336px.pt",
+    ),
+}
+CHUNK = 2**20
+TIMEOUT = 30  # seconds without a byte
+
+
+def available_models():
+    """The names of OpenAI's models, as `clip.available_models()` gives them."""
+    return list(MODELS)
+
+
+def download(name, *, cache=None):
+    """Path of the file of one of `available_models()`, verified by its sha256; fetched if it is not there.
+
+    cache   the folder to keep it in: by default $MINCLIP_CACHE, or ~/.cache/clip, where OpenAI's own
+            `clip` keeps the same file
+    What has come of a file stays beside it as FILE.part, and the next call goes on from there.
+    Raises OSError where the file cannot be had, ValueError where it is not OpenAI's.
+    """
+    if name not in MODELS:
+        raise ValueError(f"no model {name!r}; there are {', '.join(MODELS)}")
+    digest, filename = MODELS[name]
+    folder = Path(cache or os.environ.get("MINCLIP_CACHE") or "~/.cache/clip").expanduser()
+    path, part = folder / filename, folder / f"{filename}.part"
+    if path.is_file() and sha256(path).hexdigest() == digest:
+        return path
+    url = f"{BASE}/{digest}/{filename}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        fetch(url, part)
+    except (OSError, http.client.HTTPException) as error:
+        raise OSError(
+            f"{url} cannot be fetched: {error}; run it again to go on, or put the file at {path}"
+        ) from None
+    if sha256(part).hexdigest() != digest:
+        part.unlink()
+        raise ValueError(
+            f"{url} gave a file of another sha256, now removed; try again, or put the right one at {path}"
+        )
+    os.replace(part, path)
+    return path
+
+
+def fetch(url, part):
+    """Bring part to the length that the server announces, going on from what is there already."""
+    with tqdm(desc=part.stem, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+        while True:
+            before = part.stat().st_size if part.exists() else 0
+            if fetch_rest(url, part, before, bar):
+                return
+            if part.stat().st_size <= before:
+                raise OSError(f"the connection breaks off at {before} bytes")
+
+
+def fetch_rest(url, part, have, bar):
+    """Append what is missing to part; False where the connection broke off before the end."""
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code != 416 or not have:
+            raise
+        if error.headers.get("Content-Range", f"bytes */{have}") == f"bytes */{have}":
+            return True  # nothing comes after what is there: it is whole
+        part.unlink()
+        return fetch_rest(url, part, 0, bar)
+    with response:
+        if response.headers["Content-Length"] is None:
+            raise OSError("the server does not say how long the file is")
+        resumed = response.status == 206
+        if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            raise OSError(f"the server sends another range than the one from {have} on")
+        size = int(response.headers["Content-Length"]) + (have if resumed else 0)
+        bar.reset(total=size)
+        bar.update(have if resumed else 0)
+        with open(part, "ab" if resumed else "wb") as file:
+            copy(response, file, bar)
+            return file.tell() == size
+
+
+def copy(response, file, bar):
+    """Write the response's bytes, as many as come."""
+    while True:
+        try:
+            chunk = response.read(CHUNK)
+        except (OSError, http.client.HTTPException):  # what came so far is good
+            return
+        if not chunk:
+            return
+        file.write(chunk)
+        bar.update(len(chunk))
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256")

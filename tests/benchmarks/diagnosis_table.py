@@ -1,0 +1,253 @@
+"""Try minclip.diagnose on broken ports and write the table of what it said.
+
+    python tests/benchmarks/diagnosis_table.py [-o tests/benchmarks/diagnosis.md]
+
+The ports are those of tests/broken_port.py, which shares no code with the catalogue. A bug counts as
+visible where it moves the features by more than VISIBLE, in float64; a pair, where each of its bugs does
+so on top of the other. A bug is named first where the first finding is that bug and nothing else.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from broken_port import HARMLESS, SINGLES, BrokenPort
+
+import minclip
+
+VISIBLE = 1e-4
+
+PAIRS = (
+    ("erf", "eps_1e-6"),
+    ("erf", "no_mask"),
+    ("erf", "projection_transposed"),
+    ("silu", "pool_last"),
+    ("tanh", "scale_heads"),
+    ("no_mask", "no_positions"),
+    ("no_mask", "padded_with_end"),
+    ("no_mask", "pool_mean"),
+    ("mask_minus_one", "no_scale"),
+    ("kqv", "projection_transposed"),
+    ("interleaved", "erf"),
+    ("heads_double", "unbiased"),
+    ("heads_half", "out_transposed"),
+    ("scale_width", "no_final_norm"),
+    ("qkv_transposed", "pool_before"),
+    ("no_qkv_bias", "no_mlp_bias"),
+    ("eps_1e-3", "no_out_bias"),
+    ("post_norm", "erf"),
+    ("rms", "positions_from_one"),
+    ("stream_normed", "split_straight"),
+    ("norms_swapped", "projection_missing"),
+    ("penultimate", "no_final_norm"),
+    ("no_start", "scale_twice"),
+    ("embedding_scaled", "kqv"),
+    ("std_plus_eps", "pool_row_zero"),
+    ("erf", "normalised"),
+    ("no_mask", "logit_scale"),
+    ("pool_count", "padded_with_end"),
+    ("softmax_queries", "no_out_bias"),
+    ("parallel", "relu"),
+)
+
+TEXTS = (
+    "a heron standing in shallow water",
+    "!",
+    "three red bicycles! leaning against a wall",
+    "the menu of a small restaurant, written by hand on a blackboard in chalk",
+    "fog",
+    "an old map of the harbour with every street and every pier named, drawn in ink, coloured by hand, "
+    "folded many times, torn at one corner, mended with tape, and signed below by the captain who owned it",
+    "rain! on a tin roof",
+    "word " * 90,
+)
+
+
+def random_params(seed, D, H, layers, E, activation="quick_gelu", V=49408, L=77):
+    """A model at CLIP's own initialisation scale, with norms and biases that are not at their start."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape, std, mean=0):
+        return (mean + std * rng.standard_normal(shape)).astype(np.float32)
+
+    params = {
+        "token_embedding.weight": normal(V, D, std=0.02),
+        "positional_embedding": normal(L, D, std=0.01),
+        "ln_final.weight": normal(D, std=0.2, mean=1),
+        "ln_final.bias": normal(D, std=0.1),
+        "text_projection": normal(D, E, std=D**-0.5),
+    }
+    narrow = D**-0.5 * (2 * layers) ** -0.5
+    for i in range(layers):
+        block = {
+            "ln_1.weight": normal(D, std=0.2, mean=1),
+            "ln_1.bias": normal(D, std=0.1),
+            "attn.in_proj_weight": normal(3 * D, D, std=D**-0.5),
+            "attn.in_proj_bias": normal(3 * D, std=0.1),
+            "attn.out_proj.weight": normal(D, D, std=narrow),
+            "attn.out_proj.bias": normal(D, std=0.02),
+            "ln_2.weight": normal(D, std=0.2, mean=1),
+            "ln_2.bias": normal(D, std=0.1),
+            "mlp.c_fc.weight": normal(4 * D, D, std=(2 * D) ** -0.5),
+            "mlp.c_fc.bias": normal(4 * D, std=0.1),
+            "mlp.c_proj.weight": normal(D, 4 * D, std=narrow),
+            "mlp.c_proj.bias": normal(D, std=0.02),
+        }
+        params |= {f"transformer.resblocks.{i}.{name}": array for name, array in block.items()}
+    return minclip.from_state_dict(params, activation=activation, heads=H)
+
+
+def models():
+    return {
+        "3 layers, 2 heads, 128 to 96": random_params(1, 128, 2, 3, 96),
+        "12 layers, 8 heads, 256 to 256": random_params(2, 256, 8, 12, 256),
+        "built-in": minclip.load(),
+    }
+
+
+def tokens_for(params, end_padded):
+    """Ids of TEXTS [8, L]; the rows named are padded with the end of text."""
+    tokens = minclip.tokenize(TEXTS, context_length=len(params["positional_embedding"]), truncate=True)
+    tokens[6, 3] = 0  # "!" that is not the end of a word, as in "!=", for bugs that take id 0 for padding
+    for row in end_padded:
+        tokens[row, tokens[row].argmax() :] = tokens.max()
+    return tokens
+
+
+def port_features(params, tokens, bugs=(), dtype=torch.float32):
+    state = {name: torch.from_numpy(array).to(dtype) for name, array in params.items()}
+    features = BrokenPort(state, params.heads, params.activation, bugs).encode_text(tokens)
+    return (features.float() if dtype is torch.bfloat16 else features).numpy()
+
+
+def change(params, tokens, bugs, without=()):
+    """Relative L2 by which bugs move the features that the port has with the bugs of `without` alone."""
+    a, b = (port_features(params, tokens, set_, torch.float64) for set_ in (bugs, without))
+    if a.shape != b.shape or not np.isfinite(a).all():
+        return np.inf
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+def visible(params, tokens, bugs):
+    return all(change(params, tokens, bugs, set(bugs) - {bug}) > VISIBLE for bug in bugs)
+
+
+def names(finding, bugs):
+    """Whether a finding is these bugs and nothing else."""
+    wanted = [SINGLES.get(bug, {"D1-end"}) for bug in bugs]
+    ids = [fault.id for fault in finding.faults]
+    return len(ids) == len(wanted) and all(any(i in want for i in ids) for want in wanted)
+
+
+def trial(params, tokens, bugs):
+    """(diagnosis, seconds, place of the bugs among the findings counted from 1, or 0)."""
+    features = port_features(params, tokens, bugs)
+    start = time.perf_counter()
+    diagnosis = minclip.diagnose(params, tokens, features)
+    seconds = time.perf_counter() - start
+    places = [i for i, finding in enumerate(diagnosis.findings, 1) if names(finding, bugs)]
+    return diagnosis, seconds, places[0] if places else 0
+
+
+def run_table(cases):
+    """(rows, totals): a row for each model and case, and model -> (named first, visible, slowest)."""
+    rows, totals = [], {}
+    for model, params in models().items():
+        first = seen = 0
+        slowest = 0.0
+        for bugs in cases:
+            # The port's own padding shows only where ours is another.
+            tokens = tokens_for(params, () if "padded_with_end" in bugs else (2, 4))
+            if not fits(params, bugs):
+                continue
+            if not visible(params, tokens, bugs):
+                rows.append((model, bugs, "", "not visible on these texts", ""))
+                continue
+            diagnosis, seconds, place = trial(params, tokens, bugs)
+            seen, first, slowest = seen + 1, first + (place == 1), max(slowest, seconds)
+            said = " or ".join(" + ".join(f.id for f in finding.faults) for finding in diagnosis.findings[:4])
+            rows.append((model, bugs, f"{diagnosis.error:.1e}", said or diagnosis.verdict, place == 1))
+            print(*rows[-1], f"{seconds:.1f} s", flush=True)
+        totals[model] = first, seen, slowest
+    return rows, totals
+
+
+def fits(params, bugs):
+    """Whether this model's shape lets a port make these mistakes."""
+    D, E = params["text_projection"].shape
+    return D == E or "projection_transposed" not in bugs
+
+
+def clean_ports(params, tokens):
+    """name -> features of ports without a bug."""
+    clean = port_features(params, tokens)
+    rounded = {name: array.astype(np.float16).astype(np.float32) for name, array in params.items()}
+    rounded = minclip.Params(rounded, activation=params.activation, heads=params.heads)
+    return {
+        "clean": clean,
+        "stored in float16": clean.astype(np.float16),
+        "float64 throughout": port_features(params, tokens, dtype=torch.float64),
+        "float16 throughout": port_features(params, tokens, dtype=torch.float16),
+        "float16 weights, float32 otherwise": port_features(rounded, tokens),
+        "bfloat16 throughout": port_features(params, tokens, dtype=torch.bfloat16),
+        **{switch: port_features(params, tokens, {switch}) for switch in HARMLESS},
+    }
+
+
+def run_clean():
+    """[(model, port, diagnosis)] of ports without a bug."""
+    rows = []
+    for model, params in models().items():
+        tokens = tokens_for(params, end_padded=(2, 4))
+        for port, features in clean_ports(params, tokens).items():
+            rows.append((model, port, minclip.diagnose(params, tokens, features)))
+            print(model, port, rows[-1][2].verdict, *rows[-1][2].notes[:1], flush=True)
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-o", dest="output", type=Path)
+    args = parser.parse_args()
+    text = report(run_clean(), *run_table([(bug,) for bug in SINGLES]), *run_table(PAIRS))
+    if args.output:
+        args.output.write_text(text)
+    print(text)
+
+
+def report(clean, singles, single_totals, pairs, pair_totals):
+    lines = [
+        "# What minclip.diagnose says of broken ports",
+        "",
+        "Made by `python tests/benchmarks/diagnosis_table.py -o tests/benchmarks/diagnosis.md`; the script",
+        "says how.",
+        "",
+        "| model | single bugs named first | pairs named first | slowest single, pair |",
+        "|---|---|---|---|",
+    ]
+    for model in single_totals:
+        (f1, n1, s1), (f2, n2, s2) = single_totals[model], pair_totals[model]
+        lines.append(f"| {model} | {f1} of {n1} | {f2} of {n2} | {s1:.1f} s, {s2:.1f} s |")
+    f1, n1, f2, n2 = (
+        sum(total[i] for total in totals.values()) for totals in (single_totals, pair_totals) for i in (0, 1)
+    )
+    lines.append(f"| all | {f1} of {n1} ({f1 / n1:.1%}) | {f2} of {n2} ({f2 / n2:.1%}) | |")
+    alarms = [row for row in clean if row[2].verdict != "agrees"]
+    lines += ["", f"{len(clean)} ports without a bug, {len(alarms)} false alarms."]
+    lines += [f"- {model}: {port}: {diagnosis.verdict}" for model, port, diagnosis in alarms]
+    lines += ["", "| model | bugs | relative error | what was said | first |", "|---|---|---|---|---|"]
+    for model, bugs, error, said, first in singles + pairs:
+        lines.append(
+            f"| {model} | {' + '.join(bugs)} | {error} | {said} | {'yes' if first else 'no' * bool(error)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

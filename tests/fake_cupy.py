@@ -1,0 +1,301 @@
+"""A stand-in for CuPy where there is no GPU: NumPy's arithmetic behind CuPy's refusals.
+
+What CuPy refuses is refused: conversion to NumPy by the way, NumPy arrays among its own, names and
+keywords that it has not. What makes the host wait for the GPU is counted in `Fake.waits`. cuBLAS is
+asked by address, as the real one is, and a RawKernel is the CUDA source itself, compiled by g++ with
+tests/cuda_on_cpu.h. `FUNCTIONS` and `METHODS` are CuPy 14.2's own signatures; a test holds them against
+CuPy where it is installed.
+"""
+
+import ctypes
+import functools
+import hashlib
+import inspect
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+
+FUNCTIONS = {
+    "asarray": "a, dtype=None, order=None, *, copy=None, blocking=False",
+    "asnumpy": "a, stream=None, order='C', out=None, *, blocking=True",
+    "ascontiguousarray": "a, dtype=None",
+    "arange": "start, stop=None, step=1, dtype=None",
+    "empty": "shape, dtype=float, order='C'",
+    "empty_like": "prototype, dtype=None, order='K', subok=None, shape=None",
+    "full": "shape, fill_value, dtype=None, order='C'",
+    "triu": "m, k=0",
+    "exp": None,  # a ufunc, of which CuPy gives no signature
+}
+METHODS = {
+    "astype": "dtype, order='K', casting=None, subok=None, copy=True",
+    "reshape": "*shape, order='C', copy=None",
+    "transpose": "*axes",
+    "swapaxes": "axis1, axis2",
+    "copy": "order='C'",
+    "mean": "axis=None, dtype=None, out=None, keepdims=False",
+    "sum": "axis=None, dtype=None, out=None, keepdims=False",
+    "max": "axis=None, out=None, keepdims=False",
+    "argmax": "axis=None, out=None, dtype=None, keepdims=False",
+    "get": "stream=None, order='C', out=None, blocking=True",
+    "item": "",
+}
+OPERATORS = "add sub mul truediv pow matmul radd rsub rmul rtruediv rpow lt le eq ne gt ge neg".split()
+HOST = Path(__file__).with_name("cuda_on_cpu.h")
+
+
+def signature(text):
+    """The inspect.Signature of a parameter list, as in "a, *, b=None"."""
+    return inspect.signature(eval(f"lambda {text}: None"))
+
+
+def inside(value):
+    """The NumPy array within, for the arithmetic; NumPy arrays themselves are refused."""
+    if isinstance(value, tuple):
+        return tuple(map(inside, value))
+    if isinstance(value, np.ndarray):
+        raise TypeError(f"Unsupported type {type(value)}")
+    return value._array if isinstance(value, ndarray) else value
+
+
+def outside(value):
+    """A result as the GPU would give it: even of a whole sum an array, of no dimensions."""
+    return ndarray(np.asarray(value)) if isinstance(value, np.ndarray | np.generic) else value
+
+
+class ndarray:
+    def __init__(self, array):
+        self._array = array
+
+    shape = property(lambda self: self._array.shape)
+    strides = property(lambda self: self._array.strides)
+    ndim = property(lambda self: self._array.ndim)
+    size = property(lambda self: self._array.size)
+    dtype = property(lambda self: self._array.dtype)
+    flags = property(lambda self: self._array.flags)
+    nbytes = property(lambda self: self._array.nbytes)
+    T = property(lambda self: ndarray(self._array.T))
+    data = property(lambda self: types.SimpleNamespace(ptr=self._array.ctypes.data))
+    __hash__ = None
+
+    def __array__(self, *args, **kwargs):
+        raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`")
+
+    def __array_ufunc__(self, *args, **kwargs):
+        raise TypeError("Unsupported type: a NumPy array beside a CuPy array")
+
+    def __len__(self):
+        return len(self._array)
+
+    def __iter__(self):
+        return map(outside, self._array)
+
+    def __abs__(self):
+        return ndarray(abs(self._array))
+
+    def __getitem__(self, at):
+        for part in at if isinstance(at, tuple) else (at,):
+            if isinstance(part, ndarray) and part.dtype == bool:
+                Fake.waits.append("boolean mask")
+        return outside(self._array[inside(at)])
+
+    def __setitem__(self, at, value):
+        self._array[inside(at)] = inside(value)
+
+
+def define_operator(name):
+    def operate(self, *others):
+        return outside(getattr(self._array, name)(*map(inside, others)))
+
+    setattr(ndarray, name, operate)
+
+
+def define_method(name, parameters):
+    allowed = signature(parameters)
+
+    def method(self, *args, **kwargs):
+        allowed.bind(*args, **kwargs)
+        if name in ("get", "item"):
+            Fake.waits.append(name)
+            return self._array.copy() if name == "get" else self._array.item()
+        return outside(getattr(self._array, name)(*args, **kwargs))
+
+    setattr(ndarray, name, method)
+
+
+def define_wait(name):
+    def wait(self, *args):
+        Fake.waits.append(name)
+        return getattr(self._array, name)(*args)
+
+    setattr(ndarray, name, wait)
+
+
+for name in OPERATORS:
+    define_operator(f"__{name}__")
+for name, parameters in METHODS.items():
+    define_method(name, parameters)
+for name in ("__float__", "__int__", "__bool__", "__repr__", "__str__", "__format__"):
+    define_wait(name)
+
+
+class Fake(types.ModuleType):
+    """The module cupy; `Fake.waits` lists what has made the host wait."""
+
+    waits = []  # noqa: RUF012
+    ndarray = ndarray
+
+    def __init__(self):
+        super().__init__("cupy")
+        self.cuda = types.ModuleType("cupy.cuda")
+        self.cuda.runtime = types.SimpleNamespace(getDeviceCount=lambda: 1, CUDA_R_16F=2)
+        self.cuda.device = types.SimpleNamespace(get_cublas_handle=lambda: 0)
+        self.cuda.memory = types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError)
+        self.cuda.Stream = self.cuda.get_current_stream = self.cuda.Event = Stream
+        self.cuda.get_elapsed_time = lambda start, end: 1e3 * (end.time - start.time)
+        self.RawKernel = RawKernel
+
+    def __getattr__(self, name):
+        if name not in FUNCTIONS:
+            raise AttributeError(f"module 'cupy' has no attribute {name!r}, or the stand-in does not know it")
+        allowed = FUNCTIONS[name] and signature(FUNCTIONS[name])
+
+        def function(*args, **kwargs):
+            if allowed:
+                allowed.bind(*args, **kwargs)
+            if name == "asarray":  # the one door for NumPy arrays, and it copies
+                source = args[0]
+                return source if isinstance(source, ndarray) else ndarray(np.array(source, **kwargs))
+            if name == "asnumpy":
+                return args[0].get()
+            return outside(getattr(np, name)(*map(inside, args), **kwargs))
+
+        return function
+
+
+class OutOfMemoryError(MemoryError):
+    pass
+
+
+class Stream:
+    """A stream or an event: all is done at once here."""
+
+    def __init__(self, null=False, non_blocking=False, ptds=False, priority=None):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def record(self, event=None):
+        self.time = time.perf_counter()
+        return self
+
+    def wait_event(self, event):
+        assert isinstance(event, Stream)
+
+    def synchronize(self):
+        Fake.waits.append("synchronize")
+
+
+def matrices(address, ld, stride, batch, turned, rows, columns):
+    """[batch, rows, columns] of float16 at an address as cuBLAS sees it: by columns, ld apart, or turned."""
+    shape, step = (batch, rows, columns), (2 * stride, 2, 2 * ld)
+    if turned:
+        step = (2 * stride, 2 * ld, 2)
+    reach = 1 + sum((n - 1) * s // 2 for n, s in zip(shape, step, strict=True))
+    memory = np.frombuffer((ctypes.c_char * (2 * reach)).from_address(address), np.float16)
+    return np.lib.stride_tricks.as_strided(memory, shape, step)
+
+
+def gemm(handle, op_a, op_b, m, n, k, alpha, a, a_type, lda, stride_a, b, b_type, ldb, stride_b, beta, c,
+         c_type, ldc, stride_c, batch, compute, algorithm):  # fmt: skip
+    """cublasGemmStridedBatchedEx: float16, summed in float32, rounded once."""
+    assert (a_type, b_type, c_type, compute, algorithm) == (2, 2, 2, 68, 99)
+    alpha, beta = (ctypes.c_float.from_address(at).value for at in (alpha, beta))
+    a = matrices(a, lda, stride_a, batch, op_a, m, k).astype(np.float32)
+    b = matrices(b, ldb, stride_b, batch, op_b, k, n).astype(np.float32)
+    c = matrices(c, ldc, stride_c, batch, 0, m, n)
+    c[...] = alpha * (a @ b) + (beta * c.astype(np.float32) if beta else 0)
+
+
+class RawKernel:
+    """A kernel of CUDA source, run on the host one warp after another."""
+
+    def __init__(self, code, name, options=()):
+        heading = re.search(rf"__global__ void {name}\((.*?)\)", code, re.DOTALL)[1]
+        self.kinds = [parameter.split()[:-1] for parameter in heading.split(",")]
+        self.run = getattr(compiled(code, tuple(options)), f"launch_{name}")
+
+    def __call__(self, grid, block, args):
+        assert block[0] == 32, "the host knows launches of whole warps"
+        assert len(args) == len(self.kinds)
+        values = []
+        for kind, value in zip(self.kinds, args, strict=True):
+            pointed = kind[-1].endswith("*")
+            assert pointed == isinstance(value, ndarray), f"{kind} is given {value!r}"
+            if pointed:
+                assert value.flags.c_contiguous
+                expected = {"int*": "i4", "WIDE*": None, "NUMBER*": None}[kind[-1]]
+                assert expected is None or value.dtype == expected
+            values.append(ctypes.c_void_p(value.data.ptr) if pointed else as_c(kind[-1], value))
+        pointers = [ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in values]
+        self.run(grid[0], block[1], (ctypes.c_void_p * len(args))(*pointers))
+
+
+def as_c(kind, value):
+    """A number for a kernel; CuPy passes NumPy scalars by their own type, so that must be the kernel's."""
+    assert value.dtype == {"int": np.int32, "WIDE": np.float32}[kind]
+    return (ctypes.c_int if kind == "int" else ctypes.c_float)(value)
+
+
+@functools.cache
+def compiled(code, options):
+    """The library of a CUDA source, with a launch_NAME for each kernel."""
+    source = code.replace("#include <cuda_fp16.h>", f'#include "{HOST}"')
+    for name, parameters in re.findall(r"__global__ void (\w+)\((.*?)\)", code, re.DOTALL):
+        kinds = [" ".join(parameter.split()[:-1]) for parameter in parameters.split(",")]
+        passed = ", ".join(f"*({kind}*)p[{i}]" for i, kind in enumerate(kinds))
+        source += f'extern "C" void launch_{name}(int grid, int warps, void** p) '
+        source += f"{{ launch(grid, warps, [=] {{ {name}({passed}); }}); }}\n"
+    folder = Path(tempfile.mkdtemp(prefix="minclip-"))
+    library = folder / (hashlib.sha256(source.encode()).hexdigest()[:16] + ".so")
+    command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-x", "c++", *options, "-o", library, "-"]
+    subprocess.run(command, input=source.encode(), check=True)
+    return ctypes.CDLL(str(library))
+
+
+def install(monkeypatch):
+    """Put a stand-in in CuPy's place until the test is over, and give it."""
+    import minclip
+
+    fake = Fake()
+    cublas = types.ModuleType("cublas")
+    cublas.__dict__.update(
+        gemmStridedBatchedEx=gemm,
+        CUBLAS_OP_N=0,
+        CUBLAS_OP_T=1,
+        CUBLAS_COMPUTE_32F=68,
+        CUBLAS_GEMM_DEFAULT_TENSOR_OP=99,
+    )
+    libs = types.SimpleNamespace(cublas=cublas)
+    for name, module in {
+        "cupy": fake,
+        "cupy.cuda": fake.cuda,
+        "cupy_backends": types.ModuleType("cupy_backends"),
+        "cupy_backends.cuda": types.ModuleType("cuda"),
+        "cupy_backends.cuda.libs": libs,
+    }.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    for name in ("gpu", "fast_gpu"):  # a test before may have left those that the last stand-in made
+        monkeypatch.delitem(sys.modules, f"minclip.{name}", raising=False)
+        monkeypatch.delattr(minclip, name, raising=False)
+    Fake.waits.clear()
+    return fake

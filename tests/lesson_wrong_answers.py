@@ -1,0 +1,335 @@
+"""Wrong answers to the lessons' exercises: each must be turned down with a message of its own.
+
+WRONG[check name] lists (answer, words that the message must hold); tests/test_lessons.py tries them.
+At least two for each check. The messages of one check must differ from each other.
+"""
+
+from itertools import pairwise
+
+import numpy as np
+import regex
+
+WRONG = {}
+
+# 01 Turn text into tokens
+
+
+def merge_step_highest(pieces, ranks):
+    pairs = [p for p in pairwise(pieces) if p in ranks]
+    return join(pieces, max(pairs, key=ranks.get)) if pairs else pieces
+
+
+def merge_step_first(pieces, ranks):
+    pairs = [p for p in pairwise(pieces) if p in ranks]
+    return join(pieces, pairs[0]) if pairs else pieces
+
+
+def merge_step_all(pieces, ranks):
+    pieces = list(pieces)
+    while pairs := [p for p in pairwise(pieces) if p in ranks]:
+        pieces = join(pieces, min(pairs, key=ranks.get))
+    return pieces
+
+
+def merge_step_in_place(pieces, ranks):
+    pairs = [p for p in pairwise(pieces) if p in ranks]
+    if pairs:
+        pieces[:] = join(pieces, min(pairs, key=ranks.get))
+    return pieces
+
+
+def join(pieces, pair):
+    at = next(i for i in range(len(pieces) - 1) if (pieces[i], pieces[i + 1]) == pair)
+    return [*pieces[:at], "".join(pair), *pieces[at + 2 :]]
+
+
+def bpe_with(letters, step):
+    from minclip import tokenizer
+
+    def bpe(word):
+        pieces = step(letters(word), tokenizer.ranks())
+        return [tokenizer.vocabulary()[piece] for piece in pieces]
+
+    return bpe
+
+
+def bytes_of(word):
+    from minclip import tokenizer
+
+    letters = [tokenizer.byte_characters()[b] for b in word.encode("utf-8")]
+    return [*letters[:-1], letters[-1] + "</w>"]
+
+
+def longest_match(pieces, ranks):
+    from minclip import tokenizer
+
+    word, out, vocabulary = "".join(pieces), [], tokenizer.vocabulary()
+    while word:
+        end = next(n for n in range(len(word), 0, -1) if word[:n] in vocabulary)
+        out, word = [*out, word[:end]], word[end:]
+    return out
+
+
+WRONG["check_merge_step"] = [
+    (merge_step_highest, "highest rank"),
+    (merge_step_first, "first pair"),
+    (merge_step_all, "more than one step"),
+    (merge_step_in_place, "writes into its input"),
+]
+WRONG["check_bpe"] = [
+    (bpe_with(lambda word: [*bytes_of(word)[:-1], bytes_of(word)[-1][0]], merge_step_all), "needs its </w>"),
+    (bpe_with(lambda word: [*word[:-1], word[-1] + "</w>"], merge_step_all), "UTF-8 bytes"),
+    (bpe_with(bytes_of, longest_match), "longest match"),
+    (bpe_with(bytes_of, merge_step_first), "repeat the step"),
+    (bytes_of, "look pieces up"),
+]
+WRONG["check_fit"] = [
+    (lambda ids, n: (ids + [0] * n)[:n], "end id was cut off"),
+    (lambda ids, n: ids if len(ids) <= n else [*ids[: n - 1], 49407], "pad with 0"),
+    (lambda ids, n: [*ids[: n - 1], *[49407] * max(1, n - len(ids))], "not with the end id"),
+    (lambda ids, n: [*ids, 49407][:n] + [0] * (n - len(ids)), "pad with 0"),
+]
+WRONG["check_split"] = [
+    (str.split, "full stop"),
+    (lambda text: regex.findall(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", text), "contractions"),
+    (lambda text: regex.findall(r"'s|\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+", text), "one at a time"),
+    (lambda text: regex.findall(r"'s|[a-z]+|[0-9]|[^\sa-z0-9]+", text), r"\p{L}"),
+    (lambda text: regex.findall(r"'s|\p{L}+|\p{N}|[^\s\p{L}\p{N}]", text), "run of signs"),
+]
+
+# 02 Look up embeddings
+
+
+def one_hot(tokens, V, dtype=np.float32):
+    return (tokens[:, None] == np.arange(V)).astype(dtype)
+
+
+def add_in_place(x, positions):
+    x += positions
+    return x
+
+
+def add_and_forget(x, positions):
+    x + positions
+
+
+def embed_with(pick, places):
+    return lambda table, positions, tokens: pick(table, tokens) + places(positions, tokens)
+
+
+WRONG["check_one_hot_lookup"] = [
+    (lambda table, tokens: one_hot(tokens, len(table), float) @ table, "float64"),
+    (lambda table, ids: (one_hot(ids, len(table)) * ids[:, None].astype("f")) @ table, "not the id"),
+    (lambda table, tokens: table[tokens[0]], "one row of the table for each token"),
+]
+WRONG["check_embed"] = [
+    (lambda table, positions, ids: table[ids] + positions, "slice"),
+    (lambda table, positions, tokens: table[tokens], "positions are not in it"),
+    (lambda table, positions, ids: table[ids] + positions[-ids.shape[1] :], "last rows"),
+    (lambda table, positions, ids: table[ids] + positions[ids % 6], "looked up by token id"),
+    (
+        lambda table, positions, ids: table[ids] + positions[np.arange(1, ids.shape[1] + 1) % 6],
+        "start at row 1",
+    ),
+]
+WRONG["check_add_positions"] = [
+    (add_in_place, "was written into"),
+    (add_and_forget, "returns None"),
+    (lambda x, positions: (x + positions).astype(float), "float64"),
+]
+
+# 03 Normalise a vector
+
+
+def normed(*inputs, **slips):
+    import checks
+
+    return checks.normed(*inputs, **slips)
+
+
+def layer_norm_with(**slips):
+    def layer_norm(x, weight, bias):
+        return normed(x.astype(float), weight, bias, **slips).astype(x.dtype)
+
+    return layer_norm
+
+
+def layer_norm_in_place(x, weight, bias):
+    x -= x.mean(axis=-1, keepdims=True)
+    return normed(x, weight, bias)
+
+
+WRONG["check_layer_norm"] = [
+    (layer_norm_with(ddof=1), "not by D - 1"),
+    (layer_norm_with(outside=True), "inside the root"),
+    (layer_norm_with(outside=True, ddof=1), "Annotated Transformer"),
+    (layer_norm_with(eps=0), "eps is missing"),
+    (layer_norm_with(centre=False), "mean is not taken off"),
+    (layer_norm_with(axis=-2), "the axis is -1"),
+    (layer_norm_with(axis=None), "each row has its own"),
+    (lambda x, weight, bias: normed(x, weight), "bias is not in it"),
+    (lambda x, weight, bias: normed(x, 1, bias), "weight is not in it"),
+    (lambda x, weight, bias: normed(x * weight + bias), "come after the scaling"),
+    (lambda x, weight, bias: normed(x.astype(float), weight, bias), "float64"),
+    (lambda x, weight, bias: normed(x[0], weight, bias), "shape"),
+    (layer_norm_in_place, "writes into its input"),
+]
+WRONG["check_unchanged"] = [
+    ({"shift", "double", "both", "negate"}, "never negative"),
+    ({"shift", "double", "both", "reverse"}, "backwards"),
+    ({"shift", "double", "both", "stretch"}, "direction"),
+    ({"double", "both"}, "mean is taken off"),
+    ({"shift"}, "spread is divided out"),
+    ({"shift", "double"}, "both go"),
+]
+WRONG["check_suspects"] = [
+    ({"A": "eps", "B": "unbiased", "C": "mean", "D": "outside"}, "A is not 'eps': try rows"),
+    ({"A": "outside", "B": "mean", "C": "unbiased", "D": "eps"}, "B is not 'mean'"),
+    ({"A": "outside", "B": "outside", "C": "mean", "D": "eps"}, "each fault occurs once"),
+    ({"A": "outside"}, "the keys A, B, C, D"),
+]
+
+
+# 04 Let tokens attend
+
+
+def shares(x, axis=-1):
+    e = np.exp(x - x.max(axis=axis, keepdims=True))
+    return e / e.sum(axis=axis, keepdims=True)
+
+
+def triangle(L, dtype=np.float32):
+    return np.triu(np.full((L, L), -np.inf, dtype=dtype), 1)
+
+
+def softmax_in_place(x):
+    x -= x.max(axis=-1, keepdims=True)
+    return shares(x)
+
+
+WRONG["check_softmax"] = [
+    (lambda x: np.exp(x) / np.exp(x).sum(axis=-1, keepdims=True), "NaN: subtract the row maximum"),
+    (lambda x: shares(x, -2), "down the columns"),
+    (lambda x: np.exp(x) / np.exp(x).sum(), "each row has its own"),
+    (lambda x: np.exp(x), "not divided"),
+    (lambda x: shares(x.astype(float)), "float64"),
+    (lambda x: shares(x)[0], "shape"),
+    (softmax_in_place, "writes into its input"),
+]
+WRONG["check_causal_mask"] = [
+    (lambda L: np.triu(np.ones((L, L), dtype=np.float32), 1) * -np.inf, "0 times inf"),
+    (lambda L: np.triu(np.full((L, L), -np.inf, dtype=np.float32)), "diagonal is forbidden"),
+    (lambda L: triangle(L).T, "wrong triangle"),
+    (lambda L: np.triu(np.full((L, L), -1e9, dtype=np.float32), 1), "finite number"),
+    (lambda L: -triangle(L), "+inf"),
+    (lambda L: triangle(L, float), "float64"),
+]
+WRONG["check_attend"] = [
+    (lambda q, k, v: shares(q @ k.T / 2) @ v, "add the mask"),
+    (lambda q, k, v: np.tril(shares(q @ k.T / 2)) @ v, "after the softmax"),
+    (lambda q, k, v: shares(q @ k.T + triangle(5)) @ v, "not divided"),
+    (lambda q, k, v: shares(q @ k.T / 4 + triangle(5)) @ v, "not by K"),
+    (lambda q, k, v: shares(k @ q.T / 2 + triangle(5)) @ v, "exchanged"),
+    (lambda q, k, v: shares(q @ k.T / 2 + triangle(5), 0) @ v, "down the columns"),
+    (lambda q, k, v: shares(q @ k.T / 2 + triangle(5).T) @ v, "wrong triangle"),
+    (lambda q, k, v: shares(q @ k.T / 2 + triangle(5, float)) @ v, "float64"),
+    (lambda q, k, v: shares(q @ k.T / 2 + triangle(5)), "weights @ (L, K) values"),
+]
+WRONG["check_rows_changed"] = [
+    ({3}, "every later row"),
+    ({4, 5, 6}, "row 3 itself"),
+    (set(range(7)), "the mask hides"),
+    ({0, 1, 2, 3}, "the mask hides"),
+]
+
+
+# 05 Split into heads
+
+
+def halves(x, H):
+    """(B, L, D) to (B, L, H, K): cut, and not yet moved."""
+    return x.reshape(*x.shape[:2], H, -1)
+
+
+WRONG["check_split_heads"] = [
+    (halves, "now the heads must come before"),
+    (lambda x, H: x.reshape(x.shape[0], H, x.shape[1], -1), "one reshape mixes tokens"),
+    (lambda x, H: x.reshape(*x.shape[:2], -1, H).transpose(0, 3, 1, 2), "every H-th column"),
+    (lambda x, H: halves(x, H).transpose(2, 0, 1, 3), "(B, H, L, K)"),
+]
+WRONG["check_merge_heads"] = [
+    (lambda x: x.reshape(x.shape[0], x.shape[2], -1), "bring the tokens before"),
+    (lambda x: x.transpose(0, 2, 3, 1).reshape(x.shape[0], x.shape[2], -1), "interleaved"),
+    (lambda x: x.transpose(0, 2, 1, 3), "(B, L, D)"),
+]
+WRONG["check_unpack"] = [
+    (lambda x, H: x.reshape(*x.shape[:2], H, 3, -1).transpose(3, 0, 2, 1, 4), "of each head in turn"),
+    (lambda x, H: [halves(x, 3 * H).transpose(0, 2, 1, 3)[:, n * H : n * H + H] for n in (1, 0, 2)], "order"),
+    (
+        lambda x, H: [p.reshape(x.shape[0], H, x.shape[1], -1) for p in np.split(x, 3, axis=-1)],
+        "mixes tokens",
+    ),
+    (lambda x, H: np.split(x, 3, axis=-1), "heads are not split off"),
+    (lambda x, H: [halves(p, H) for p in np.split(x, 3, axis=-1)], "tokens come before heads"),
+    (lambda x, H: halves(x, 3 * H).transpose(0, 2, 1, 3), "three arrays"),
+]
+
+
+# 06 Think at each position
+
+
+def bend(x, slope=1.702):
+    return x / (1 + np.exp(-slope * x))
+
+
+def bend_by_quotient(x):
+    e = np.exp(1.702 * x)
+    return x * (e / (1 + e))
+
+
+def mlp_with(activation, first=1, second=1):
+    return lambda x, W, b, V, c: activation(x @ W.T + first * b) @ V.T + second * c
+
+
+WRONG["check_quick_gelu"] = [
+    (bend_by_quotient, "NaN far out"),
+    (lambda x: bend(x, 1), "SiLU"),
+    (lambda x: bend(x, 1.773), "not 1.773"),
+    (lambda x: bend(x, -1.702), "sign of the exponent"),
+    (lambda x: 1 / (1 + np.exp(-1.702 * x)), "gate alone"),
+    (lambda x: np.maximum(x, 0), "ReLU"),
+    (lambda x: bend(x.astype(float)), "float64"),
+]
+WRONG["check_mlp"] = [
+    (mlp_with(lambda h: h), "no activation"),
+    (mlp_with(lambda h: np.maximum(h, 0)), "ReLU"),
+    (mlp_with(bend, first=0), "c_fc's bias"),
+    (mlp_with(bend, second=0), "c_proj's bias"),
+    (lambda x, W, b, V, c: bend(mlp_with(bend)(x, W, b, V, c)), "second activation"),
+    (lambda x, W, b, V, c: x + mlp_with(bend)(x, W, b, V, c), "lesson 07"),
+    (lambda x, W, b, V, c: bend(x @ W + b) @ V + c, "x @ weight.T"),
+]
+WRONG["check_worst"] = [
+    (0.0203, "between -5 and 0"),
+    (-0.0203, "size of the difference"),
+    (-1.0, "close to the exact one"),
+    (-3.5, "can be had"),
+]
+
+
+# 07 Add it to the stream
+
+
+# 08 Read out the sentence
+
+
+# 09 Compare sentences
+
+
+# 10 Choose a precision and a device
+
+
+# 11 Make it fast
+
+
+# 12 Debug a port
