@@ -265,7 +265,10 @@ class Search:
         if key not in self.verdicts:
             self.verdicts[key] = self.hold_against(faults, presented, precision)
         finding, error, rounding = self.verdicts[key]
-        return finding if error <= SLACK * rounding else None
+        allowed = SLACK * rounding
+        if faults:  # a model that rounding turns upside down must not pass for anything
+            allowed = min(allowed, GATE[precision] * self.rounding(precision))
+        return finding if error <= allowed else None
 
     def hold_against(self, faults, presented, precision):
         """(Finding, error, rounding), the last two of the worst row."""
@@ -284,7 +287,8 @@ class Search:
             exact, rounded = factor * exact, factor * rounded
             told.append(dataclasses.replace(SCALED, summary=SCALED.summary.format(factor=f"{factor:.6g}")))
         with np.errstate(all="ignore"):
-            rounding = row_errors(rounded, exact).max()
+            roundings = row_errors(rounded, exact)
+            rounding = roundings[np.isfinite(roundings)].max(initial=0)
             error = row_errors(self.features, exact).max()
         return Finding((*faults, *told), relative(self.features, exact)), error, rounding
 

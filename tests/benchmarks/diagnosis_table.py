@@ -63,7 +63,7 @@ TEXTS = (
     "the menu of a small restaurant, written by hand on a blackboard in chalk",
     "fog",
     "an old map of the harbour with every street and every pier named, drawn in ink, coloured by hand, "
-    "folded many times, torn at one corner, mended with tape, and signed below by the captain who owned it",
+    "folded many times, torn at one corner and mended with tape, and signed below by its first owner",
     "rain! on a tin roof",
     "word " * 90,
 )
