@@ -1,6 +1,6 @@
 """Time `minclip encode --file` against its parts, and one and two Dask workers against the plain command.
 
-    python tests/benchmarks/corpus.py [--model NAME|PATH] [--texts 50000]
+    python tests/benchmarks/corpus.py [--model NAME|PATH] [--texts 65536]
 
 Prints texts/s of each, and as ratios to the plain command, all from the same captions and the same run.
 Workers have one BLAS thread each, as Dask's own do by default; the plain command has all of the machine's.
@@ -19,13 +19,13 @@ from pathlib import Path
 from tokenizing import captions, seconds
 
 import minclip
-from minclip import corpus
+from minclip import cluster, corpus
 
 
 def main():
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--model", default="builtin")
-    options.add_argument("--texts", type=int, default=50_000)
+    options.add_argument("--texts", type=int, default=65_536)
     args = options.parse_args()
     texts = captions(args.texts)
     params = minclip.load(args.model)
@@ -99,6 +99,7 @@ def with_workers(folder, texts, model, count):
 
         with Client(address, set_as_default=False) as client:
             client.wait_for_workers(count)
+            client.run(cluster.parameters, model, "cpu", "float32")  # loaded once, however long the corpus
         return command(folder, texts, model, "--dask", address)
     finally:
         for process in processes:
