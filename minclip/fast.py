@@ -48,8 +48,8 @@ def encode_text(params, tokens, *, progress=False):
 
     params and tokens as there. Chunks of the corpus are computed side by side, on as many threads as
     BLAS may use, and BLAS keeps to one thread meanwhile. Beside params, tokens and features this takes
-    one more copy of the blocks' parameters and some 60 MB a thread. float16 is computed in float32.
-    progress=True shows a bar.
+    one more copy of the blocks' parameters and the working memory of one chunk a thread. float16 is
+    computed in float32. progress=True shows a bar.
 
     On the GPU it is minclip.fast_gpu that computes, some 0.5 GB of nodes at a time (fast_gpu.NODES).
 

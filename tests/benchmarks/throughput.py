@@ -34,7 +34,7 @@ import minclip
 from minclip import fast, tokenizer
 
 SIZE = dict(width=512, layers=12, embed=512)
-BATCH = 64  # of the sorted and trimmed peers; 32 and 128 are no quicker here
+BATCH = 64  # texts a call of the peers
 
 
 def imagenet_prompts(wheel):
