@@ -212,11 +212,6 @@ def low_bits(ids, dtype):
     return ids.astype(dtype).astype(np.int64)
 
 
-def at_position(x, index):
-    """Row index[b] of each x[b]; negative counts from the end, as array libraries do."""
-    return x[np.arange(len(x)), index]
-
-
 def pooled_at(choose):
     """Pool at choose(tokens)."""
     return lambda port: port.replace("eot", lambda at: choose(port.tokens))
