@@ -71,10 +71,18 @@ def encode_text(params, tokens, *, progress=False):
     features = np.empty((len(tokens), P.shape[1]), P.dtype)  # (B, E)
     corpus = sort(trim(tokens))
 
-    def encode_chunk(chunk):
+    def encode_rows(chunk):
         tree = grow(corpus.rows[chunk], corpus.lengths[chunk], corpus.shared[chunk])
-        first, last = np.searchsorted(corpus.group, (chunk.start, chunk.stop))
         found = encode_tree(params, blocks, heads, activation, tree)  # (T, E)
+        a, b = chunk.start, chunk.stop
+        if b - a == 1 or np.isfinite(found).all():
+            return found
+        # A nan among a twig's keys passes its mask, as nan - inf is nan. Apart, texts share no twig.
+        return np.concatenate([encode_rows(slice(a, (a + b) // 2)), encode_rows(slice((a + b) // 2, b))])
+
+    def encode_chunk(chunk):
+        first, last = np.searchsorted(corpus.group, (chunk.start, chunk.stop))
+        found = encode_rows(chunk)
         features[corpus.order[first:last]] = found[corpus.group[first:last] - chunk.start]
         return last - first
 
