@@ -41,6 +41,8 @@ def tokenize(texts, context_length=77, truncate=False):
     >>> tokenize("a photo of a cat")[0, :8].tolist()
     [49406, 320, 1125, 539, 320, 2368, 49407, 0]
     """
+    if isinstance(texts, bytes | bytearray) or not hasattr(texts, "__iter__"):
+        raise TypeError(f"texts must be a str or a list of str, not {type(texts).__name__}")
     texts = [texts] if isinstance(texts, str) else list(texts)
     if context_length < 2:
         raise ValueError(f"context_length must hold at least a start and an end, not {context_length}")
