@@ -118,14 +118,108 @@ def test_any_text_gives_the_references_ids(text):
     assert tokenizer.encode(text) == reference_tokenizer().encode(text)
 
 
-def test_random_text_of_every_plane_gives_the_references_ids(reference):
-    draw = random.Random(0)
-    pools = [range(32, 127), range(0x250), range(0x3000), range(sys.maxunicode + 1)]
-    for _ in range(3000):
-        pool = draw.choice(pools)
-        text = "".join(chr(draw.choice(pool)) for _ in range(draw.randrange(30)))
-        text = "".join(c for c in text if unicodedata.category(c) != "Cs")
+ENTITIES = "&amp; &amp;amp; &lt;|endoftext|&gt; &#39; &#x27 &#0; &#xD800; &#128; &#1114112; &NoSuch; &"
+WRECKS = (
+    "Ã© â€™ â€œ ï»¿ Ã¢â‚¬Å“ Ð¿Ñ€Ð¸Ð²ÐµÑ‚ ‚±‚ñ‚É‚¿‚Í Â½ \u0092 ﬁ ﷺ ½ "
+    "\x1b[1m <|startoftext|> <|EndOfText|> </w> 'ſ 'LL İ ß"
+)
+ODD = [*ENTITIES.split(), *WRECKS.split(), *"\0 \t \x1c \x85 \u2028 \u200d \ufeff \ufffd".split(" ")]
+
+
+@functools.cache
+def categories():
+    """{general category: its characters}, unassigned, private and surrogate ones too."""
+    found = {}
+    for code in range(sys.maxunicode + 1):
+        found.setdefault(unicodedata.category(chr(code)), []).append(chr(code))
+    return found
+
+
+def hostile(draw):
+    """A string made to break tokenizers, of up to six parts."""
+    kinds, marks = list(categories()), categories()["Mn"]
+    parts = []
+    for _ in range(draw.randrange(1, 7)):
+        some = range(draw.randrange(1, 8))
+        words = "".join(draw.choice("abcdefgh 'sS019&;.") for _ in some)
+        match draw.randrange(8):
+            case 0:
+                parts.append(words)
+            case 1:
+                parts.append(draw.choice(ODD))
+            case 2:
+                parts += [draw.choice(categories()[draw.choice(kinds)]) for _ in some]
+            case 3:
+                parts.append("".join(c + draw.choice(marks) for c in words))
+            case 4:  # UTF-8 read as another encoding, once or twice
+                wreck = "".join(chr(draw.randrange(0xA0, 0x2100)) for _ in some)
+                for _ in range(draw.randrange(1, 3)):
+                    wreck = wreck.encode("utf-8").decode(
+                        draw.choice(["latin-1", "cp1252", "cp1251"]), "replace"
+                    )
+                parts.append(wreck)
+            case 5:  # a surrogate alone, or a pair that Python keeps apart
+                parts.append(chr(draw.randrange(0xD800, 0xE000)) + draw.choice(["", "\udc36"]))
+            case 6:
+                parts += [chr(draw.randrange(draw.choice([128, 0x250, 0x3000, 0x110000]))) for _ in some]
+            case 7:
+                parts.append(f"&#{draw.choice(['', 'x'])}{draw.randrange(2**21):x}{draw.choice([';', ''])}")
+    return "".join(parts)
+
+
+def fuzz(count, seed):
+    draw, reference = random.Random(seed), openai("simple_tokenizer").SimpleTokenizer()
+    for _ in range(count):
+        text = hostile(draw)
         assert tokenizer.encode(text) == reference.encode(text), ascii(text)
+
+
+def test_hostile_strings_give_the_references_ids():
+    fuzz(4000, seed=0)
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("seed", range(1, 21))
+def test_a_million_hostile_strings_give_the_references_ids(seed):
+    fuzz(50_000, seed)
+
+
+def test_every_category_and_every_single_character_of_the_first_plane_is_tried(reference):
+    assert len(categories()) == 30
+    for code in range(0, 0x10000, 7):  # every seventh; the deeper run has them all
+        assert tokenizer.encode(chr(code)) == reference.encode(chr(code)), hex(code)
+
+
+@pytest.mark.deep
+def test_every_single_character_gives_the_references_ids(reference):
+    for code in range(sys.maxunicode + 1):
+        text = f"a{chr(code)}b {chr(code)}"
+        assert tokenizer.encode(text) == reference.encode(text), hex(code)
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize(
+    "part", ["a", "é", "!", "1", "\0", "ab ", "Ã©", "&amp;", "\ud800", "e\u0301", "\u200d", "東"]
+)
+def test_a_megabyte_gives_the_references_ids(part, reference):
+    text = part * (2**20 // len(part))
+    assert tokenizer.encode(text) == reference.encode(text)
+
+
+@pytest.mark.deep
+def test_a_megabyte_of_hostile_strings_gives_the_references_ids(reference):
+    draw, parts, size = random.Random(0), [], 0
+    while size < 2**20:
+        parts.append(hostile(draw))
+        size += len(parts[-1])
+    assert tokenizer.encode(" ".join(parts)) == reference.encode(" ".join(parts))
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udcffb", "\ud83d\udc36 dog", "&#xD83D;", "&amp;#55357;x"])
+def test_a_lone_surrogate_is_the_replacement_character_as_in_the_reference(text, reference):
+    """ftfy and html.unescape make it U+FFFD, so UTF-8 never meets it; a pair becomes its character."""
+    assert tokenizer.encode(text) == reference.encode(text)
+    assert ("\ufffd" in minclip.decode(minclip.tokenize(text))[0]) == ("dog" not in text)
 
 
 def test_merging_is_the_references_on_long_words(reference):
@@ -164,11 +258,23 @@ def test_truncation_keeps_the_start_of_the_text_and_the_end_id():
         (["a", None], "text 1 must be a str, not NoneType"),
         ([b"a"], "text 0 must be a str, not bytes"),
         (["a", ["b"]], "text 1 must be a str, not list"),
+        ([[["a"]]], "text 0 must be a str, not list"),
+        (["a", "b", float("nan")], "text 2 must be a str, not float"),
+        (np.array([["a"]]), "text 0 must be a str, not ndarray"),
+        (b"a cat", "texts must be a str or a list of str, not bytes"),
+        (None, "texts must be a str or a list of str, not NoneType"),
+        (3, "texts must be a str or a list of str, not int"),
     ],
 )
 def test_what_is_no_text_says_where(texts, message):
     with pytest.raises(TypeError, match=message):
         minclip.tokenize(texts)
+
+
+def test_a_text_that_is_too_long_is_named_before_any_is_returned():
+    with pytest.raises(ValueError, match="text 2 is 1048578 tokens long") as raised:
+        minclip.tokenize(["a", "b", "1" * 2**20])
+    assert len(str(raised.value)) < 250
 
 
 def test_a_context_that_cannot_hold_start_and_end_is_refused():
