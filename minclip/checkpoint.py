@@ -24,6 +24,11 @@ class Params(dict):
 
     activation   "quick_gelu" (OpenAI's own) or "gelu" (exact, as in most OpenCLIP models)
     heads        the number of attention heads
+
+    >>> import minclip
+    >>> params = minclip.load()
+    >>> params.activation, params.heads, params["text_projection"].shape
+    ('quick_gelu', 2, (128, 128))
     """
 
     def __init__(self, arrays, *, activation, heads):
@@ -53,6 +58,11 @@ def from_state_dict(state_dict, *, activation=None, heads=None):
     heads        where it is not width // 64, as it is in OpenAI's models
     Raises ValueError for a tensor that is missing, of another shape, or not the text tower's.
     Warns where there is no text projection: then `encode_text` stops, but `trace` gets to "pooled".
+
+    >>> import minclip
+    >>> other = {f"module.{name}": array for name, array in minclip.load().items()}
+    >>> from_state_dict(other, activation="quick_gelu").heads
+    2
     """
     if isinstance(state_dict, Params):
         activation, heads = activation or state_dict.activation, heads or state_dict.heads
@@ -76,6 +86,9 @@ def load(source="builtin", *, device="cpu", dtype=None, activation=None):
     Raises OSError for a file that cannot be read, ValueError for one that is not CLIP's text tower or
     where no GPU answers, MemoryError where the GPU is too full.
     Nothing in a file is ever run. Arrays of the dtype that the file has may be maps of it.
+
+    >>> load()["positional_embedding"].shape
+    (77, 128)
     """
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device must be 'cpu' or 'cuda', not {device!r}")
@@ -266,6 +279,12 @@ def save(params, path):
     """Write params to a safetensors file, with activation and heads in its metadata; `load` reads it back.
 
     A plain dict means OpenAI's own names and choices. The file appears at path only when whole.
+
+    >>> import pathlib, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(load(), pathlib.Path(folder, "model.safetensors"))
+    ...     load(pathlib.Path(folder, "model.safetensors")).activation
+    'quick_gelu'
     """
     if not isinstance(params, Params):
         params = from_state_dict(params, activation="quick_gelu" if "ln_final.weight" in params else None)

@@ -58,6 +58,13 @@ def compare(reference, port, *, rtol=None):
     said, and does not count as diverging.
 
     Raises ValueError where nothing of the port can be matched, or where it was run on other tokens.
+
+    >>> import minclip
+    >>> params, tokens = minclip.load(), minclip.tokenize("a cat")
+    >>> port = dict(minclip.trace(params, tokens))
+    >>> port["ln_final"] = port["transformer.resblocks.3"]  # the last norm forgotten
+    >>> compare(minclip.trace(params, tokens), port).first
+    'ln_final'
     """
     reference = reference if isinstance(reference, Trace) else tracing.as_trace(reference)
     arrays = unpack(port)

@@ -42,6 +42,13 @@ def diagnose(params, tokens, features, *, trace=None):
 
     Returns a `Diagnosis`. A long search shows a progress bar on a terminal.
     Raises ValueError where tokens or features do not fit the model or each other.
+
+    >>> import minclip
+    >>> params, tokens = minclip.load(), minclip.tokenize(["a cat", "two dogs"])
+    >>> port = minclip.Params(params, activation="gelu", heads=params.heads)
+    >>> diagnosis = diagnose(params, tokens, minclip.encode_text(port, tokens))
+    >>> diagnosis.verdict, diagnosis.findings[0].faults[0].id
+    ('known', 'A1')
     """
     search = Search(params, tokens, features)
     if trace is not None:

@@ -30,7 +30,11 @@ TIMEOUT = 30  # seconds without a byte
 
 
 def available_models():
-    """The names of OpenAI's models, as `clip.available_models()` gives them."""
+    """The names of OpenAI's models, as `clip.available_models()` gives them.
+
+    >>> available_models()[:2]
+    ['RN50', 'RN101']
+    """
     return list(MODELS)
 
 

@@ -55,6 +55,11 @@ def encode_text(params, tokens, *, progress=False):
 
     Returns features [..., E], not normalised, in the dtype and on the device of params. Raises and
     warns as the reference.
+
+    >>> import minclip
+    >>> params, tokens = minclip.load(), minclip.tokenize([f"{n} red balloons" for n in range(1000)])
+    >>> encode_text(params, tokens).shape
+    (1000, 128)
     """
     layers, heads, activation = architecture(params)
     tokens, leading = check_tokens(params, tokens)

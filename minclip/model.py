@@ -37,6 +37,12 @@ def encode_text(params, tokens, *, tap=None):
     Without a text_projection a tap gets the stages up to "pooled", and that is returned.
     Raises ValueError where tokens or params do not fit. A row without the end-of-text id, which is
     the last of the vocabulary, warns and is pooled at its largest id, as the reference does.
+
+    >>> import minclip
+    >>> params, tokens = minclip.load(), minclip.tokenize(["a cat", "two dogs"])
+    >>> features = encode_text(params, tokens)
+    >>> features.shape, str(features.dtype)
+    ((2, 128), 'float32')
     """
     layers, heads, activation = architecture(params)
     tokens, leading = check_tokens(params, tokens)
@@ -189,7 +195,11 @@ TAIL = (
 
 
 def normalize(features):
-    """Divide each row of features [..., E] by its length; a zero row stays zero. Same shape and dtype."""
+    """Divide each row of features [..., E] by its length; a zero row stays zero. Same shape and dtype.
+
+    >>> normalize(np.array([[3.0, 4.0], [0.0, 0.0]])).tolist()
+    [[0.6, 0.8], [0.0, 0.0]]
+    """
     if not hasattr(features, "dtype") or features.dtype.kind != "f":
         raise ValueError("features must be a floating-point array, such as encode_text returns")
     wide = widen(features)

@@ -79,6 +79,11 @@ def trace(params, tokens):
     All L positions given are computed at every stage, those after the end of text too. Each array is
     a copy of its own, on the device and in the dtype of params; B is the product of the leading axes
     of tokens [..., L]. Raises ValueError where tokens or params do not fit, as `encode_text` does.
+
+    >>> import minclip
+    >>> stages = trace(minclip.load(), minclip.tokenize("a cat"))
+    >>> stages["transformer.resblocks.0.attn.weights"].shape
+    (1, 2, 77, 77)
     """
     stages = {}
 
@@ -210,6 +215,11 @@ def trace_torch(torch_model, tokens):
     shows is not there: q, k, v of nn.MultiheadAttention, scores, and weights where it returns none.
 
     The hooks are taken away again, and minclip itself never imports torch.
+
+    >>> from torch.nn import Embedding, Linear, Sequential
+    >>> stages = trace_torch(Sequential(Embedding(9, 4), Linear(4, 3)), np.array([[1, 2]]))
+    >>> stages["0"].shape, stages["1"].shape
+    ((1, 2, 4), (1, 2, 3))
     """
     torch = sys.modules["torch"]  # or there were no torch model
     dump, seen = {}, {}
