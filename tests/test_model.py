@@ -270,6 +270,13 @@ def test_quick_gelu_and_gelu_hold_to_the_ends_of_their_dtype():
             assert abs(float(y[4]) - at_one) < 2 * np.finfo(dtype).eps + 1e-10
 
 
+@pytest.mark.deep
+def test_every_fault_of_the_catalogue_put_into_encode_text_fails_these_tests():
+    import mutation_check
+
+    assert not mutation_check.main([])
+
+
 def test_gelu_is_exact():
     import math
 
