@@ -254,10 +254,12 @@ def test_a_row_without_end_of_text_warns_and_pools_at_its_largest_id():
         assert relative(features[2], minclip.encode_text(PARAMS, tokens[2, :3])) < 1e-6
 
 
-def test_the_first_of_several_ends_is_the_end():
-    once = np.array([[95, 5, 96, 0, 0, 0]])
-    thrice = np.array([[95, 5, 96, 7, 96, 96]])
-    assert relative(minclip.encode_text(PARAMS, thrice), minclip.encode_text(PARAMS, once)) < 1e-6
+def test_the_first_of_several_ends_is_the_end_and_a_zero_inside_a_text_is_text():
+    texts = [[95, 5, 96], [95, 0, 0, 7, 96], [95, 1, 2, 3, 4, 5, 6, 96]]
+    batch = np.array([[95, 5, 96, 7, 96, 96, 0, 0], [95, 0, 0, 7, 96, 0, 0, 0], texts[2]])
+    alone = np.stack([minclip.encode_text(PARAMS, text) for text in texts])
+    assert relative(minclip.encode_text(PARAMS, batch), alone) < 1e-6
+    assert relative(minclip.encode_text(PARAMS, batch, tap=lambda name, array: array), alone) < 1e-6
 
 
 def test_quick_gelu_and_gelu_hold_to_the_ends_of_their_dtype():

@@ -174,11 +174,18 @@ def transformers_text(params):
 
 
 def onnx(params):
-    """onnxruntime on the encoder in plain torch operations, exported with free batch and length."""
     import onnxruntime
-    import torch
 
     file = io.BytesIO()
+    onnx_file(params, file)
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    return lambda tokens: session.run(None, {"tokens": tokens.astype(np.int64)})[0]
+
+
+def onnx_file(params, file):
+    """Export the encoder, in plain torch operations, with free batch and length to a path or open file."""
+    import torch
+
     tokens = torch.tensor([[49406, 320, 2368, 49407]])
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -186,8 +193,6 @@ def onnx(params):
             exportable(params), (tokens,), file, input_names=["tokens"], output_names=["features"],
             dynamic_axes={"tokens": {0: "B", 1: "L"}}, opset_version=17, dynamo=False,
         )  # fmt: skip
-    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
-    return lambda tokens: session.run(None, {"tokens": tokens.astype(np.int64)})[0]
 
 
 def exportable(params):

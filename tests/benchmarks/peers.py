@@ -1,0 +1,297 @@
+"""minclip beside the others that give CLIP's text features: a Markdown table, every cell measured here.
+
+    python tests/benchmarks/peers.py [minclip] [openai] [transformers] [onnxruntime] [open_clip]
+
+Run it where the test extra and onnx are installed. Each column is made in a fresh virtual environment that
+pip fills, and timed in processes of its own, on one text tower of ViT-B/32's size with random weights,
+float32, which each reads in its own format. A peer that cannot be installed or imported has the reason in its column.
+The columns come one after the other: compare those of one run on a quiet machine.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+import warnings
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+BATCH = 64
+TORCH = "torch==2.13.0"  # as in pyproject.toml: an open range can take gigabytes of CUDA packages
+# What pip is asked for, with or without what that depends on in its turn.
+INSTALL = {
+    "minclip": [[str(ROOT)]],
+    "openai": [[TORCH, "ftfy", "regex", "tqdm"], ["--no-deps", "openai-clip==1.0.1"]],
+    "transformers": [[TORCH, "transformers"]],
+    "onnxruntime": [["onnxruntime"]],
+    "open_clip": [[TORCH, "open_clip_torch"]],
+}
+PACKAGE = {"openai": "openai-clip", "open_clip": "open_clip_torch"}
+IMPORTS = {"openai": "import torch, ftfy, regex; import peers; peers.openai()"}
+NOTES = {
+    "openai": "clip/model.py and simple_tokenizer.py without torchvision, which `import clip` would add",
+    "transformers": "texts sorted by length, batches without needless padding",
+    "onnxruntime": "our own export of the encoder; sorted and trimmed too; it has no tokenizer",
+}
+
+
+# The workers: each gives (encode lists of ids, tokenize one text, number of intermediates that a call gives).
+
+
+def minclip(folder):
+    import numpy as np
+
+    import minclip
+    from minclip import fast, tokenizer
+
+    params = minclip.load(folder / "minclip.safetensors")
+
+    def encode(rows):
+        tokens = np.array(rows, dtype=np.int32)
+        return (fast.encode_text if len(rows) > 1 else minclip.encode_text)(params, tokens)
+
+    return encode, tokenizer.encode, lambda: len(minclip.trace(params, minclip.tokenize("a cat")))
+
+
+def openai():
+    """clip/model.py and clip/simple_tokenizer.py, by path."""
+    package, modules = Path(importlib.util.find_spec("clip").origin).parent, []
+    for name in ("model", "simple_tokenizer"):
+        spec = importlib.util.spec_from_file_location(f"clip_{name}", package / f"{name}.py")
+        modules.append(importlib.util.module_from_spec(spec))
+        spec.loader.exec_module(modules[-1])
+    return modules
+
+
+def openai_text(folder):
+    import torch
+
+    model, tokenizer = openai()
+    text = model.CLIP(512, 32, 1, 64, 16, 77, 49408, 512, 8, 12)  # with the smallest image tower
+    text.load_state_dict(torch.load(folder / "openai.pt"))
+    text.eval()
+
+    def encode(rows):
+        with torch.no_grad():
+            return torch.cat([text.encode_text(part) for part in torch.tensor(rows).split(BATCH)])
+
+    return encode, tokenizer.SimpleTokenizer().encode, lambda: 0
+
+
+def by_length(rows, encode):
+    """encode, called on batches of texts of like length without the padding that none of them needs."""
+    rows = sorted((row[: row.index(49407) + 1] for row in rows), key=len)
+    for a in range(0, len(rows), BATCH):
+        batch = rows[a : a + BATCH]
+        features = encode([row + [0] * (len(batch[-1]) - len(row)) for row in batch])
+    return features  # of the last batch
+
+
+def transformers(folder):
+    import torch
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+    model = CLIPTextModelWithProjection.from_pretrained(folder / "transformers").eval()
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "transformers")
+
+    def once(rows, **options):
+        with torch.no_grad():
+            return model(input_ids=torch.tensor(rows), **options)
+
+    def intermediates():
+        found = once([[49406, 49407]], output_hidden_states=True, output_attentions=True)
+        return sum(len(found[name] or ()) for name in ("hidden_states", "attentions") if name in found)
+
+    def encode(rows):
+        return by_length(rows, lambda batch: once(batch).text_embeds)
+
+    return encode, lambda text: tokenizer(text)["input_ids"][1:-1], intermediates
+
+
+def onnxruntime(folder):
+    import numpy as np
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(folder / "text.onnx", providers=["CPUExecutionProvider"])
+
+    def once(rows):
+        return session.run(None, {"tokens": np.array(rows, dtype=np.int64)})[0]
+
+    return lambda rows: by_length(rows, once), None, lambda: len(session.get_outputs()) - 1
+
+
+def work(name, folder):
+    """Print, as JSON, what one peer measures of itself."""
+    start = time.perf_counter()
+    encode, tokenize, intermediates = WORKERS[name](folder)
+    load = time.perf_counter() - start
+    given = json.loads((folder / "given.json").read_text())
+    one, corpus = given["one"], given["corpus"]
+
+    def timed(rows):
+        start = time.perf_counter()
+        encode(rows)
+        return time.perf_counter() - start
+
+    for _ in range(3):
+        timed(one)
+    latency = statistics.median(timed(one) for _ in range(30))
+    timed(corpus[:BATCH])
+    rate = len(corpus) / min(timed(corpus) for _ in range(2))
+    # Not ru_maxrss, which counts what the parent held when it started this process.
+    status = Path("/proc/self/status").read_text()
+    peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    exact = 0 if tokenize else None
+    for text, ids in given["hostile"] if tokenize else ():
+        try:
+            exact += list(tokenize(text)) == ids
+        except Exception:  # whatever it is, these are not the ids
+            continue
+    features = encode(one).tolist()[0]
+    found = dict(load=load, latency=latency, rate=rate, peak=peak, intermediates=intermediates())
+    assert math.dist(features, given["features"]) < 1e-5 * math.hypot(*given["features"]), "other features"
+    print(json.dumps(found | {"exact": exact and exact / len(given["hostile"])}))
+
+
+WORKERS = {
+    "minclip": minclip,
+    "openai": openai_text,
+    "transformers": transformers,
+    "onnxruntime": onnxruntime,
+}
+
+
+# The command: what the workers need, their environments, the table.
+
+
+def prepare(folder, names):
+    """Write the tower in each format, and the texts, to folder."""
+    sys.path[:0] = [str(HERE), str(HERE.parent), str(ROOT)]
+    import oracles
+    import test_tokenizer
+    import throughput
+
+    import minclip
+    from minclip import tokenizer
+
+    params = oracles.random_params(**throughput.SIZE)
+    minclip.save(params, folder / "minclip.safetensors")
+    if "openai" in names:
+        import torch
+
+        torch.save(oracles.openai_model(params).state_dict(), folder / "openai.pt")
+    if "transformers" in names:
+        oracles.transformers_model(params).save_pretrained(folder / "transformers")
+        vocabulary = json.dumps(tokenizer.vocabulary())
+        (folder / "transformers" / "vocab.json").write_text(vocabulary)
+        merges = "\n".join(" ".join(pair) for pair in tokenizer.ranks())
+        (folder / "transformers" / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
+    if "onnxruntime" in names:
+        throughput.onnx_file(params, folder / "text.onnx")
+    draw, reference = random.Random(0), oracles.openai("simple_tokenizer").SimpleTokenizer()
+    hostile = [test_tokenizer.hostile(draw) for _ in range(5000)]
+    one = minclip.tokenize("a photo of a cat")
+    given = {
+        "one": one.tolist(),
+        "features": minclip.encode_text(params, one)[0].tolist(),
+        "corpus": throughput.captions(1280).tolist(),
+        "hostile": [(text, reference.encode(text)) for text in hostile],
+    }
+    (folder / "given.json").write_text(json.dumps(given))
+
+
+def column(name, folder):
+    """Everything measured of one peer, or {"version": ..., "missing": why}."""
+    home = folder / f"env-{name}"
+    venv.create(home, with_pip=False)
+    python = home / "bin" / "python"
+    site = next(home.glob("lib/python*/site-packages"))
+    for packages in INSTALL[name]:
+        pip = [sys.executable, "-m", "pip", "--python", str(python), "--quiet", "--disable-pip-version-check"]
+        done = subprocess.run([*pip, "install", *packages], capture_output=True, encoding="utf-8")
+        if done.returncode:
+            return {"version": "", "missing": "not installable here: " + done.stderr.strip().splitlines()[-1]}
+    count = "import importlib.metadata as m; print(len({d.name for d in m.distributions()}), m.version('%s'))"
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+
+    def run(*arguments):
+        done = subprocess.run(
+            [python, *arguments], capture_output=True, encoding="utf-8", env=environment, cwd=folder
+        )
+        return done.stdout if done.returncode == 0 else done.stderr.strip().splitlines()[-1:]
+
+    packages, version = run("-c", count % PACKAGE.get(name, name)).split()
+    size = sum(path.stat().st_size for path in site.rglob("*") if path.is_file() and not path.is_symlink())
+    found = {"version": version, "size": size, "packages": int(packages)}
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        failed = run("-c", IMPORTS.get(name, f"import {name}"))
+        seconds.append(time.perf_counter() - start)
+        if failed:
+            return found | {"missing": f"`import {name}` fails here: {failed[0]}"}
+    found["import"] = statistics.median(seconds)
+    measured = run(str(HERE / "peers.py"), "--worker", name, str(folder))
+    if isinstance(measured, list):
+        return found | {"missing": measured[0]}
+    return found | json.loads(measured)
+
+
+ROWS = {
+    "installed, MB": lambda c: f"{c['size'] / 1e6:,.0f}",
+    "packages": lambda c: f"{c['packages']}",
+    "import, s": lambda c: f"{c['import']:.2f}",
+    "load the tower, s": lambda c: f"{c['load']:.2f}",
+    "one short text, ms": lambda c: f"{1e3 * c['latency']:.1f}",
+    "1,280 captions, texts/s": lambda c: f"{c['rate']:.0f}",
+    "peak memory, MB": lambda c: f"{c['peak'] / 1e6:,.0f}",
+    "hostile strings with OpenAI's ids": lambda c: "–" if c["exact"] is None else f"{c['exact']:.1%}",
+    "intermediates a call gives": lambda c: f"{c['intermediates']}",
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("peers", nargs="*", metavar="peer", help="any of " + ", ".join(INSTALL))
+    names = parser.parse_args().peers or list(INSTALL)
+    columns = {}
+    with tempfile.TemporaryDirectory() as folder:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            prepare(Path(folder), names)
+        for name in names:
+            columns[name] = column(name, Path(folder))
+            print(name, columns[name], file=sys.stderr, flush=True)
+    print("| | " + " | ".join(f"{name} {c['version']}" for name, c in columns.items()) + " |")
+    print("|---" * (1 + len(columns)) + "|")
+    for row, cell in ROWS.items():
+        cells = []
+        for c in columns.values():
+            try:
+                cells.append(cell(c))
+            except KeyError:
+                cells.append("not measured")
+        print(f"| {row} | " + " | ".join(cells) + " |")
+    cores = len(os.sched_getaffinity(0))
+    print(f"\nPython {platform.python_version()}, {platform.machine()}, {cores} cores.", end="")
+    for name, c in columns.items():
+        if note := c.get("missing") or NOTES.get(name):
+            print(f" {name}: {note}.", end="")
+    print()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        work(sys.argv[2], Path(sys.argv[3]))
+    else:
+        main()
