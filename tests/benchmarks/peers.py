@@ -4,7 +4,7 @@
 
 Run it where the test extra and onnx are installed. Each column is made in a fresh virtual environment that
 pip fills, and timed in processes of its own, on one text tower of ViT-B/32's size with random weights,
-float32, which each reads in its own format. A peer that cannot be installed or imported has the reason in its column.
+float32, which each reads in its own format. Of a peer that cannot be installed or imported the reason is given.
 The columns come one after the other: compare those of one run on a quiet machine.
 """
 
