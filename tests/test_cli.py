@@ -56,6 +56,36 @@ def test_encode_writes_the_features_of_a_file(tmp_path, flags):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["captions.txt", "features.npy"]
 
 
+def test_encode_writes_the_features_of_texts(tmp_path):
+    out = tmp_path / "features.npy"
+    done = run("encode", "a cat", "two dogs", "-o", str(out), "--normalize", "--dtype", "float16")
+    assert (done.returncode, done.stderr) == (0, "")
+    unit = minclip.normalize(minclip.encode_text(minclip.load(), minclip.tokenize(["a cat", "two dogs"])))
+    assert np.load(out).dtype == np.float16
+    np.testing.assert_allclose(np.load(out), unit, atol=1e-3)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_reader_that_has_had_enough_gets_no_traceback():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-u", "-m", "minclip", "encode", "a cat"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, encoding="utf-8", timeout=120)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_an_interrupt_is_one_line_and_status_130(monkeypatch, capsys):
+    from minclip import checkpoint, cli
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "load", interrupted)
+    assert cli.main(["encode", "a cat"]) == 130
+    assert capsys.readouterr().err == "minclip: interrupted\n"
+
+
 def test_encode_with_a_saved_model(tmp_path):
     path = tmp_path / "model.safetensors"
     minclip.save(minclip.load(), path)
@@ -73,6 +103,7 @@ def test_encode_with_a_saved_model(tmp_path):
         (["encode", "a", "--model", "nowhere.safetensors"], 1, "nowhere.safetensors"),
         (["encode", "a", "-o", "no/such/folder/f.npy"], 1, "no/such/folder"),
         (["encode"], 2, "give texts or --file"),
+        (["encode", "a", "--dask", "tcp://nowhere:1"], 2, "--dask goes with --file and -o"),
         ([], 2, "COMMAND"),
         (["encode", "a", "--device", "tpu"], 2, "invalid choice"),
     ],
