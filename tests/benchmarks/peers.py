@@ -216,17 +216,21 @@ def prepare(folder, names):
     (folder / "given.json").write_text(json.dumps(given))
 
 
-def column(name, folder):
-    """Everything measured of one peer, or {"version": ..., "missing": why}."""
-    home = folder / f"env-{name}"
+def install(name, home):
+    """Make the virtual environment of a peer; gives pip's last words where it cannot."""
     venv.create(home, with_pip=False)
-    python = home / "bin" / "python"
-    site = next(home.glob("lib/python*/site-packages"))
+    pip = [sys.executable, "-m", "pip", "--python", str(home / "bin" / "python"), "--quiet"]
     for packages in INSTALL[name]:
-        pip = [sys.executable, "-m", "pip", "--python", str(python), "--quiet", "--disable-pip-version-check"]
         done = subprocess.run([*pip, "install", *packages], capture_output=True, encoding="utf-8")
         if done.returncode:
-            return {"version": "", "missing": "not installable here: " + done.stderr.strip().splitlines()[-1]}
+            return done.stderr.strip().splitlines()[-1]
+
+
+def column(name, folder, home):
+    """Everything measured of one peer, or {"version": ..., "missing": why}."""
+    if not home.exists() and (failed := install(name, home)):
+        return {"version": "", "missing": f"not installable here: {failed}"}
+    python, site = home / "bin" / "python", next(home.glob("lib/python*/site-packages"))
     count = "import importlib.metadata as m; print(len({d.name for d in m.distributions()}), m.version('%s'))"
     environment = {**os.environ, "PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
 
@@ -269,14 +273,16 @@ ROWS = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("peers", nargs="*", metavar="peer", help="any of " + ", ".join(INSTALL))
-    names = parser.parse_args().peers or list(INSTALL)
+    parser.add_argument("--envs", metavar="FOLDER", help="keep the environments there, or use those that are")
+    options = parser.parse_args()
+    names = options.peers or list(INSTALL)
     columns = {}
     with tempfile.TemporaryDirectory() as folder:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             prepare(Path(folder), names)
         for name in names:
-            columns[name] = column(name, Path(folder))
+            columns[name] = column(name, Path(folder), Path(options.envs or folder).resolve() / f"env-{name}")
             print(name, columns[name], file=sys.stderr, flush=True)
     print("| | " + " | ".join(f"{name} {c['version']}" for name, c in columns.items()) + " |")
     print("|---" * (1 + len(columns)) + "|")
