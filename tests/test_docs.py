@@ -37,6 +37,7 @@ LEFT_OUT = {
     "python tests/benchmarks/gpu.py": "needs a GPU; test_gpu.py runs it on a stand-in",
     "python tests/benchmarks/throughput.py prompts --open-clip WHEEL": "a benchmark, with a download",
     "python tests/benchmarks/corpus.py --model NAME": "a benchmark",
+    "python tests/benchmarks/peers.py": "a benchmark, with downloads",
     "python tests/benchmarks/parity.py": "computes three full-size towers in float64, a minute",
     "dask scheduler": "runs until it is stopped; test_dask.py starts such a cluster",
     "dask worker tcp://HOST:8786 --nworkers 2 --nthreads 1": "the same",
