@@ -323,6 +323,7 @@ def curves(panels, alt="", height=270, ticks=None, log=False, marks=False):
                 )
             if log:
                 ax.set_yscale("log")
+                ax.yaxis.set_major_formatter("{x:.0e}")
             ax.grid(color=LINE, linewidth=0.6)
             if ticks is not None:
                 word_ticks(ax.set_xticks, ticks, turned=max(map(len, ticks)) > 3)
