@@ -18,7 +18,9 @@ import copy
 import functools
 import math
 import operator
+import sys
 import traceback
+import types
 
 import numpy as np
 
@@ -629,6 +631,97 @@ def check_worst(worst):
 
 
 # 10 Choose a precision and a device
+
+
+@exercise
+def check_upcasts(upcasts):
+    expect(isinstance(upcasts, (set, list, tuple)), "a set of letters was wanted, such as {'A', 'C'}")
+    said = set(upcasts)
+    expect(said <= set("ABCDEF"), "the letters are A to F")
+    for letter, cause in (
+        ("A", "0.5 is a Python number, and gives way to the array's dtype"),
+        ("C", "the mean of a float32 array is a float32"),
+        ("E", "math.sqrt gives a Python float, which gives way"),
+    ):
+        expect(letter not in said, f"{letter} stays float32: {cause}")
+    for letter, cause in (
+        ("B", "np.sqrt(64) is a np.float64, not a Python number"),
+        ("D", "np.zeros(8) is float64 unless you say otherwise"),
+        ("F", "np.arange(8) is int64, and float32 with int64 makes float64"),
+    ):
+        expect(letter in said, f"{letter} gives float64: {cause}")
+    return "only Python numbers leave a dtype alone"
+
+
+@exercise
+def check_overflows(overflows):
+    known = {"product", "score", "exp11", "exp12", "squares", "add"}
+    expect(isinstance(overflows, (set, list, tuple)), "a set of names was wanted, such as {'add'}")
+    said = set(overflows)
+    expect(said <= known, f"the names are {', '.join(sorted(known))}")
+    expect("score" not in said, "64 * 30 * 30 is 57600, which float16 still holds")
+    expect("exp11" not in said, "e to the 11 is 59874: just below 65504")
+    expect("add" not in said, "65512 is rounded to the nearest float16, and that is 65504")
+    expect("product" in said, "300 * 300 is 90000, above 65504")
+    expect("exp12" in said, "e to the 12 is 162755: softmax takes the maximum off for that reason")
+    expect("squares" in said, "512 * 144 is 73728, above 65504, though each number is only 12")
+    return "65504 is nearer than one thinks"
+
+
+@exercise
+def check_half_layer_norm(half_layer_norm):
+    rng = np.random.default_rng(10)
+    x = (rng.standard_normal((2, 3, 8)) * [[[1], [400], [0.004]]]).astype(np.float16)
+    weight, bias = (rng.standard_normal(8).astype(np.float16) + np.float16(shift) for shift in (2, 0))
+    y = call(half_layer_norm, x, weight, bias)
+    like(y, x.shape, cause="keepdims=True keeps the mean as (..., 1)")
+    truth = np.zeros(x.shape)
+    for i in np.ndindex(2, 3):
+        row = [float(value) for value in x[i]]
+        mean = sum(row) / 8
+        variance = sum((value - mean) ** 2 for value in row) / 8
+        truth[i] = [(v - mean) / (variance + 1e-5) ** 0.5 for v in row] * weight.astype(float) + bias
+    expect(y.dtype != np.float32, "float16 in, float16 out: narrow at the very end")
+    expect(not np.isnan(y).any(), "there is a NaN: inf / inf; widen x before it is squared")
+    expect(
+        not np.array_equal(y[:, 1], np.broadcast_to(bias, (2, 8))),
+        "the large rows come out as the bias alone: their squares overflow, so widen x first",
+    )
+    wide = x.astype(float)
+    misses = {
+        "the weight is not in it": normed(wide, 1, bias),
+        "the bias is not in it": normed(wide, weight),
+        "eps is 1e-5": normed(wide, weight, bias, eps=0),
+        "the variance divides by D, not by D - 1": normed(wide, weight, bias, ddof=1),
+    }
+    equal(y, truth, misses, 6e-3)
+    like(y, x.shape, np.float16)
+    return "kept in float16, computed in float32"
+
+
+@exercise
+def check_array_module(array_module):
+    real = sys.modules.get("cupy")
+    sys.modules["cupy"] = None  # as where nobody has it: import cupy fails
+    try:
+        try:
+            expect(array_module(np.ones(3)) is np, "for a NumPy array the module is numpy itself")
+        except ImportError:
+            raise Wrong("cupy is imported even for NumPy's arrays: not everybody has it") from None
+        sys.modules["cupy"] = module = types.ModuleType("cupy")
+        module.ndarray = type("ndarray", (), {"__module__": "cupy", "dtype": np.dtype(np.float32)})
+        module.get_array_module = lambda x: module if isinstance(x, module.ndarray) else np
+        said = array_module(module.ndarray())
+    finally:
+        sys.modules.pop("cupy", None)
+        if real is not None:
+            sys.modules["cupy"] = real
+    expect(said is not None, "your function returns None: does it end in return?")
+    expect(said is not np, "np for an array that is not NumPy's: np.exp would not have it")
+    expect(isinstance(said, types.ModuleType), f"a module was wanted, not {type(said).__name__}")
+    expect(said.__name__ == "cupy", f"for a CuPy array the module is cupy, not {said.__name__}")
+    return "the array says where it lives"
+
 
 
 # 11 Make it fast

@@ -329,6 +329,49 @@ WRONG["check_worst"] = [
 # 10 Choose a precision and a device
 
 
+def half_norm_with(**slips):
+    return lambda x, weight, bias: normed(x.astype(np.float32), weight, bias, **slips).astype(x.dtype)
+
+
+def module_with_import(x):
+    import cupy
+
+    return np if isinstance(x, np.ndarray) else cupy
+
+
+WRONG["check_upcasts"] = [
+    ({"B", "D"}, "F gives float64: np.arange"),
+    ({"D", "F"}, "B gives float64: np.sqrt"),
+    ({"B", "F"}, "D gives float64: np.zeros"),
+    ({"A", "B", "D", "F"}, "A stays float32"),
+    ({"B", "C", "D", "F"}, "C stays float32"),
+    ({"B", "D", "E", "F"}, "E stays float32"),
+]
+WRONG["check_overflows"] = [
+    ({"product", "exp12"}, "73728"),
+    ({"product", "squares"}, "162755"),
+    ({"exp12", "squares"}, "90000"),
+    ({"product", "exp12", "squares", "add"}, "rounded to the nearest"),
+    ({"product", "exp12", "squares", "score"}, "57600"),
+    ({"product", "exp11", "exp12", "squares"}, "59874"),
+]
+WRONG["check_half_layer_norm"] = [
+    (normed, "squares overflow"),
+    (lambda x, weight, bias: normed(x.astype(np.float32), weight, bias), "narrow at the very end"),
+    (lambda x, weight, bias: half_norm_with()(x, 1, bias), "weight is not in it"),
+    (lambda x, weight, bias: half_norm_with()(x, weight, 0), "bias is not in it"),
+    (half_norm_with(eps=0), "eps is 1e-5"),
+    (half_norm_with(ddof=1), "not by D - 1"),
+]
+WRONG["check_array_module"] = [
+    (lambda x: np, "not NumPy's"),
+    (module_with_import, "even for NumPy's arrays"),
+    (lambda x: type(x).__module__ if not isinstance(x, np.ndarray) else np, "a module was wanted"),
+    (lambda x: np if isinstance(x, np.ndarray) else None, "returns None"),
+]
+
+
+
 # 11 Make it fast
 
 
