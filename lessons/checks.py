@@ -19,6 +19,7 @@ import functools
 import math
 import operator
 import sys
+import timeit
 import traceback
 import types
 
@@ -723,8 +724,115 @@ def check_array_module(array_module):
     return "the array says where it lives"
 
 
-
 # 11 Make it fast
+
+START, END = 49406, 49407
+
+
+@exercise
+def check_trim_batch(trim_batch):
+    for tokens, width, cause in (
+        ([[START, 5, 6, END, 0, 0], [START, END, 0, 0, 0, 0]], 4, "the last end of text is at 3"),
+        ([[START, 5, 6, END, END, END], [START, 7, END, END, END, END]], 4,
+         "padding may be 49407 too: the first one is the end"),
+        ([[START, 5, 0, 6, END, 0], [START, 0, 0, END, 0, 0]], 5,
+         "id 0 may be a ! in a text: look for the end, not for zeros"),
+        ([[START, 5, 6, 7, 8, END], [START, 5, END, 0, 0, 0]], 6, "a full row leaves nothing to cut"),
+    ):  # fmt: skip
+        tokens = np.array(tokens)
+        y = call(trim_batch, tokens)
+        expect(isinstance(y, np.ndarray) and y.ndim == 2, "an array (B, L) was wanted: slice the columns")
+        ends = tokens.argmax(axis=-1)
+        expect(y.shape[1] != ends.max(), "the last end of text is itself cut off: its position plus 1")
+        expect(
+            y.shape[1] != ends.min() + 1 or ends.min() == ends.max(),
+            "that is the shortest text's end: the longest decides",
+        )
+        expect(y.shape == (2, width), f"{tokens.shape} became {y.shape}, not (2, {width}): {cause}")
+        equal(y, tokens[:, :width])
+    return "nothing behind the last end, and the end stays"
+
+
+@exercise
+def check_count_prefixes(count_prefixes):
+    texts = ([1, 2, 3], [1, 2, 4, 9], [1, 2, 3], [5, 2, 3], [5], [1, 2, 3, 4])
+    tokens = np.array([([START, *text, END] + 4 * [0])[:7] for text in texts])
+    count = call(count_prefixes, tokens)
+    expect(np.ndim(count) == 0, "one number was wanted")
+    ended = [row[: row.index(END) + 1] for row in tokens.tolist()]
+    misses = {
+        "that is every position: count a beginning once": sum(map(len, ended)),
+        "the padding is counted too: stop at the end of text": len(
+            {tuple(row[: i + 1]) for row in tokens.tolist() for i in range(7)}
+        ),
+        "that counts ids at places: after another beginning, the same id is another row": len(
+            {(i, row[i]) for row in ended for i in range(len(row))}
+        ),
+        "that counts whole texts: each of their beginnings is a row": len(set(map(tuple, ended))),
+        "the end of text needs its row too: it is the one that is read out": len(
+            {tuple(row[: i + 1]) for row in ended for i in range(len(row) - 1)}
+        ),
+    }
+    equal(count, 15, misses)
+    return "15 rows in place of 30"
+
+
+@exercise
+def check_by_length(encode_by_length):
+    texts = [[9] * n for n in (5, 1, 4, 2, 3, 1, 5)]
+    tokens = np.array([([START, *text, END] + 6 * [0])[:8] for text in texts])
+    tokens[:, 1] = np.arange(1, 8)  # so that no two texts are alike
+    shapes = []
+
+    def encode(batch):
+        shapes.append(batch.shape)
+        ends = batch.argmax(axis=-1)
+        expect((batch.max(axis=-1) == END).all(), "a batch was cut before the end of one of its texts")
+        return np.stack([batch[:, 1], ends], axis=1).astype(np.float32)
+
+    features = call(encode_by_length, encode, tokens, 3)
+    expect(shapes, "encode was never called")
+    expect(max(rows for rows, _ in shapes) <= 3, f"a batch had {max(shapes)[0]} texts, and 3 are allowed")
+    like(features, (7, 2), np.float32, "one row for each text")
+    truth = np.stack([tokens[:, 1], tokens.argmax(axis=-1)], axis=1).astype(np.float32)
+    order = truth[:, 1].argsort(kind="stable")
+    expect(
+        not np.array_equal(features, truth[order[order]]),
+        "that is the order applied twice, not undone: features[order] = found",
+    )
+    expect(
+        sorted(map(tuple, features)) != sorted(map(tuple, truth)) or np.array_equal(features, truth),
+        "the features come in another order than the texts: undo the sorting",
+    )
+    equal(features, truth)
+    work = sum(rows * columns for rows, columns in shapes)
+    expect(work != 7 * 8, "padding was computed: trim each batch")
+    ends = np.sort(truth[:, 1].astype(int)) + 1
+    least = sum(len(ends[i : i + 3]) * ends[i : i + 3].max() for i in range(0, 7, 3))
+    expect(work <= least + 2, f"{work} positions were computed and {least} will do: sort by length first")
+    return f"{work} positions in place of {7 * 8}, and each text has its own features"
+
+
+@exercise
+def check_four_products(ways):
+    expect(isinstance(ways, (list, tuple)) and len(ways) == 4, "a list of four functions was wanted")
+    rng = np.random.default_rng(11)
+    x, W = rng.standard_normal((2, 3, 4)).astype(np.float32), rng.standard_normal((4, 4)).astype(np.float32)
+    truth = np.zeros((2, 3, 4))
+    for b, i, e in np.ndindex(2, 3, 4):
+        truth[b, i, e] = sum(float(x[b, i, d]) * float(W[e, d]) for d in range(4))
+    for way in ways:
+        y = call(way, x, W)
+        name = way.__name__
+        expect(np.shape(y) != (6, 4), f"{name}: put the rows back into (B, L, out) at the end")
+        like(y, (2, 3, 4), cause=name)
+        equal(y, truth, {f"{name}: W is (out, in), so W.T; a square W hides it": x @ W})
+        like(y, (2, 3, 4), np.float32, name)
+    x, W = (rng.standard_normal(shape).astype(np.float32) for shape in ((32, 12, 256), (512, 256)))
+    times = {way.__name__: min(timeit.repeat(lambda way=way: way(x, W), number=1, repeat=5)) for way in ways}
+    best = min(times.values())
+    told = ", ".join(f"{name} {time / best:.1f}" for name, time in sorted(times.items(), key=lambda t: t[1]))
+    return f"all four are right; times as multiples of the best: {told}"
 
 
 # 12 Debug a port

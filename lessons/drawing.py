@@ -612,6 +612,28 @@ def readout(x, eot, labels, features):
 # 11 Make it fast
 
 
+def prefix_tree(rows):
+    """Sorted texts as rows of words: filled where a beginning is new, white where the row above has it."""
+    width = max(map(len, rows))
+
+    def draw(figure):
+        ax = blank(figure, [0.01, 0.02, 0.98, 0.96], (0, 10 * width), (-2.6 * len(rows) - 2.2, 0))
+        before = []
+        for i, row in enumerate(rows):
+            for j, word in enumerate(row):
+                new = row[: j + 1] != before[: j + 1]
+                fill, ink = (AXIS["L"], "#ffffff") if new else ("#ffffff", FAINT)
+                box(ax, 10 * j + 0.3, -2.6 * i - 2.3, 9.4, 1.9, word, fill=fill, ink=ink)
+            before = row
+        for j in range(width):
+            ax.text(10 * j + 5, -2.6 * len(rows) - 0.6, str(j), ha="center", color=AXIS["L"], fontsize=8)
+        ax.text(5 * width, -2.6 * len(rows) - 2, "L positions", ha="center", color=AXIS["L"], weight="bold")
+
+    new = sum(len({tuple(row[: j + 1]) for row in rows if len(row) > j}) for j in range(width))
+    alt = f"{len(rows)} sorted texts as rows of words; {new} of {sum(map(len, rows))} boxes are filled, each "
+    return Picture(draw, 34 * len(rows) + 48, f"{alt}for a beginning that no row above has.")
+
+
 # 12 Debug a port
 
 

@@ -371,8 +371,74 @@ WRONG["check_array_module"] = [
 ]
 
 
-
 # 11 Make it fast
+
+
+def upto(row):
+    return row[: row.index(49407) + 1]
+
+
+def lengthwise(encode, tokens, size, sort=True, trim=True, back=lambda found, order: found):
+    ends = tokens.argmax(axis=-1)
+    order = ends.argsort(kind="stable") if sort else np.arange(len(ends))
+    parts = [order[i : i + size] for i in range(0, len(order), size)]
+    found = [encode(tokens[part, : ends[part].max() + 1] if trim else tokens[part]) for part in parts]
+    return back(np.concatenate(found), order)
+
+
+def undone(found, order):
+    features = np.empty_like(found)
+    features[order] = found
+    return features
+
+
+def four_with(way):
+    return [lambda x, W: x @ W.T, lambda x, W: np.einsum("bld,ed->ble", x, W), lambda x, W: x @ W.T, way]
+
+
+WRONG["check_trim_batch"] = [
+    (lambda tokens: tokens[:, : tokens.argmax(axis=-1).max()], "itself cut off"),
+    (lambda tokens: tokens[:, : tokens.argmax(axis=-1).min() + 1], "the longest decides"),
+    (lambda tokens: tokens[:, : (tokens != 0).sum(axis=-1).max()], "padding may be 49407"),
+    (
+        lambda tokens: tokens[
+            :, : max(next((i for i, id in enumerate(row) if id in (0, 49407)), 6) for row in tokens) + 1
+        ],
+        "look for the end",
+    ),
+    (lambda tokens: [row[: row.argmax() + 1] for row in tokens], "slice the columns"),
+    (lambda tokens: tokens, "the last end of text is at 3"),
+]
+WRONG["check_count_prefixes"] = [
+    (lambda tokens: sum(len(upto(row)) for row in tokens.tolist()), "count a beginning once"),
+    (
+        lambda tokens: len({tuple(row[: i + 1]) for row in tokens.tolist() for i in range(len(row))}),
+        "stop at the end of text",
+    ),
+    (
+        lambda tokens: len({(i, id) for row in tokens.tolist() for i, id in enumerate(upto(row))}),
+        "ids at places",
+    ),
+    (lambda tokens: len(set(map(tuple, tokens.tolist()))), "whole texts"),
+    (
+        lambda tokens: len({tuple(row[: i + 1]) for row in tokens.tolist() for i in range(row.index(49407))}),
+        "the end of text needs its row",
+    ),
+]
+WRONG["check_by_length"] = [
+    (lengthwise, "another order than the texts"),
+    (lambda *inputs: lengthwise(*inputs, back=lambda found, order: found[order]), "applied twice"),
+    (lambda *inputs: lengthwise(*inputs, sort=False), "sort by length first"),
+    (lambda *inputs: lengthwise(*inputs, trim=False, back=undone), "trim each batch"),
+    (lambda encode, tokens, size: encode(tokens), "3 are allowed"),
+    (lambda encode, tokens, size: lengthwise(encode, tokens[:, :4], size), "cut before the end"),
+]
+WRONG["check_four_products"] = [
+    (four_with(lambda x, W: x @ W), "a square W hides it"),
+    (four_with(lambda x, W: x.reshape(-1, 4) @ W.T), "put the rows back"),
+    (four_with(lambda x, W: x.astype(float) @ W.T), "float64"),
+    ([lambda x, W: x @ W.T], "four functions"),
+]
 
 
 # 12 Debug a port
