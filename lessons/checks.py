@@ -25,6 +25,9 @@ import types
 
 import numpy as np
 
+import minclip
+from minclip import faults, tracing
+
 
 class Wrong(Exception):
     """The answer is not right; the message names the likely cause."""
@@ -836,3 +839,115 @@ def check_four_products(ways):
 
 
 # 12 Debug a port
+
+SIX = {  # letter: ids in the catalogue, first stage to diverge (reading on spoils exercises 2 to 4)
+    "A": ({"A1"}, "mlp.gelu"), "B": ({"T6-out"}, "attn"), "C": ({"M3-late"}, "attn.masked"),
+    "D": ({"N8"}, "text_features"), "E": ({"P3"}, "eot"), "F": ({"E2", "N5"}, "positional_embedding"),
+}  # fmt: skip
+
+
+def broken(letter, params, tokens):
+    """One of six broken encoders: .run() gives its features, .tap its stages."""
+    port = faults.Port(params, tokens)
+    for fault in faults.CATALOGUE:
+        if fault.id in SIX[letter][0]:
+            fault.change(port)
+    return port
+
+
+def letters_of(answers):
+    expect(isinstance(answers, dict) and answers, "a dict with the keys A to F was wanted")
+    expect(set(answers) <= set(SIX), f"the letters are A to F, not {sorted(set(answers) - set(SIX))}")
+    return sorted(answers)
+
+
+def all_six(right):
+    """Stop if some are still to be done."""
+    missing = sorted(set(SIX) - set(right))
+    expect(not missing, f"{', '.join(right)} right so far; still to do: {', '.join(missing)}")
+
+
+@exercise
+def check_first_divergence(first_divergence):
+    rng = np.random.default_rng(12)
+    right = {name: rng.standard_normal((2, 3)).astype(np.float32) for name in ("a", "b", "c", "d")}
+    small, nan = {**right, "b": right["b"] / 1000}, {**right, "c": right["c"] * np.nan}
+    noise = np.float32([[1, -1, 0], [0, 1, -1]])
+    for cause, reference, port, wanted in (
+        ("b and c differ: the first counts, in the reference's order",
+         right, {**right, "c": -right["c"], "b": right["b"] + noise}, "b"),
+        ("c is 1.5 times what it should be: a cosine does not see that",
+         right, {**right, "c": 1.5 * right["c"]}, "c"),
+        ("c is NaN: every comparison with NaN is False", right, nan, "c"),
+        ("the numbers of b are small, and so is the difference: divide by the reference's length",
+         small, {**small, "b": small["b"] + noise / 10000}, "b"),
+        ("the numbers of d are large, and differ by rounding alone: divide by the reference's length",
+         {**right, "d": right["d"] * 10000}, {**right, "d": right["d"] * 10000 + noise / 10}, None),
+        ("the port does not show a: go on with the next", right, {**right, "d": -right["d"], "a": None}, "d"),
+        ("nothing differs: None", right, right, None),
+    ):  # fmt: skip
+        port = {name: array for name, array in port.items() if array is not None}
+        with np.errstate(all="ignore"):
+            try:
+                said = first_divergence(dict(reference), port, 1e-3)
+            except KeyError as error:
+                raise Wrong(f"the port does not show {error}: go on with the next") from None
+        expect(said == wanted, f"{said!r} was given and {wanted!r} wanted: {cause}")
+    return "seven cases: order, scale, NaN, small, large, missing, none"
+
+
+@exercise
+def check_stages(stages):
+    order = [name.removeprefix(f"{faults.BLOCKS}0.") for name in minclip.trace(minclip.load(), [[END]])]
+    letters = letters_of(stages)
+    for letter in letters:
+        said, wanted = str(stages[letter]).removeprefix(f"{faults.BLOCKS}0."), SIX[letter][1]
+        expect(said in order or letter != "E", "E: agrees on ordinary texts; try tracing.probe_tokens()")
+        expect(said in order, f"{letter}: no stage is called {said!r}; without the block, such as 'mlp.gelu'")
+        expect(order.index(said) <= order.index(wanted), f"{letter}: an earlier stage than {said} is wrong")
+        expect(said == wanted, f"{letter}: {said} still agrees; the first divergence is later")
+    all_six(letters)
+    return "six first divergences"
+
+
+@exercise
+def check_bugs(bugs):
+    known = {fault.id: fault.summary for fault in faults.CATALOGUE}
+    letters = letters_of(bugs)
+    for letter in letters:
+        said, wanted = bugs[letter], SIX[letter][0]
+        said = {said} if isinstance(said, str) else set(said)
+        for id in sorted(said):
+            expect(id in known, f"{letter}: the catalogue has no {id!r}; an id is such as 'T4'")
+            expect(id in wanted, f"{letter}: it is not {id}, {known[id]}")
+        expect(said == wanted, f"{letter}: {', '.join(said) or 'nothing'} is not all of it")
+    all_six(letters)
+    return "six encoders, seven bugs"
+
+
+@exercise
+def check_mends(mends):
+    params, tokens = minclip.load(), tracing.probe_tokens()
+    reference, mended = minclip.trace(params, tokens), []
+    for letter in letters_of(mends):
+        port, kept = broken(letter, params, tokens), {}
+        try:
+            mends[letter](port)
+        except NotImplementedError:
+            continue
+
+        def tap(name, array, port=port, kept=kept):
+            kept[name] = port.tap(name, array)
+            return kept[name]
+
+        port.run(tap)
+        wrong = [name for name in reference if not close(kept[name], reference[name], 1e-3)]
+        if wrong and "text_features" not in wrong:
+            raise Wrong(f"{letter}: the features are right, but not {wrong[0]}: mend where it is born")
+        if wrong:
+            raise Wrong(f"{letter}: still wrong from {wrong[0]} on")
+        mended.append(letter)
+    if not mended:
+        raise NotImplementedError
+    all_six(mended)
+    return "six encoders, every stage of each"

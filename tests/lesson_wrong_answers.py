@@ -442,3 +442,65 @@ WRONG["check_four_products"] = [
 
 
 # 12 Debug a port
+
+
+def divergence_by(differs, order=lambda reference: reference):
+    def first_divergence(reference, port, tolerance):
+        names = [name for name in order(reference) if name in port]
+        return next((name for name in names if differs(reference[name], port[name], tolerance)), None)
+
+    return first_divergence
+
+
+def relative(a, b):
+    return np.linalg.norm(b - a) / np.linalg.norm(a)
+
+
+def strict_keys(reference, port, tolerance):
+    return next((name for name in reference if not relative(reference[name], port[name]) <= tolerance), None)
+
+
+SIX_STAGES = {
+    "A": "mlp.gelu", "B": "attn", "C": "attn.masked", "D": "text_features", "E": "eot",
+    "F": "positional_embedding",
+}  # fmt: skip
+SIX_BUGS = {"A": "A1", "B": "T6-out", "C": "M3-late", "D": "N8", "E": "P3", "F": {"E2", "N5"}}
+
+
+def features_from_elsewhere(port):
+    import minclip
+
+    right = minclip.encode_text(minclip.load(), port.tokens)
+    port.replace("text_features", lambda at: right)
+
+
+WRONG["check_first_divergence"] = [
+    (divergence_by(lambda a, b, t: relative(a, b) > t), "every comparison with NaN"),
+    (
+        divergence_by(lambda a, b, t: not (a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b) > 1 - t),
+        "a cosine does not see",
+    ),
+    (divergence_by(lambda a, b, t: not abs(b - a).max() <= t), "and so is the difference"),
+    (divergence_by(lambda a, b, t: not relative(a, b) <= t, lambda names: list(names)[::-1]), "first counts"),
+    (strict_keys, "the port does not show"),
+]
+WRONG["check_stages"] = [
+    ({**SIX_STAGES, "A": "mlp"}, "an earlier stage than mlp"),
+    ({**SIX_STAGES, "B": "attn.context"}, "attn.context still agrees"),
+    ({**SIX_STAGES, "E": None}, "try tracing.probe_tokens"),
+    ({**SIX_STAGES, "C": "mask"}, "no stage is called"),
+    ({"A": "mlp.gelu", "B": "attn"}, "still to do: C, D, E, F"),
+    (["mlp.gelu"], "a dict"),
+]
+WRONG["check_bugs"] = [
+    ({**SIX_BUGS, "A": "A3"}, "it is not A3, tanh GELU"),
+    ({**SIX_BUGS, "F": "E2"}, "not all of it"),
+    ({**SIX_BUGS, "D": "transposed"}, "the catalogue has no"),
+    ({"A": "A1"}, "still to do: B, C"),
+]
+WRONG["check_mends"] = [
+    ({"A": features_from_elsewhere}, "mend where it is born"),
+    ({"B": lambda port: port.weights("attn.in_proj_bias", lambda bias: 0 * bias)}, "still wrong from"),
+    ({"D": lambda port: port.weights("text_projection", lambda weight: weight.T)}, "still to do: A, B, C"),
+    ({"G": features_from_elsewhere}, "the letters are A to F"),
+]
