@@ -628,6 +628,107 @@ def check_worst(worst):
 # 07 Add it to the stream
 
 
+@exercise
+def check_block(block):
+    x = np.array([[1, 2, 4], [3, 0, -1]], dtype=np.float32)
+
+    def ln_1(x):
+        return x - x.mean(axis=-1, keepdims=True)
+
+    def attention(h):
+        return h.cumsum(axis=0)
+
+    def ln_2(x):
+        return x / (1 + abs(x).max(axis=-1, keepdims=True))
+
+    def mlp(h):
+        return h * h + 1
+
+    y = call(block, x, ln_1, attention, ln_2, mlp)
+    like(y, x.shape, cause="(L, D) in, (L, D) out")
+    # On paper: the centred rows are (-4, -1, 5) / 3 and (7, -2, -5) / 3, their running sum is attention's.
+    after = [[-1 / 3, 5 / 3, 17 / 3], [4, -1, -1]]
+    truth = np.zeros((2, 3))
+    for i, d in np.ndindex(2, 3):
+        truth[i, d] = after[i][d] + (after[i][d] / (1 + max(map(abs, after[i])))) ** 2 + 1
+    h, mid = ln_1(x), x + attention(ln_1(x))
+    misses = {
+        "the MLP reads the stream after attention was added, not before": mid + mlp(ln_2(x)),
+        "add to the stream x, not to its normalised copy": h + attention(h) + mlp(ln_2(h + attention(h))),
+        "that is post-norm: the norm belongs before the stage": ln_2(
+            ln_1(x + attention(x)) + mlp(ln_1(x + attention(x)))
+        ),
+        "the first plus is missing: attention's result is added to x": attention(h) + mlp(ln_2(attention(h))),
+        "the second plus is missing: the MLP's result is added to the stream": mlp(ln_2(mid)),
+        "there is no plus: results are added to the stream": mlp(ln_2(attention(h))),
+        "ln_1 and ln_2 are exchanged": x + attention(ln_2(x)) + mlp(ln_1(x + attention(ln_2(x)))),
+        "the stages read normalised copies, and no norm is in it": x + attention(x) + mlp(x + attention(x)),
+        "the MLP reads a normalised copy: ln_2 is missing": mid + mlp(mid),
+        "attention reads a normalised copy: ln_1 is missing": x
+        + attention(x) + mlp(ln_2(x + attention(x))),
+    }  # fmt: skip
+    equal(y, truth, misses)
+    like(y, x.shape, np.float32, "float32 in, float32 out")
+    return "two proposals, two sums"
+
+
+@exercise
+def check_states(states_of):
+    embedding = np.array([[3, 1], [0, 2]], dtype=np.float32)
+    updates = np.array([[[1, 0], [0, 1]], [[0, -2], [5, 0]], [[1, 1], [-1, 0]]], dtype=np.float32)
+    states = call(states_of, embedding, updates)
+    expect(isinstance(states, np.ndarray), "one array was wanted: np.stack makes one of a list")
+    truth = np.array([[[3, 1], [0, 2]], [[4, 1], [0, 3]], [[4, -1], [5, 3]], [[5, 0], [4, 3]]])
+    expect(states.shape != (3, 2, 2), "N updates give N + 1 states: the embedding is one")
+    like(states, (4, 2, 2), cause="(N + 1, L, D)")
+    misses = {
+        "all states are the last one: x += update changed the array that the list already holds": np.stack(
+            [truth[3]] * 4
+        ),
+        "those are the updates themselves: add them up": np.concatenate([embedding[None], updates]),
+        "each update was added to the embedding alone: add it to the state before": np.concatenate(
+            [embedding[None], embedding + updates]
+        ),
+        "the embedding is not in the later states": np.concatenate([embedding[None], updates.cumsum(0)]),
+    }
+    equal(states, truth, misses)
+    like(states, (4, 2, 2), np.float32, "float32 in, float32 out")
+    return "every state is an array of its own"
+
+
+FAULTS = {"A": "from norm", "B": "parallel", "C": "no sum", "D": "post"}
+
+
+def broken_block(letter, x, attention, mlp):
+    """One of four blocks with a fault, for exercise 3 of lesson 07. (Reading on spoils it.)"""
+    x = np.asarray(x, dtype=float)
+    if FAULTS[letter] == "from norm":
+        x = normed(x) + attention(normed(x))
+        return normed(x) + mlp(normed(x))
+    if FAULTS[letter] == "parallel":
+        return x + attention(normed(x)) + mlp(normed(x))
+    if FAULTS[letter] == "no sum":
+        return mlp(normed(attention(normed(x))))
+    x = normed(x + attention(x))
+    return normed(x + mlp(x))
+
+
+@exercise
+def check_broken_blocks(culprits):
+    expect(isinstance(culprits, dict) and set(culprits) == set("ABCD"), "a dict with the keys A, B, C, D")
+    named = sorted(culprits.values())
+    expect(named == sorted(FAULTS.values()), f"each fault occurs once, and you named {named}")
+    probes = {
+        "no sum": "let both functions return zeros: what should come back?",
+        "parallel": "with zeros it gives x back, so it does add to the stream; what does its MLP read?",
+        "post": "let both functions add 1 in one column: the row's mean tells whether a norm came last",
+        "from norm": "let both functions add 1 in one column: the row's mean tells whether a norm came last",
+    }
+    for letter, fault in FAULTS.items():
+        expect(culprits[letter] == fault, f"{letter} is not {culprits[letter]!r}: {probes[fault]}")
+    return "four faults told apart by two probes"
+
+
 # 08 Read out the sentence
 
 

@@ -564,6 +564,35 @@ def head_columns(x, heads, labels):
 # 07 Add it to the stream
 
 
+def block_diagram():
+    """One pre-norm block: the stream runs straight through, and two branches add to it."""
+
+    def draw(figure):
+        ax = blank(figure, [0.01, 0.02, 0.98, 0.96], (0, 100), (0, 24))
+        ax.plot([4, 95], [6, 6], color=AXIS["L"], linewidth=4, solid_capstyle="butt")
+        arrow(ax, 94, 6, 98, 6, AXIS["L"])
+        ax.text(4, 2.6, "x, the stream", color=AXIS["L"], weight="bold")
+        for left, norm, stage in ((10, "ln_1", "attention"), (53, "ln_2", "MLP")):
+            for x0, y0, x1, y1 in (
+                (left, 6, left, 14.4),
+                (left + 8.2, 17, left + 13.8, 17),
+                (left + 30, 14.4, left + 30, 8),
+            ):
+                arrow(ax, x0, y0, x1, y1)
+            box(ax, left - 4, 14.5, 12, 5, norm)
+            box(ax, left + 14, 14.5, 21, 5, stage, fill=INK, ink="#ffffff")
+            ax.text(left + 4.5, 10.2, "a copy", color=FAINT, ha="center")
+            ax.text(left + 28.6, 10.2, "its update", color=FAINT, ha="right")
+            ax.plot(left + 30, 6, "o", markersize=15, color=GROUND, markeredgecolor=AXIS["L"])
+            ax.text(left + 30, 5.9, "+", ha="center", va="center", fontsize=13, weight="bold")
+
+    alt = (
+        "The stream x runs from left to right. Twice a copy branches off through a norm: first into "
+        "attention, then into the MLP; each result is added to the stream."
+    )
+    return Picture(draw, 170, alt)
+
+
 # 08 Read out the sentence
 
 

@@ -320,6 +320,68 @@ WRONG["check_worst"] = [
 # 07 Add it to the stream
 
 
+def block_post(x, ln_1, attention, ln_2, mlp):
+    x = ln_1(x + attention(x))
+    return ln_2(x + mlp(x))
+
+
+def block_from_norm(x, ln_1, attention, ln_2, mlp):
+    h = ln_1(x)
+    x = h + attention(h)
+    return x + mlp(ln_2(x))
+
+
+def block_in_place(x, ln_1, attention, ln_2, mlp):
+    x += attention(ln_1(x))
+    return x + mlp(ln_2(x))
+
+
+def block_one_norm(x, ln_1, attention, ln_2, mlp):
+    x = x + attention(ln_1(x))
+    return x + mlp(x)
+
+
+def states_aliased(embedding, updates):
+    x = embedding.copy()
+    states = [x]
+    for update in updates:
+        x += update
+        states.append(x)
+    return np.stack(states)
+
+
+def states_in_place(embedding, updates):
+    states = [embedding]
+    for update in updates:
+        embedding += update
+        states.append(embedding.copy())
+    return np.stack(states)
+
+
+WRONG["check_block"] = [
+    (block_post, "post-norm"),
+    (block_from_norm, "not to its normalised copy"),
+    (lambda x, ln_1, attend, ln_2, mlp: x + attend(ln_1(x)) + mlp(ln_2(x)), "not before"),
+    (lambda x, ln_1, attend, ln_2, mlp: mlp(ln_2(attend(ln_1(x)))), "no plus"),
+    (lambda x, ln_1, attend, ln_2, mlp: mlp(ln_2(x + attend(ln_1(x)))), "second plus"),
+    (block_one_norm, "ln_2 is missing"),
+    (block_in_place, "writes into its input"),
+]
+WRONG["check_states"] = [
+    (states_aliased, "all states are the last one"),
+    (states_in_place, "writes into its input"),
+    (lambda x, updates: x + updates.cumsum(0), "N + 1 states"),
+    (lambda x, updates: np.concatenate([x[None], x + updates]), "embedding alone"),
+    (lambda x, updates: np.concatenate([x[None], updates.cumsum(0)]), "not in the later states"),
+]
+WRONG["check_broken_blocks"] = [
+    ({"A": "post", "B": "parallel", "C": "no sum", "D": "from norm"}, "A is not 'post'"),
+    ({"A": "from norm", "B": "no sum", "C": "parallel", "D": "post"}, "B is not 'no sum'"),
+    ({"A": "post", "B": "post", "C": "no sum", "D": "post"}, "each fault occurs once"),
+    ({"A": "post"}, "the keys A, B, C, D"),
+]
+
+
 # 08 Read out the sentence
 
 
