@@ -732,6 +732,95 @@ def check_broken_blocks(culprits):
 # 08 Read out the sentence
 
 
+@exercise
+def check_find_eot(find_eot):
+    tokens = np.array(
+        [
+            [49406, 0, 0, 320, 49407, 0, 0],
+            [49406, 2368, 49407, 49407, 49407, 49407, 49407],
+            [49406, 320, 1125, 539, 320, 2368, 49407],
+            [49406, 49407, 0, 0, 0, 0, 0],
+        ],
+        dtype=np.int32,
+    )
+    eot = call(find_eot, tokens)
+    expect(np.ndim(eot) > 0, "one number for the whole batch: argmax needs axis=-1")
+    expect(np.shape(eot) != (7,), "that is one number for each column: the axis of the positions is -1")
+    like(np.asarray(eot), (4,), cause="one position for each text")
+    truth = [next(i for i in range(7) if row[i] == 49407) for row in tokens.tolist()]
+    misses = {
+        "that is the last end of text: padding may be 49407 as well, and the first one counts": [4, 6, 6, 1],
+        "that is the last position, not the end of text": [6, 6, 6, 6],
+        "counting ids above 0 fails: 0 is also the id of '!' within a text": (tokens > 0).sum(-1) - 1,
+        "those are the ids, not their positions: argmax, not max": tokens.max(-1),
+        "that is one too far: positions count from 0": np.add(truth, 1),
+        "that is one too early: the row of the end itself is read": np.subtract(truth, 1),
+    }
+    equal(eot, truth, misses)
+    return "the first of the largest ids"
+
+
+@exercise
+def check_read_out(read_out):
+    rng = np.random.default_rng(8)
+    for E in (4, 3):
+        x = rng.standard_normal((3, 5, 4)).astype(np.float32)
+        P = rng.standard_normal((4, E)).astype(np.float32)
+        eot = np.array([1, 4, 2])
+        features = call(read_out, x, eot, P)
+        expect(
+            np.shape(features) != (3, 3, E),
+            "(B, B, E): x[:, eot] takes every end's row from every text; pair them with np.arange(B)",
+        )
+        expect(np.shape(features) != (3, 5, E), "every position is still there: take the row of the end")
+        like(features, (3, E), cause="(B, D) @ (D, E)")
+        truth = np.zeros((3, E))
+        for b, e in np.ndindex(3, E):
+            truth[b, e] = sum(float(x[b, eot[b], d]) * float(P[d, e]) for d in range(4))
+        misses = {
+            "that is the last position: use eot": x[:, -1] @ P,
+            "that is the first position, which has seen nothing of the sentence": x[:, 0] @ P,
+            "that is the mean over all positions: CLIP takes the row of the end": x.mean(1) @ P,
+            "every text is read at the first one's end": x[:, eot[0]] @ P,
+            "the rows come from text 0 alone: pair eot with np.arange(B)": x[0, eot] @ P,
+        }
+        if E == 4:
+            misses["no .T here: text_projection is (D, E), and as D = E the shape did not warn you"] = (
+                x[np.arange(3), eot] @ P.T
+            )
+            misses["the projection is not in it"] = x[np.arange(3), eot]
+        equal(features, truth, misses, 1e-4)
+        like(features, (3, E), np.float32, "float32 in, float32 out")
+    return "a row of each text, times (D, E)"
+
+
+@exercise
+def check_moved_by_padding(moved):
+    known = {"start", "end", "last", "mean", "max"}
+    expect(isinstance(moved, (set, list, tuple)), "a set of names was wanted, such as {'mean'}")
+    moved = set(moved)
+    expect(moved <= known, f"the names are {', '.join(sorted(known))}")
+    expect("start" not in moved, "⟨start⟩ sees itself alone: nothing of the padding, nothing of the sentence")
+    expect("end" not in moved, "⟨end⟩ stands before the padding, and the mask hides what comes later")
+    expect("last" in moved, "the last position is a padding row itself, unless the text fills the context")
+    expect("mean" in moved, "a mean over all rows takes the padding's rows in")
+    expect("max" in moved, "the largest number of a column may stand in a row of padding")
+    return "only what reads rows after the end"
+
+
+@exercise
+def check_missing_end(position):
+    names = ("largest id", "equal to 49407", "last")
+    expect(isinstance(position, dict) and set(position) == set(names), f"a dict with the keys {names}")
+    expect(None not in position.values() and ... not in position.values(), "a position for each was wanted")
+    expect(position["largest id"] != 3, "1929 is the last word, but not the largest id: look at position 0")
+    expect(position["largest id"] != 2, "2368 is the largest id of a word, but ⟨start⟩ is 49406")
+    expect(position["largest id"] == 0, "the largest id is 49406, ⟨start⟩")
+    expect(position["equal to 49407"] == 0, "no id is equal: six times False, and argmax gives the first")
+    expect(position["last"] == 5, "six positions, counted from 0")
+    return "twice ⟨start⟩, once padding: nobody reads the sentence"
+
+
 # 09 Compare sentences
 
 

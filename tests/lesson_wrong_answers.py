@@ -385,6 +385,40 @@ WRONG["check_broken_blocks"] = [
 # 08 Read out the sentence
 
 
+WRONG["check_find_eot"] = [
+    (lambda tokens: tokens.argmax(), "needs axis=-1"),
+    (lambda tokens: tokens.argmax(axis=0), "each column"),
+    (lambda tokens: tokens.shape[1] - 1 - tokens[:, ::-1].argmax(axis=-1), "last end of text"),
+    (lambda tokens: (tokens > 0).sum(axis=-1) - 1, "id of '!'"),
+    (lambda tokens: np.full(len(tokens), tokens.shape[1] - 1), "last position"),
+    (lambda tokens: tokens.max(axis=-1), "argmax, not max"),
+]
+WRONG["check_read_out"] = [
+    (lambda x, eot, P: x[np.arange(len(x)), eot] @ P.T, "no .T here"),
+    (lambda x, eot, P: x[:, eot] @ P, "pair them with np.arange(B)"),
+    (lambda x, eot, P: x @ P, "every position is still there"),
+    (lambda x, eot, P: x[:, -1] @ P, "last position"),
+    (lambda x, eot, P: x[:, 0] @ P, "first position"),
+    (lambda x, eot, P: x.mean(axis=1) @ P, "mean over all positions"),
+    (lambda x, eot, P: x[0, eot] @ P, "text 0 alone"),
+    (lambda x, eot, P: x[np.arange(len(x)), eot], "projection is not in it"),
+]
+WRONG["check_moved_by_padding"] = [
+    ({"last", "mean", "max", "end"}, "mask hides"),
+    ({"last", "mean", "max", "start"}, "sees itself alone"),
+    ({"last", "max"}, "a mean over all rows"),
+    ({"last", "mean"}, "largest number of a column"),
+    (set(), "padding row itself"),
+]
+WRONG["check_missing_end"] = [
+    ({"largest id": 3, "equal to 49407": 0, "last": 5}, "last word"),
+    ({"largest id": 2, "equal to 49407": 0, "last": 5}, "largest id of a word"),
+    ({"largest id": 0, "equal to 49407": 3, "last": 5}, "no id is equal"),
+    ({"largest id": 0, "equal to 49407": 0, "last": 6}, "counted from 0"),
+    ({"last": 5}, "the keys"),
+]
+
+
 # 09 Compare sentences
 
 
