@@ -824,6 +824,101 @@ def check_missing_end(position):
 # 09 Compare sentences
 
 
+def unit(x):
+    return x / np.sqrt((x * x).sum(axis=-1, keepdims=True))
+
+
+@exercise
+def check_similarity(similarity):
+    a = np.array([[3, 4, 0], [1, 2, 2]], dtype=np.float32)
+    b = np.array([[0, 0, 5], [6, 8, 0], [-2, -1, 2], [4, -3, 0]], dtype=np.float32)
+    cosines = call(similarity, a, b)
+    like(cosines, (2, 4), cause="(N, E) @ (E, M): the second is transposed")
+    truth = [[0, 1, -2 / 3, 0], [2 / 3, 22 / 30, 0, -2 / 15]]
+    misses = {
+        "those are plain products: divide each row by its length": a @ b.T,
+        "only one of the two was normalised": unit(a) @ b.T,
+        "only the second was normalised": a @ unit(b).T,
+        "divide by the length, not by its square": (a / (a * a).sum(-1, keepdims=True))
+        @ (b / (b * b).sum(-1, keepdims=True)).T,
+        "divide by the root of the sum of squares, not by the sum of the numbers' sizes": (
+            a / abs(a).sum(-1, keepdims=True)
+        ) @ (b / abs(b).sum(-1, keepdims=True)).T,
+        "you divided by column lengths: the axis is -1": unit(a.T).T @ unit(b.T),
+        "one length for everything: each row has its own": a @ b.T / np.linalg.norm(a) / np.linalg.norm(b),
+    }  # fmt: skip
+    equal(cosines, truth, misses)
+    like(cosines, (2, 4), np.float32, "float32 in, float32 out")
+    return "1 for one direction, 0 for right angles"
+
+
+@exercise
+def check_shares_of(shares_of):
+    cosines = np.array([[0.30, 0.25, 0.20], [0.10, 0.10, 0.31]], dtype=np.float32)
+    for logit_scale in (math.log(100), math.log(20)):
+        given = call(shares_of, cosines, logit_scale)
+        like(given, (2, 3), cause="keepdims=True keeps the sum as (N, 1)")
+        truth = np.zeros((2, 3))
+        for i in range(2):
+            e = [math.exp(value * math.exp(logit_scale)) for value in cosines[i].tolist()]
+            truth[i] = [value / sum(e) for value in e]
+        misses = {
+            "logit_scale is a logarithm: multiply by its exp": shares(cosines * logit_scale),
+            "the cosines are not scaled: multiply by exp(logit_scale)": shares(cosines),
+            "the logits are multiplied, not divided: the scale is one over the temperature": shares(
+                cosines / math.exp(logit_scale)
+            ),
+            "the shares sum to 1 down the columns: the axis is -1": shares(
+                cosines * math.exp(logit_scale), 0
+            ),
+            "those are the logits: now the softmax": cosines * math.exp(logit_scale),
+        }
+        equal(given, truth, misses, 1e-4)
+    large = call(shares_of, cosines * 3, math.log(100))
+    expect(not np.isnan(large).any(), "NaN for large logits: take each row's maximum off before exp")
+    equal(large.sum(axis=-1), [1, 1])
+    like(given, (2, 3), np.float32, "np.exp gives a float64 scalar: float(...) of it keeps float32")
+    return "scaled by e to the logit scale, shared out by row"
+
+
+@exercise
+def check_ensemble(ensemble):
+    features = np.array(
+        [[[9, 0, 0], [0, 2, 0]], [[0, 1, 0], [0, 0, 4]], [[0, 0, 2], [0, 3, 0]]], dtype=np.float32
+    )
+    rows = call(ensemble, features)
+    expect(np.shape(rows) != (3, 3), "that is a mean over the words: the templates are the first axis")
+    like(rows, (2, 3), cause="(N, E): one row for each word")
+    third, fifth = 1 / 3**0.5, 1 / 5**0.5  # a word's directions: one each of x, y, z; two of y and one of z
+    truth = [[third, third, third], [0, 2 * fifth, fifth]]
+    misses = {
+        "a long feature weighs more: normalise before the mean as well": unit(features.mean(0)),
+        "the mean of unit vectors is shorter than 1: normalise after it as well": unit(features).mean(0),
+        "nothing is normalised: unit, mean, unit": features.mean(0),
+    }
+    equal(rows, truth, misses)
+    like(rows, (2, 3), np.float32, "float32 in, float32 out")
+    return "unit, mean, unit"
+
+
+@exercise
+def check_nearest(nearest):
+    table = unit(np.array([[1, 0], [3, 4], [4, 3], [0, 1], [-1, 0], [1, 9]], dtype=np.float32))
+    query = np.array([10, 1], dtype=np.float32)
+    for k, truth in ((3, [0, 2, 1]), (1, [0])):
+        got = call(nearest, query, table, k)
+        expect(np.ndim(got) == 1, "a list of places was wanted, also for k = 1")
+        got = np.asarray(got)
+        expect(got.dtype.kind in "iu", "those are cosines: the places were wanted, argsort instead of sort")
+        expect(len(got) == k, f"{k} places were wanted, and {len(got)} came")
+        misses = {
+            "those are the farthest: argsort sorts upwards, turn it round": [4, 3, 5][:k],
+            "the best comes first: turn the order round": truth[::-1] if k > 1 else [-1],
+        }
+        equal(got, truth, misses)
+    return "the best first"
+
+
 # 10 Choose a precision and a device
 
 

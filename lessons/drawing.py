@@ -635,6 +635,32 @@ def readout(x, eot, labels, features):
 # 09 Compare sentences
 
 
+def rank_change(labels, ranks):
+    """A row for each query with its rank under two ways to ask, joined by a line; ranks is {way: ranks}."""
+    (first, before), (second, after) = ranks.items()
+    rows = np.arange(len(labels))
+
+    def draw(figure):
+        figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)
+        ax = figure.subplots()
+        ax.hlines(rows, before, after, color=FAINT, linewidth=1)
+        ax.plot(before, rows, "o", markersize=8, markerfacecolor="#ffffff", color=SERIES[1], label=first)
+        ax.plot(after, rows, "D", markersize=4.5, color=SERIES[0], label=second)
+        ax.set_xscale("log")
+        top = max(*before, *after)
+        ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000) if tick <= 2 * top]
+        ax.set_xticks(ticks, [str(tick) for tick in ticks])
+        ax.set_xticks([], minor=True)
+        ax.set_yticks(rows, labels)
+        ax.invert_yaxis()
+        ax.grid(axis="x", color=LINE, linewidth=0.6)
+        ax.set(xlim=(0.8, 1.6 * top), xlabel="rank of the picture meant, 1 is best")
+        figure.legend(*ax.get_legend_handles_labels(), loc="outside upper right", ncols=2)
+
+    told = "; ".join(f"{label} {a} and {b}" for label, a, b in zip(labels, before, after, strict=True))
+    return Picture(draw, 90 + 24 * len(labels), f"Ranks with {first} and with {second}: {told}.")
+
+
 # 10 Choose a precision and a device
 
 

@@ -422,6 +422,49 @@ WRONG["check_missing_end"] = [
 # 09 Compare sentences
 
 
+def unit(x, axis=-1):
+    return x / np.sqrt((x * x).sum(axis=axis, keepdims=True))
+
+
+WRONG["check_similarity"] = [
+    (lambda a, b: a @ b.T, "plain products"),
+    (lambda a, b: unit(a) @ b.T, "only one of the two"),
+    (lambda a, b: a @ unit(b).T, "only the second"),
+    (lambda a, b: a @ b.T / ((a * a).sum(-1)[:, None] * (b * b).sum(-1)), "not by its square"),
+    (lambda a, b: unit(a, 0) @ unit(b, 0).T, "column lengths"),
+    (lambda a, b: unit(a.astype(float)) @ unit(b.astype(float)).T, "float64"),
+    (lambda a, b: unit(b) @ unit(a).T, "the second is transposed"),
+]
+WRONG["check_shares_of"] = [
+    (lambda x, scale: shares(x * scale), "is a logarithm"),
+    (lambda x, scale: shares(x), "not scaled"),
+    (lambda x, scale: shares(x / float(np.exp(scale))), "not divided"),
+    (lambda x, scale: shares(x * float(np.exp(scale)), 0), "down the columns"),
+    (lambda x, scale: x * float(np.exp(scale)), "now the softmax"),
+    (
+        lambda x, scale: (
+            np.exp(x * np.float32(np.exp(scale)))
+            / np.exp(x * np.float32(np.exp(scale))).sum(axis=-1, keepdims=True)
+        ),
+        "NaN for large logits",
+    ),
+]
+WRONG["check_ensemble"] = [
+    (lambda features: unit(features.mean(axis=0)), "before the mean"),
+    (lambda features: unit(features).mean(axis=0), "after it as well"),
+    (lambda features: features.mean(axis=0), "nothing is normalised"),
+    (lambda features: unit(unit(features).mean(axis=1)), "mean over the words"),
+    (lambda features: unit(unit(features.astype(float)).mean(axis=0)), "float64"),
+]
+WRONG["check_nearest"] = [
+    (lambda query, table, k: (table @ query).argsort()[:k], "the farthest"),
+    (lambda query, table, k: (table @ query).argsort()[-k:], "best comes first"),
+    (lambda query, table, k: np.sort(table @ query)[::-1][:k], "places were wanted, argsort"),
+    (lambda query, table, k: (table @ query).argsort()[::-1], "places were wanted, and 6 came"),
+    (lambda query, table, k: (table @ query).argmax(), "also for k = 1"),
+]
+
+
 # 10 Choose a precision and a device
 
 
