@@ -504,9 +504,10 @@ def head_columns(x, heads, labels):
                 ax.add_patch(
                     Rectangle(
                         (x0 + n * cell, y0 - i - 1),
-                        cell * 0.96,
+                        cell,
                         0.94,
                         linewidth=0,
+                        antialiased=False,
                         facecolor=SERIES[j // K % 6],
                         alpha=0.25 + 0.75 * tint[i, j],
                     )
