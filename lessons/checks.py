@@ -18,9 +18,15 @@ import copy
 import functools
 import math
 import operator
+import sys
+import timeit
 import traceback
+import types
 
 import numpy as np
+
+import minclip
+from minclip import faults, tracing
 
 
 class Wrong(Exception):
@@ -622,16 +628,611 @@ def check_worst(worst):
 # 07 Add it to the stream
 
 
+@exercise
+def check_block(block):
+    x = np.array([[1, 2, 4], [3, 0, -1]], dtype=np.float32)
+
+    def ln_1(x):
+        return x - x.mean(axis=-1, keepdims=True)
+
+    def attention(h):
+        return h.cumsum(axis=0)
+
+    def ln_2(x):
+        return x / (1 + abs(x).max(axis=-1, keepdims=True))
+
+    def mlp(h):
+        return h * h + 1
+
+    y = call(block, x, ln_1, attention, ln_2, mlp)
+    like(y, x.shape, cause="(L, D) in, (L, D) out")
+    # On paper: the centred rows are (-4, -1, 5) / 3 and (7, -2, -5) / 3, their running sum is attention's.
+    after = [[-1 / 3, 5 / 3, 17 / 3], [4, -1, -1]]
+    truth = np.zeros((2, 3))
+    for i, d in np.ndindex(2, 3):
+        truth[i, d] = after[i][d] + (after[i][d] / (1 + max(map(abs, after[i])))) ** 2 + 1
+    h, mid = ln_1(x), x + attention(ln_1(x))
+    misses = {
+        "the MLP reads the stream after attention was added, not before": mid + mlp(ln_2(x)),
+        "add to the stream x, not to its normalised copy": h + attention(h) + mlp(ln_2(h + attention(h))),
+        "that is post-norm: the norm belongs before the stage": ln_2(
+            ln_1(x + attention(x)) + mlp(ln_1(x + attention(x)))
+        ),
+        "the first plus is missing: attention's result is added to x": attention(h) + mlp(ln_2(attention(h))),
+        "the second plus is missing: the MLP's result is added to the stream": mlp(ln_2(mid)),
+        "there is no plus: results are added to the stream": mlp(ln_2(attention(h))),
+        "ln_1 and ln_2 are exchanged": x + attention(ln_2(x)) + mlp(ln_1(x + attention(ln_2(x)))),
+        "the stages read normalised copies, and no norm is in it": x + attention(x) + mlp(x + attention(x)),
+        "the MLP reads a normalised copy: ln_2 is missing": mid + mlp(mid),
+        "attention reads a normalised copy: ln_1 is missing": x
+        + attention(x) + mlp(ln_2(x + attention(x))),
+    }  # fmt: skip
+    equal(y, truth, misses)
+    like(y, x.shape, np.float32, "float32 in, float32 out")
+    return "two proposals, two sums"
+
+
+@exercise
+def check_states(states_of):
+    embedding = np.array([[3, 1], [0, 2]], dtype=np.float32)
+    updates = np.array([[[1, 0], [0, 1]], [[0, -2], [5, 0]], [[1, 1], [-1, 0]]], dtype=np.float32)
+    states = call(states_of, embedding, updates)
+    expect(isinstance(states, np.ndarray), "one array was wanted: np.stack makes one of a list")
+    truth = np.array([[[3, 1], [0, 2]], [[4, 1], [0, 3]], [[4, -1], [5, 3]], [[5, 0], [4, 3]]])
+    expect(states.shape != (3, 2, 2), "N updates give N + 1 states: the embedding is one")
+    like(states, (4, 2, 2), cause="(N + 1, L, D)")
+    misses = {
+        "all states are the last one: x += update changed the array that the list already holds": np.stack(
+            [truth[3]] * 4
+        ),
+        "those are the updates themselves: add them up": np.concatenate([embedding[None], updates]),
+        "each update was added to the embedding alone: add it to the state before": np.concatenate(
+            [embedding[None], embedding + updates]
+        ),
+        "the embedding is not in the later states": np.concatenate([embedding[None], updates.cumsum(0)]),
+    }
+    equal(states, truth, misses)
+    like(states, (4, 2, 2), np.float32, "float32 in, float32 out")
+    return "every state is an array of its own"
+
+
+FAULTS = {"A": "from norm", "B": "parallel", "C": "no sum", "D": "post"}
+
+
+def broken_block(letter, x, attention, mlp):
+    """One of four blocks with a fault, for exercise 3 of lesson 07. (Reading on spoils it.)"""
+    x = np.asarray(x, dtype=float)
+    if FAULTS[letter] == "from norm":
+        x = normed(x) + attention(normed(x))
+        return normed(x) + mlp(normed(x))
+    if FAULTS[letter] == "parallel":
+        return x + attention(normed(x)) + mlp(normed(x))
+    if FAULTS[letter] == "no sum":
+        return mlp(normed(attention(normed(x))))
+    x = normed(x + attention(x))
+    return normed(x + mlp(x))
+
+
+@exercise
+def check_broken_blocks(culprits):
+    expect(isinstance(culprits, dict) and set(culprits) == set("ABCD"), "a dict with the keys A, B, C, D")
+    named = sorted(culprits.values())
+    expect(named == sorted(FAULTS.values()), f"each fault occurs once, and you named {named}")
+    probes = {
+        "no sum": "let both functions return zeros: what should come back?",
+        "parallel": "with zeros it gives x back, so it does add to the stream; what does its MLP read?",
+        "post": "let both functions add 1 in one column: the row's mean tells whether a norm came last",
+        "from norm": "let both functions add 1 in one column: the row's mean tells whether a norm came last",
+    }
+    for letter, fault in FAULTS.items():
+        expect(culprits[letter] == fault, f"{letter} is not {culprits[letter]!r}: {probes[fault]}")
+    return "four faults told apart by two probes"
+
+
 # 08 Read out the sentence
+
+
+@exercise
+def check_find_eot(find_eot):
+    tokens = np.array(
+        [
+            [49406, 0, 0, 320, 49407, 0, 0],
+            [49406, 2368, 49407, 49407, 49407, 49407, 49407],
+            [49406, 320, 1125, 539, 320, 2368, 49407],
+            [49406, 49407, 0, 0, 0, 0, 0],
+        ],
+        dtype=np.int32,
+    )
+    eot = call(find_eot, tokens)
+    expect(np.ndim(eot) > 0, "one number for the whole batch: argmax needs axis=-1")
+    expect(np.shape(eot) != (7,), "that is one number for each column: the axis of the positions is -1")
+    like(np.asarray(eot), (4,), cause="one position for each text")
+    truth = [next(i for i in range(7) if row[i] == 49407) for row in tokens.tolist()]
+    misses = {
+        "that is the last end of text: padding may be 49407 as well, and the first one counts": [4, 6, 6, 1],
+        "that is the last position, not the end of text": [6, 6, 6, 6],
+        "counting ids above 0 fails: 0 is also the id of '!' within a text": (tokens > 0).sum(-1) - 1,
+        "those are the ids, not their positions: argmax, not max": tokens.max(-1),
+        "that is one too far: positions count from 0": np.add(truth, 1),
+        "that is one too early: the row of the end itself is read": np.subtract(truth, 1),
+    }
+    equal(eot, truth, misses)
+    return "the first of the largest ids"
+
+
+@exercise
+def check_read_out(read_out):
+    rng = np.random.default_rng(8)
+    for E in (4, 3):
+        x = rng.standard_normal((3, 5, 4)).astype(np.float32)
+        P = rng.standard_normal((4, E)).astype(np.float32)
+        eot = np.array([1, 4, 2])
+        features = call(read_out, x, eot, P)
+        expect(
+            np.shape(features) != (3, 3, E),
+            "(B, B, E): x[:, eot] takes every end's row from every text; pair them with np.arange(B)",
+        )
+        expect(np.shape(features) != (3, 5, E), "every position is still there: take the row of the end")
+        like(features, (3, E), cause="(B, D) @ (D, E)")
+        truth = np.zeros((3, E))
+        for b, e in np.ndindex(3, E):
+            truth[b, e] = sum(float(x[b, eot[b], d]) * float(P[d, e]) for d in range(4))
+        misses = {
+            "that is the last position: use eot": x[:, -1] @ P,
+            "that is the first position, which has seen nothing of the sentence": x[:, 0] @ P,
+            "that is the mean over all positions: CLIP takes the row of the end": x.mean(1) @ P,
+            "every text is read at the first one's end": x[:, eot[0]] @ P,
+            "the rows come from text 0 alone: pair eot with np.arange(B)": x[0, eot] @ P,
+        }
+        if E == 4:
+            misses["no .T here: text_projection is (D, E), and as D = E the shape did not warn you"] = (
+                x[np.arange(3), eot] @ P.T
+            )
+            misses["the projection is not in it"] = x[np.arange(3), eot]
+        equal(features, truth, misses, 1e-4)
+        like(features, (3, E), np.float32, "float32 in, float32 out")
+    return "a row of each text, times (D, E)"
+
+
+@exercise
+def check_moved_by_padding(moved):
+    known = {"start", "end", "last", "mean", "max"}
+    expect(isinstance(moved, (set, list, tuple)), "a set of names was wanted, such as {'mean'}")
+    moved = set(moved)
+    expect(moved <= known, f"the names are {', '.join(sorted(known))}")
+    expect("start" not in moved, "⟨start⟩ sees itself alone: nothing of the padding, nothing of the sentence")
+    expect("end" not in moved, "⟨end⟩ stands before the padding, and the mask hides what comes later")
+    expect("last" in moved, "the last position is a padding row itself, unless the text fills the context")
+    expect("mean" in moved, "a mean over all rows takes the padding's rows in")
+    expect("max" in moved, "the largest number of a column may stand in a row of padding")
+    return "only what reads rows after the end"
+
+
+@exercise
+def check_missing_end(position):
+    names = ("largest id", "equal to 49407", "last")
+    expect(isinstance(position, dict) and set(position) == set(names), f"a dict with the keys {names}")
+    expect(None not in position.values() and ... not in position.values(), "a position for each was wanted")
+    expect(position["largest id"] != 3, "1929 is the last word, but not the largest id: look at position 0")
+    expect(position["largest id"] != 2, "2368 is the largest id of a word, but ⟨start⟩ is 49406")
+    expect(position["largest id"] == 0, "the largest id is 49406, ⟨start⟩")
+    expect(position["equal to 49407"] == 0, "no id is equal: six times False, and argmax gives the first")
+    expect(position["last"] == 5, "six positions, counted from 0")
+    return "twice ⟨start⟩, once padding: nobody reads the sentence"
 
 
 # 09 Compare sentences
 
 
+def unit(x):
+    return x / np.sqrt((x * x).sum(axis=-1, keepdims=True))
+
+
+@exercise
+def check_similarity(similarity):
+    a = np.array([[3, 4, 0], [1, 2, 2]], dtype=np.float32)
+    b = np.array([[0, 0, 5], [6, 8, 0], [-2, -1, 2], [4, -3, 0]], dtype=np.float32)
+    cosines = call(similarity, a, b)
+    like(cosines, (2, 4), cause="(N, E) @ (E, M): the second is transposed")
+    truth = [[0, 1, -2 / 3, 0], [2 / 3, 22 / 30, 0, -2 / 15]]
+    misses = {
+        "those are plain products: divide each row by its length": a @ b.T,
+        "only one of the two was normalised": unit(a) @ b.T,
+        "only the second was normalised": a @ unit(b).T,
+        "divide by the length, not by its square": (a / (a * a).sum(-1, keepdims=True))
+        @ (b / (b * b).sum(-1, keepdims=True)).T,
+        "divide by the root of the sum of squares, not by the sum of the numbers' sizes": (
+            a / abs(a).sum(-1, keepdims=True)
+        ) @ (b / abs(b).sum(-1, keepdims=True)).T,
+        "you divided by column lengths: the axis is -1": unit(a.T).T @ unit(b.T),
+        "one length for everything: each row has its own": a @ b.T / np.linalg.norm(a) / np.linalg.norm(b),
+    }  # fmt: skip
+    equal(cosines, truth, misses)
+    like(cosines, (2, 4), np.float32, "float32 in, float32 out")
+    return "1 for one direction, 0 for right angles"
+
+
+@exercise
+def check_shares_of(shares_of):
+    cosines = np.array([[0.30, 0.25, 0.20], [0.10, 0.10, 0.31]], dtype=np.float32)
+    for logit_scale in (math.log(100), math.log(20)):
+        given = call(shares_of, cosines, logit_scale)
+        like(given, (2, 3), cause="keepdims=True keeps the sum as (N, 1)")
+        truth = np.zeros((2, 3))
+        for i in range(2):
+            e = [math.exp(value * math.exp(logit_scale)) for value in cosines[i].tolist()]
+            truth[i] = [value / sum(e) for value in e]
+        misses = {
+            "logit_scale is a logarithm: multiply by its exp": shares(cosines * logit_scale),
+            "the cosines are not scaled: multiply by exp(logit_scale)": shares(cosines),
+            "the logits are multiplied, not divided: the scale is one over the temperature": shares(
+                cosines / math.exp(logit_scale)
+            ),
+            "the shares sum to 1 down the columns: the axis is -1": shares(
+                cosines * math.exp(logit_scale), 0
+            ),
+            "those are the logits: now the softmax": cosines * math.exp(logit_scale),
+        }
+        equal(given, truth, misses, 1e-4)
+    large = call(shares_of, cosines * 3, math.log(100))
+    expect(not np.isnan(large).any(), "NaN for large logits: take each row's maximum off before exp")
+    equal(large.sum(axis=-1), [1, 1])
+    like(given, (2, 3), np.float32, "np.exp gives a float64 scalar: float(...) of it keeps float32")
+    return "scaled by e to the logit scale, shared out by row"
+
+
+@exercise
+def check_ensemble(ensemble):
+    features = np.array(
+        [[[9, 0, 0], [0, 2, 0]], [[0, 1, 0], [0, 0, 4]], [[0, 0, 2], [0, 3, 0]]], dtype=np.float32
+    )
+    rows = call(ensemble, features)
+    expect(np.shape(rows) != (3, 3), "that is a mean over the words: the templates are the first axis")
+    like(rows, (2, 3), cause="(N, E): one row for each word")
+    third, fifth = 1 / 3**0.5, 1 / 5**0.5  # a word's directions: one each of x, y, z; two of y and one of z
+    truth = [[third, third, third], [0, 2 * fifth, fifth]]
+    misses = {
+        "a long feature weighs more: normalise before the mean as well": unit(features.mean(0)),
+        "the mean of unit vectors is shorter than 1: normalise after it as well": unit(features).mean(0),
+        "nothing is normalised: unit, mean, unit": features.mean(0),
+    }
+    equal(rows, truth, misses)
+    like(rows, (2, 3), np.float32, "float32 in, float32 out")
+    return "unit, mean, unit"
+
+
+@exercise
+def check_nearest(nearest):
+    table = unit(np.array([[1, 0], [3, 4], [4, 3], [0, 1], [-1, 0], [1, 9]], dtype=np.float32))
+    query = np.array([10, 1], dtype=np.float32)
+    for k, truth in ((3, [0, 2, 1]), (1, [0])):
+        got = call(nearest, query, table, k)
+        expect(np.ndim(got) == 1, "a list of places was wanted, also for k = 1")
+        got = np.asarray(got)
+        expect(got.dtype.kind in "iu", "those are cosines: the places were wanted, argsort instead of sort")
+        expect(len(got) == k, f"{k} places were wanted, and {len(got)} came")
+        misses = {
+            "those are the farthest: argsort sorts upwards, turn it round": [4, 3, 5][:k],
+            "the best comes first: turn the order round": truth[::-1] if k > 1 else [-1],
+        }
+        equal(got, truth, misses)
+    return "the best first"
+
+
 # 10 Choose a precision and a device
+
+
+@exercise
+def check_upcasts(upcasts):
+    expect(isinstance(upcasts, (set, list, tuple)), "a set of letters was wanted, such as {'A', 'C'}")
+    said = set(upcasts)
+    expect(said <= set("ABCDEF"), "the letters are A to F")
+    for letter, cause in (
+        ("A", "0.5 is a Python number, and gives way to the array's dtype"),
+        ("C", "the mean of a float32 array is a float32"),
+        ("E", "math.sqrt gives a Python float, which gives way"),
+    ):
+        expect(letter not in said, f"{letter} stays float32: {cause}")
+    for letter, cause in (
+        ("B", "np.sqrt(64) is a np.float64, not a Python number"),
+        ("D", "np.zeros(8) is float64 unless you say otherwise"),
+        ("F", "np.arange(8) is int64, and float32 with int64 makes float64"),
+    ):
+        expect(letter in said, f"{letter} gives float64: {cause}")
+    return "only Python numbers leave a dtype alone"
+
+
+@exercise
+def check_overflows(overflows):
+    known = {"product", "score", "exp11", "exp12", "squares", "add"}
+    expect(isinstance(overflows, (set, list, tuple)), "a set of names was wanted, such as {'add'}")
+    said = set(overflows)
+    expect(said <= known, f"the names are {', '.join(sorted(known))}")
+    expect("score" not in said, "64 * 30 * 30 is 57600, which float16 still holds")
+    expect("exp11" not in said, "e to the 11 is 59874: just below 65504")
+    expect("add" not in said, "65512 is rounded to the nearest float16, and that is 65504")
+    expect("product" in said, "300 * 300 is 90000, above 65504")
+    expect("exp12" in said, "e to the 12 is 162755: softmax takes the maximum off for that reason")
+    expect("squares" in said, "512 * 144 is 73728, above 65504, though each number is only 12")
+    return "65504 is nearer than one thinks"
+
+
+@exercise
+def check_half_layer_norm(half_layer_norm):
+    rng = np.random.default_rng(10)
+    x = (rng.standard_normal((2, 3, 8)) * [[[1], [400], [0.004]]]).astype(np.float16)
+    weight, bias = (rng.standard_normal(8).astype(np.float16) + np.float16(shift) for shift in (2, 0))
+    y = call(half_layer_norm, x, weight, bias)
+    like(y, x.shape, cause="keepdims=True keeps the mean as (..., 1)")
+    truth = np.zeros(x.shape)
+    for i in np.ndindex(2, 3):
+        row = [float(value) for value in x[i]]
+        mean = sum(row) / 8
+        variance = sum((value - mean) ** 2 for value in row) / 8
+        truth[i] = [(v - mean) / (variance + 1e-5) ** 0.5 for v in row] * weight.astype(float) + bias
+    expect(y.dtype != np.float32, "float16 in, float16 out: narrow at the very end")
+    expect(not np.isnan(y).any(), "there is a NaN: inf / inf; widen x before it is squared")
+    expect(
+        not np.array_equal(y[:, 1], np.broadcast_to(bias, (2, 8))),
+        "the large rows come out as the bias alone: their squares overflow, so widen x first",
+    )
+    wide = x.astype(float)
+    misses = {
+        "the weight is not in it": normed(wide, 1, bias),
+        "the bias is not in it": normed(wide, weight),
+        "eps is 1e-5": normed(wide, weight, bias, eps=0),
+        "the variance divides by D, not by D - 1": normed(wide, weight, bias, ddof=1),
+    }
+    equal(y, truth, misses, 6e-3)
+    like(y, x.shape, np.float16)
+    return "kept in float16, computed in float32"
+
+
+@exercise
+def check_array_module(array_module):
+    real = sys.modules.get("cupy")
+    sys.modules["cupy"] = None  # as where nobody has it: import cupy fails
+    try:
+        try:
+            expect(array_module(np.ones(3)) is np, "for a NumPy array the module is numpy itself")
+        except ImportError:
+            raise Wrong("cupy is imported even for NumPy's arrays: not everybody has it") from None
+        sys.modules["cupy"] = module = types.ModuleType("cupy")
+        module.ndarray = type("ndarray", (), {"__module__": "cupy", "dtype": np.dtype(np.float32)})
+        module.get_array_module = lambda x: module if isinstance(x, module.ndarray) else np
+        said = array_module(module.ndarray())
+    finally:
+        sys.modules.pop("cupy", None)
+        if real is not None:
+            sys.modules["cupy"] = real
+    expect(said is not None, "your function returns None: does it end in return?")
+    expect(said is not np, "np for an array that is not NumPy's: np.exp would not have it")
+    expect(isinstance(said, types.ModuleType), f"a module was wanted, not {type(said).__name__}")
+    expect(said.__name__ == "cupy", f"for a CuPy array the module is cupy, not {said.__name__}")
+    return "the array says where it lives"
 
 
 # 11 Make it fast
 
+START, END = 49406, 49407
+
+
+@exercise
+def check_trim_batch(trim_batch):
+    for tokens, width, cause in (
+        ([[START, 5, 6, END, 0, 0], [START, END, 0, 0, 0, 0]], 4, "the last end of text is at 3"),
+        ([[START, 5, 6, END, END, END], [START, 7, END, END, END, END]], 4,
+         "padding may be 49407 too: the first one is the end"),
+        ([[START, 5, 0, 6, END, 0], [START, 0, 0, END, 0, 0]], 5,
+         "id 0 may be a ! in a text: look for the end, not for zeros"),
+        ([[START, 5, 6, 7, 8, END], [START, 5, END, 0, 0, 0]], 6, "a full row leaves nothing to cut"),
+    ):  # fmt: skip
+        tokens = np.array(tokens)
+        y = call(trim_batch, tokens)
+        expect(isinstance(y, np.ndarray) and y.ndim == 2, "an array (B, L) was wanted: slice the columns")
+        ends = tokens.argmax(axis=-1)
+        expect(y.shape[1] != ends.max(), "the last end of text is itself cut off: its position plus 1")
+        expect(
+            y.shape[1] != ends.min() + 1 or ends.min() == ends.max(),
+            "that is the shortest text's end: the longest decides",
+        )
+        expect(y.shape == (2, width), f"{tokens.shape} became {y.shape}, not (2, {width}): {cause}")
+        equal(y, tokens[:, :width])
+    return "nothing behind the last end, and the end stays"
+
+
+@exercise
+def check_count_prefixes(count_prefixes):
+    texts = ([1, 2, 3], [1, 2, 4, 9], [1, 2, 3], [5, 2, 3], [5], [1, 2, 3, 4])
+    tokens = np.array([([START, *text, END] + 4 * [0])[:7] for text in texts])
+    count = call(count_prefixes, tokens)
+    expect(np.ndim(count) == 0, "one number was wanted")
+    ended = [row[: row.index(END) + 1] for row in tokens.tolist()]
+    misses = {
+        "that is every position: count a beginning once": sum(map(len, ended)),
+        "the padding is counted too: stop at the end of text": len(
+            {tuple(row[: i + 1]) for row in tokens.tolist() for i in range(7)}
+        ),
+        "that counts ids at places: after another beginning, the same id is another row": len(
+            {(i, row[i]) for row in ended for i in range(len(row))}
+        ),
+        "that counts whole texts: each of their beginnings is a row": len(set(map(tuple, ended))),
+        "the end of text needs its row too: it is the one that is read out": len(
+            {tuple(row[: i + 1]) for row in ended for i in range(len(row) - 1)}
+        ),
+    }
+    equal(count, 15, misses)
+    return "15 rows in place of 30"
+
+
+@exercise
+def check_by_length(encode_by_length):
+    texts = [[9] * n for n in (5, 1, 4, 2, 3, 1, 5)]
+    tokens = np.array([([START, *text, END] + 6 * [0])[:8] for text in texts])
+    tokens[:, 1] = np.arange(1, 8)  # so that no two texts are alike
+    shapes = []
+
+    def encode(batch):
+        shapes.append(batch.shape)
+        ends = batch.argmax(axis=-1)
+        expect((batch.max(axis=-1) == END).all(), "a batch was cut before the end of one of its texts")
+        return np.stack([batch[:, 1], ends], axis=1).astype(np.float32)
+
+    features = call(encode_by_length, encode, tokens, 3)
+    expect(shapes, "encode was never called")
+    expect(max(rows for rows, _ in shapes) <= 3, f"a batch had {max(shapes)[0]} texts, and 3 are allowed")
+    like(features, (7, 2), np.float32, "one row for each text")
+    truth = np.stack([tokens[:, 1], tokens.argmax(axis=-1)], axis=1).astype(np.float32)
+    order = truth[:, 1].argsort(kind="stable")
+    expect(
+        not np.array_equal(features, truth[order[order]]),
+        "that is the order applied twice, not undone: features[order] = found",
+    )
+    expect(
+        sorted(map(tuple, features)) != sorted(map(tuple, truth)) or np.array_equal(features, truth),
+        "the features come in another order than the texts: undo the sorting",
+    )
+    equal(features, truth)
+    work = sum(rows * columns for rows, columns in shapes)
+    expect(work != 7 * 8, "padding was computed: trim each batch")
+    ends = np.sort(truth[:, 1].astype(int)) + 1
+    least = sum(len(ends[i : i + 3]) * ends[i : i + 3].max() for i in range(0, 7, 3))
+    expect(work <= least + 2, f"{work} positions were computed and {least} will do: sort by length first")
+    return f"{work} positions in place of {7 * 8}, and each text has its own features"
+
+
+@exercise
+def check_four_products(ways):
+    expect(isinstance(ways, (list, tuple)) and len(ways) == 4, "a list of four functions was wanted")
+    rng = np.random.default_rng(11)
+    x, W = rng.standard_normal((2, 3, 4)).astype(np.float32), rng.standard_normal((4, 4)).astype(np.float32)
+    truth = np.zeros((2, 3, 4))
+    for b, i, e in np.ndindex(2, 3, 4):
+        truth[b, i, e] = sum(float(x[b, i, d]) * float(W[e, d]) for d in range(4))
+    for way in ways:
+        y = call(way, x, W)
+        name = way.__name__
+        expect(np.shape(y) != (6, 4), f"{name}: put the rows back into (B, L, out) at the end")
+        like(y, (2, 3, 4), cause=name)
+        equal(y, truth, {f"{name}: W is (out, in), so W.T; a square W hides it": x @ W})
+        like(y, (2, 3, 4), np.float32, name)
+    x, W = (rng.standard_normal(shape).astype(np.float32) for shape in ((32, 12, 256), (512, 256)))
+    times = {way.__name__: min(timeit.repeat(lambda way=way: way(x, W), number=1, repeat=5)) for way in ways}
+    best = min(times.values())
+    told = ", ".join(f"{name} {time / best:.1f}" for name, time in sorted(times.items(), key=lambda t: t[1]))
+    return f"all four are right; times as multiples of the best: {told}"
+
 
 # 12 Debug a port
+
+SIX = {  # letter: ids in the catalogue, first stage to diverge (reading on spoils exercises 2 to 4)
+    "A": ({"A1"}, "mlp.gelu"), "B": ({"T6-out"}, "attn"), "C": ({"M3-late"}, "attn.masked"),
+    "D": ({"N8"}, "text_features"), "E": ({"P3"}, "eot"), "F": ({"E2", "N5"}, "positional_embedding"),
+}  # fmt: skip
+
+
+def broken(letter, params, tokens):
+    """One of six broken encoders: .run() gives its features, .tap its stages."""
+    port = faults.Port(params, tokens)
+    for fault in faults.CATALOGUE:
+        if fault.id in SIX[letter][0]:
+            fault.change(port)
+    return port
+
+
+def letters_of(answers):
+    expect(isinstance(answers, dict) and answers, "a dict with the keys A to F was wanted")
+    expect(set(answers) <= set(SIX), f"the letters are A to F, not {sorted(set(answers) - set(SIX))}")
+    return sorted(answers)
+
+
+def all_six(right):
+    """Stop if some are still to be done."""
+    missing = sorted(set(SIX) - set(right))
+    expect(not missing, f"{', '.join(right)} right so far; still to do: {', '.join(missing)}")
+
+
+@exercise
+def check_first_divergence(first_divergence):
+    rng = np.random.default_rng(12)
+    right = {name: rng.standard_normal((2, 3)).astype(np.float32) for name in ("a", "b", "c", "d")}
+    small, nan = {**right, "b": right["b"] / 1000}, {**right, "c": right["c"] * np.nan}
+    noise = np.float32([[1, -1, 0], [0, 1, -1]])
+    for cause, reference, port, wanted in (
+        ("b and c differ: the first counts, in the reference's order",
+         right, {**right, "c": -right["c"], "b": right["b"] + noise}, "b"),
+        ("c is 1.5 times what it should be: a cosine does not see that",
+         right, {**right, "c": 1.5 * right["c"]}, "c"),
+        ("c is NaN: every comparison with NaN is False", right, nan, "c"),
+        ("the numbers of b are small, and so is the difference: divide by the reference's length",
+         small, {**small, "b": small["b"] + noise / 10000}, "b"),
+        ("the numbers of d are large, and differ by rounding alone: divide by the reference's length",
+         {**right, "d": right["d"] * 10000}, {**right, "d": right["d"] * 10000 + noise / 10}, None),
+        ("the port does not show a: go on with the next", right, {**right, "d": -right["d"], "a": None}, "d"),
+        ("nothing differs: None", right, right, None),
+    ):  # fmt: skip
+        port = {name: array for name, array in port.items() if array is not None}
+        with np.errstate(all="ignore"):
+            try:
+                said = first_divergence(dict(reference), port, 1e-3)
+            except KeyError as error:
+                raise Wrong(f"the port does not show {error}: go on with the next") from None
+        expect(said == wanted, f"{said!r} was given and {wanted!r} wanted: {cause}")
+    return "seven cases: order, scale, NaN, small, large, missing, none"
+
+
+@exercise
+def check_stages(stages):
+    order = [name.removeprefix(f"{faults.BLOCKS}0.") for name in minclip.trace(minclip.load(), [[END]])]
+    letters = letters_of(stages)
+    for letter in letters:
+        said, wanted = str(stages[letter]).removeprefix(f"{faults.BLOCKS}0."), SIX[letter][1]
+        expect(said in order or letter != "E", "E: agrees on ordinary texts; try tracing.probe_tokens()")
+        expect(said in order, f"{letter}: no stage is called {said!r}; without the block, such as 'mlp.gelu'")
+        expect(order.index(said) <= order.index(wanted), f"{letter}: an earlier stage than {said} is wrong")
+        expect(said == wanted, f"{letter}: {said} still agrees; the first divergence is later")
+    all_six(letters)
+    return "six first divergences"
+
+
+@exercise
+def check_bugs(bugs):
+    known = {fault.id: fault.summary for fault in faults.CATALOGUE}
+    letters = letters_of(bugs)
+    for letter in letters:
+        said, wanted = bugs[letter], SIX[letter][0]
+        said = {said} if isinstance(said, str) else set(said)
+        for id in sorted(said):
+            expect(id in known, f"{letter}: the catalogue has no {id!r}; an id is such as 'T4'")
+            expect(id in wanted, f"{letter}: it is not {id}, {known[id]}")
+        expect(said == wanted, f"{letter}: {', '.join(said) or 'nothing'} is not all of it")
+    all_six(letters)
+    return "six encoders, seven bugs"
+
+
+@exercise
+def check_mends(mends):
+    params, tokens = minclip.load(), tracing.probe_tokens()
+    reference, mended = minclip.trace(params, tokens), []
+    for letter in letters_of(mends):
+        port, kept = broken(letter, params, tokens), {}
+        try:
+            mends[letter](port)
+        except NotImplementedError:
+            continue
+
+        def tap(name, array, port=port, kept=kept):
+            kept[name] = port.tap(name, array)
+            return kept[name]
+
+        port.run(tap)
+        wrong = [name for name in reference if not close(kept[name], reference[name], 1e-3)]
+        if wrong and "text_features" not in wrong:
+            raise Wrong(f"{letter}: the features are right, but not {wrong[0]}: mend where it is born")
+        if wrong:
+            raise Wrong(f"{letter}: still wrong from {wrong[0]} on")
+        mended.append(letter)
+    if not mended:
+        raise NotImplementedError
+    all_six(mended)
+    return "six encoders, every stage of each"

@@ -323,6 +323,7 @@ def curves(panels, alt="", height=270, ticks=None, log=False, marks=False):
                 )
             if log:
                 ax.set_yscale("log")
+                ax.yaxis.set_major_formatter("{x:.0e}")
             ax.grid(color=LINE, linewidth=0.6)
             if ticks is not None:
                 word_ticks(ax.set_xticks, ticks, turned=max(map(len, ticks)) > 3)
@@ -503,9 +504,10 @@ def head_columns(x, heads, labels):
                 ax.add_patch(
                     Rectangle(
                         (x0 + n * cell, y0 - i - 1),
-                        cell * 0.96,
+                        cell,
                         0.94,
                         linewidth=0,
+                        antialiased=False,
                         facecolor=SERIES[j // K % 6],
                         alpha=0.25 + 0.75 * tint[i, j],
                     )
@@ -563,6 +565,35 @@ def head_columns(x, heads, labels):
 # 07 Add it to the stream
 
 
+def block_diagram():
+    """One pre-norm block: the stream runs straight through, and two branches add to it."""
+
+    def draw(figure):
+        ax = blank(figure, [0.01, 0.02, 0.98, 0.96], (0, 100), (0, 24))
+        ax.plot([4, 95], [6, 6], color=AXIS["L"], linewidth=4, solid_capstyle="butt")
+        arrow(ax, 94, 6, 98, 6, AXIS["L"])
+        ax.text(4, 2.6, "x, the stream", color=AXIS["L"], weight="bold")
+        for left, norm, stage in ((10, "ln_1", "attention"), (53, "ln_2", "MLP")):
+            for x0, y0, x1, y1 in (
+                (left, 6, left, 14.4),
+                (left + 8.2, 17, left + 13.8, 17),
+                (left + 30, 14.4, left + 30, 8),
+            ):
+                arrow(ax, x0, y0, x1, y1)
+            box(ax, left - 4, 14.5, 12, 5, norm)
+            box(ax, left + 14, 14.5, 21, 5, stage, fill=INK, ink="#ffffff")
+            ax.text(left + 4.5, 10.2, "a copy", color=FAINT, ha="center")
+            ax.text(left + 28.6, 10.2, "its update", color=FAINT, ha="right")
+            ax.plot(left + 30, 6, "o", markersize=15, color=GROUND, markeredgecolor=AXIS["L"])
+            ax.text(left + 30, 5.9, "+", ha="center", va="center", fontsize=13, weight="bold")
+
+    alt = (
+        "The stream x runs from left to right. Twice a copy branches off through a norm: first into "
+        "attention, then into the MLP; each result is added to the stream."
+    )
+    return Picture(draw, 170, alt)
+
+
 # 08 Read out the sentence
 
 
@@ -605,10 +636,58 @@ def readout(x, eot, labels, features):
 # 09 Compare sentences
 
 
+def rank_change(labels, ranks):
+    """A row for each query with its rank under two ways to ask, joined by a line; ranks is {way: ranks}."""
+    (first, before), (second, after) = ranks.items()
+    rows = np.arange(len(labels))
+
+    def draw(figure):
+        figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)
+        ax = figure.subplots()
+        ax.hlines(rows, before, after, color=FAINT, linewidth=1)
+        ax.plot(before, rows, "o", markersize=8, markerfacecolor="#ffffff", color=SERIES[1], label=first)
+        ax.plot(after, rows, "D", markersize=4.5, color=SERIES[0], label=second)
+        ax.set_xscale("log")
+        top = max(*before, *after)
+        ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000) if tick <= 2 * top]
+        ax.set_xticks(ticks, [str(tick) for tick in ticks])
+        ax.set_xticks([], minor=True)
+        ax.set_yticks(rows, labels)
+        ax.invert_yaxis()
+        ax.grid(axis="x", color=LINE, linewidth=0.6)
+        ax.set(xlim=(0.8, 1.6 * top), xlabel="rank of the picture meant, 1 is best")
+        figure.legend(*ax.get_legend_handles_labels(), loc="outside upper right", ncols=2)
+
+    told = "; ".join(f"{label} {a} and {b}" for label, a, b in zip(labels, before, after, strict=True))
+    return Picture(draw, 90 + 24 * len(labels), f"Ranks with {first} and with {second}: {told}.")
+
+
 # 10 Choose a precision and a device
 
 
 # 11 Make it fast
+
+
+def prefix_tree(rows):
+    """Sorted texts as rows of words: filled where a beginning is new, white where the row above has it."""
+    width = max(map(len, rows))
+
+    def draw(figure):
+        ax = blank(figure, [0.01, 0.02, 0.98, 0.96], (0, 10 * width), (-2.6 * len(rows) - 2.2, 0))
+        before = []
+        for i, row in enumerate(rows):
+            for j, word in enumerate(row):
+                new = row[: j + 1] != before[: j + 1]
+                fill, ink = (AXIS["L"], "#ffffff") if new else ("#ffffff", FAINT)
+                box(ax, 10 * j + 0.3, -2.6 * i - 2.3, 9.4, 1.9, word, fill=fill, ink=ink)
+            before = row
+        for j in range(width):
+            ax.text(10 * j + 5, -2.6 * len(rows) - 0.6, str(j), ha="center", color=AXIS["L"], fontsize=8)
+        ax.text(5 * width, -2.6 * len(rows) - 2, "L positions", ha="center", color=AXIS["L"], weight="bold")
+
+    new = sum(len({tuple(row[: j + 1]) for row in rows if len(row) > j}) for j in range(width))
+    alt = f"{len(rows)} sorted texts as rows of words; {new} of {sum(map(len, rows))} boxes are filled, each "
+    return Picture(draw, 34 * len(rows) + 48, f"{alt}for a beginning that no row above has.")
 
 
 # 12 Debug a port

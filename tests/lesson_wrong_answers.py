@@ -320,16 +320,326 @@ WRONG["check_worst"] = [
 # 07 Add it to the stream
 
 
+def block_post(x, ln_1, attention, ln_2, mlp):
+    x = ln_1(x + attention(x))
+    return ln_2(x + mlp(x))
+
+
+def block_from_norm(x, ln_1, attention, ln_2, mlp):
+    h = ln_1(x)
+    x = h + attention(h)
+    return x + mlp(ln_2(x))
+
+
+def block_in_place(x, ln_1, attention, ln_2, mlp):
+    x += attention(ln_1(x))
+    return x + mlp(ln_2(x))
+
+
+def block_one_norm(x, ln_1, attention, ln_2, mlp):
+    x = x + attention(ln_1(x))
+    return x + mlp(x)
+
+
+def states_aliased(embedding, updates):
+    x = embedding.copy()
+    states = [x]
+    for update in updates:
+        x += update
+        states.append(x)
+    return np.stack(states)
+
+
+def states_in_place(embedding, updates):
+    states = [embedding]
+    for update in updates:
+        embedding += update
+        states.append(embedding.copy())
+    return np.stack(states)
+
+
+WRONG["check_block"] = [
+    (block_post, "post-norm"),
+    (block_from_norm, "not to its normalised copy"),
+    (lambda x, ln_1, attend, ln_2, mlp: x + attend(ln_1(x)) + mlp(ln_2(x)), "not before"),
+    (lambda x, ln_1, attend, ln_2, mlp: mlp(ln_2(attend(ln_1(x)))), "no plus"),
+    (lambda x, ln_1, attend, ln_2, mlp: mlp(ln_2(x + attend(ln_1(x)))), "second plus"),
+    (block_one_norm, "ln_2 is missing"),
+    (block_in_place, "writes into its input"),
+]
+WRONG["check_states"] = [
+    (states_aliased, "all states are the last one"),
+    (states_in_place, "writes into its input"),
+    (lambda x, updates: x + updates.cumsum(0), "N + 1 states"),
+    (lambda x, updates: np.concatenate([x[None], x + updates]), "embedding alone"),
+    (lambda x, updates: np.concatenate([x[None], updates.cumsum(0)]), "not in the later states"),
+]
+WRONG["check_broken_blocks"] = [
+    ({"A": "post", "B": "parallel", "C": "no sum", "D": "from norm"}, "A is not 'post'"),
+    ({"A": "from norm", "B": "no sum", "C": "parallel", "D": "post"}, "B is not 'no sum'"),
+    ({"A": "post", "B": "post", "C": "no sum", "D": "post"}, "each fault occurs once"),
+    ({"A": "post"}, "the keys A, B, C, D"),
+]
+
+
 # 08 Read out the sentence
+
+
+WRONG["check_find_eot"] = [
+    (lambda tokens: tokens.argmax(), "needs axis=-1"),
+    (lambda tokens: tokens.argmax(axis=0), "each column"),
+    (lambda tokens: tokens.shape[1] - 1 - tokens[:, ::-1].argmax(axis=-1), "last end of text"),
+    (lambda tokens: (tokens > 0).sum(axis=-1) - 1, "id of '!'"),
+    (lambda tokens: np.full(len(tokens), tokens.shape[1] - 1), "last position"),
+    (lambda tokens: tokens.max(axis=-1), "argmax, not max"),
+]
+WRONG["check_read_out"] = [
+    (lambda x, eot, P: x[np.arange(len(x)), eot] @ P.T, "no .T here"),
+    (lambda x, eot, P: x[:, eot] @ P, "pair them with np.arange(B)"),
+    (lambda x, eot, P: x @ P, "every position is still there"),
+    (lambda x, eot, P: x[:, -1] @ P, "last position"),
+    (lambda x, eot, P: x[:, 0] @ P, "first position"),
+    (lambda x, eot, P: x.mean(axis=1) @ P, "mean over all positions"),
+    (lambda x, eot, P: x[0, eot] @ P, "text 0 alone"),
+    (lambda x, eot, P: x[np.arange(len(x)), eot], "projection is not in it"),
+]
+WRONG["check_moved_by_padding"] = [
+    ({"last", "mean", "max", "end"}, "mask hides"),
+    ({"last", "mean", "max", "start"}, "sees itself alone"),
+    ({"last", "max"}, "a mean over all rows"),
+    ({"last", "mean"}, "largest number of a column"),
+    (set(), "padding row itself"),
+]
+WRONG["check_missing_end"] = [
+    ({"largest id": 3, "equal to 49407": 0, "last": 5}, "last word"),
+    ({"largest id": 2, "equal to 49407": 0, "last": 5}, "largest id of a word"),
+    ({"largest id": 0, "equal to 49407": 3, "last": 5}, "no id is equal"),
+    ({"largest id": 0, "equal to 49407": 0, "last": 6}, "counted from 0"),
+    ({"last": 5}, "the keys"),
+]
 
 
 # 09 Compare sentences
 
 
+def unit(x, axis=-1):
+    return x / np.sqrt((x * x).sum(axis=axis, keepdims=True))
+
+
+WRONG["check_similarity"] = [
+    (lambda a, b: a @ b.T, "plain products"),
+    (lambda a, b: unit(a) @ b.T, "only one of the two"),
+    (lambda a, b: a @ unit(b).T, "only the second"),
+    (lambda a, b: a @ b.T / ((a * a).sum(-1)[:, None] * (b * b).sum(-1)), "not by its square"),
+    (lambda a, b: unit(a, 0) @ unit(b, 0).T, "column lengths"),
+    (lambda a, b: unit(a.astype(float)) @ unit(b.astype(float)).T, "float64"),
+    (lambda a, b: unit(b) @ unit(a).T, "the second is transposed"),
+]
+WRONG["check_shares_of"] = [
+    (lambda x, scale: shares(x * scale), "is a logarithm"),
+    (lambda x, scale: shares(x), "not scaled"),
+    (lambda x, scale: shares(x / float(np.exp(scale))), "not divided"),
+    (lambda x, scale: shares(x * float(np.exp(scale)), 0), "down the columns"),
+    (lambda x, scale: x * float(np.exp(scale)), "now the softmax"),
+    (
+        lambda x, scale: (
+            np.exp(x * np.float32(np.exp(scale)))
+            / np.exp(x * np.float32(np.exp(scale))).sum(axis=-1, keepdims=True)
+        ),
+        "NaN for large logits",
+    ),
+]
+WRONG["check_ensemble"] = [
+    (lambda features: unit(features.mean(axis=0)), "before the mean"),
+    (lambda features: unit(features).mean(axis=0), "after it as well"),
+    (lambda features: features.mean(axis=0), "nothing is normalised"),
+    (lambda features: unit(unit(features).mean(axis=1)), "mean over the words"),
+    (lambda features: unit(unit(features.astype(float)).mean(axis=0)), "float64"),
+]
+WRONG["check_nearest"] = [
+    (lambda query, table, k: (table @ query).argsort()[:k], "the farthest"),
+    (lambda query, table, k: (table @ query).argsort()[-k:], "best comes first"),
+    (lambda query, table, k: np.sort(table @ query)[::-1][:k], "places were wanted, argsort"),
+    (lambda query, table, k: (table @ query).argsort()[::-1], "places were wanted, and 6 came"),
+    (lambda query, table, k: (table @ query).argmax(), "also for k = 1"),
+]
+
+
 # 10 Choose a precision and a device
+
+
+def half_norm_with(**slips):
+    return lambda x, weight, bias: normed(x.astype(np.float32), weight, bias, **slips).astype(x.dtype)
+
+
+def module_with_import(x):
+    import cupy
+
+    return np if isinstance(x, np.ndarray) else cupy
+
+
+WRONG["check_upcasts"] = [
+    ({"B", "D"}, "F gives float64: np.arange"),
+    ({"D", "F"}, "B gives float64: np.sqrt"),
+    ({"B", "F"}, "D gives float64: np.zeros"),
+    ({"A", "B", "D", "F"}, "A stays float32"),
+    ({"B", "C", "D", "F"}, "C stays float32"),
+    ({"B", "D", "E", "F"}, "E stays float32"),
+]
+WRONG["check_overflows"] = [
+    ({"product", "exp12"}, "73728"),
+    ({"product", "squares"}, "162755"),
+    ({"exp12", "squares"}, "90000"),
+    ({"product", "exp12", "squares", "add"}, "rounded to the nearest"),
+    ({"product", "exp12", "squares", "score"}, "57600"),
+    ({"product", "exp11", "exp12", "squares"}, "59874"),
+]
+WRONG["check_half_layer_norm"] = [
+    (normed, "squares overflow"),
+    (lambda x, weight, bias: normed(x.astype(np.float32), weight, bias), "narrow at the very end"),
+    (lambda x, weight, bias: half_norm_with()(x, 1, bias), "weight is not in it"),
+    (lambda x, weight, bias: half_norm_with()(x, weight, 0), "bias is not in it"),
+    (half_norm_with(eps=0), "eps is 1e-5"),
+    (half_norm_with(ddof=1), "not by D - 1"),
+]
+WRONG["check_array_module"] = [
+    (lambda x: np, "not NumPy's"),
+    (module_with_import, "even for NumPy's arrays"),
+    (lambda x: type(x).__module__ if not isinstance(x, np.ndarray) else np, "a module was wanted"),
+    (lambda x: np if isinstance(x, np.ndarray) else None, "returns None"),
+]
 
 
 # 11 Make it fast
 
 
+def upto(row):
+    return row[: row.index(49407) + 1]
+
+
+def lengthwise(encode, tokens, size, sort=True, trim=True, back=lambda found, order: found):
+    ends = tokens.argmax(axis=-1)
+    order = ends.argsort(kind="stable") if sort else np.arange(len(ends))
+    parts = [order[i : i + size] for i in range(0, len(order), size)]
+    found = [encode(tokens[part, : ends[part].max() + 1] if trim else tokens[part]) for part in parts]
+    return back(np.concatenate(found), order)
+
+
+def undone(found, order):
+    features = np.empty_like(found)
+    features[order] = found
+    return features
+
+
+def four_with(way):
+    return [lambda x, W: x @ W.T, lambda x, W: np.einsum("bld,ed->ble", x, W), lambda x, W: x @ W.T, way]
+
+
+WRONG["check_trim_batch"] = [
+    (lambda tokens: tokens[:, : tokens.argmax(axis=-1).max()], "itself cut off"),
+    (lambda tokens: tokens[:, : tokens.argmax(axis=-1).min() + 1], "the longest decides"),
+    (lambda tokens: tokens[:, : (tokens != 0).sum(axis=-1).max()], "padding may be 49407"),
+    (
+        lambda tokens: tokens[
+            :, : max(next((i for i, id in enumerate(row) if id in (0, 49407)), 6) for row in tokens) + 1
+        ],
+        "look for the end",
+    ),
+    (lambda tokens: [row[: row.argmax() + 1] for row in tokens], "slice the columns"),
+    (lambda tokens: tokens, "the last end of text is at 3"),
+]
+WRONG["check_count_prefixes"] = [
+    (lambda tokens: sum(len(upto(row)) for row in tokens.tolist()), "count a beginning once"),
+    (
+        lambda tokens: len({tuple(row[: i + 1]) for row in tokens.tolist() for i in range(len(row))}),
+        "stop at the end of text",
+    ),
+    (
+        lambda tokens: len({(i, id) for row in tokens.tolist() for i, id in enumerate(upto(row))}),
+        "ids at places",
+    ),
+    (lambda tokens: len(set(map(tuple, tokens.tolist()))), "whole texts"),
+    (
+        lambda tokens: len({tuple(row[: i + 1]) for row in tokens.tolist() for i in range(row.index(49407))}),
+        "the end of text needs its row",
+    ),
+]
+WRONG["check_by_length"] = [
+    (lengthwise, "another order than the texts"),
+    (lambda *inputs: lengthwise(*inputs, back=lambda found, order: found[order]), "applied twice"),
+    (lambda *inputs: lengthwise(*inputs, sort=False), "sort by length first"),
+    (lambda *inputs: lengthwise(*inputs, trim=False, back=undone), "trim each batch"),
+    (lambda encode, tokens, size: encode(tokens), "3 are allowed"),
+    (lambda encode, tokens, size: lengthwise(encode, tokens[:, :4], size), "cut before the end"),
+]
+WRONG["check_four_products"] = [
+    (four_with(lambda x, W: x @ W), "a square W hides it"),
+    (four_with(lambda x, W: x.reshape(-1, 4) @ W.T), "put the rows back"),
+    (four_with(lambda x, W: x.astype(float) @ W.T), "float64"),
+    ([lambda x, W: x @ W.T], "four functions"),
+]
+
+
 # 12 Debug a port
+
+
+def divergence_by(differs, order=lambda reference: reference):
+    def first_divergence(reference, port, tolerance):
+        names = [name for name in order(reference) if name in port]
+        return next((name for name in names if differs(reference[name], port[name], tolerance)), None)
+
+    return first_divergence
+
+
+def relative(a, b):
+    return np.linalg.norm(b - a) / np.linalg.norm(a)
+
+
+def strict_keys(reference, port, tolerance):
+    return next((name for name in reference if not relative(reference[name], port[name]) <= tolerance), None)
+
+
+SIX_STAGES = {
+    "A": "mlp.gelu", "B": "attn", "C": "attn.masked", "D": "text_features", "E": "eot",
+    "F": "positional_embedding",
+}  # fmt: skip
+SIX_BUGS = {"A": "A1", "B": "T6-out", "C": "M3-late", "D": "N8", "E": "P3", "F": {"E2", "N5"}}
+
+
+def features_from_elsewhere(port):
+    import minclip
+
+    right = minclip.encode_text(minclip.load(), port.tokens)
+    port.replace("text_features", lambda at: right)
+
+
+WRONG["check_first_divergence"] = [
+    (divergence_by(lambda a, b, t: relative(a, b) > t), "every comparison with NaN"),
+    (
+        divergence_by(lambda a, b, t: not (a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b) > 1 - t),
+        "a cosine does not see",
+    ),
+    (divergence_by(lambda a, b, t: not abs(b - a).max() <= t), "and so is the difference"),
+    (divergence_by(lambda a, b, t: not relative(a, b) <= t, lambda names: list(names)[::-1]), "first counts"),
+    (strict_keys, "the port does not show"),
+]
+WRONG["check_stages"] = [
+    ({**SIX_STAGES, "A": "mlp"}, "an earlier stage than mlp"),
+    ({**SIX_STAGES, "B": "attn.context"}, "attn.context still agrees"),
+    ({**SIX_STAGES, "E": None}, "try tracing.probe_tokens"),
+    ({**SIX_STAGES, "C": "mask"}, "no stage is called"),
+    ({"A": "mlp.gelu", "B": "attn"}, "still to do: C, D, E, F"),
+    (["mlp.gelu"], "a dict"),
+]
+WRONG["check_bugs"] = [
+    ({**SIX_BUGS, "A": "A3"}, "it is not A3, tanh GELU"),
+    ({**SIX_BUGS, "F": "E2"}, "not all of it"),
+    ({**SIX_BUGS, "D": "transposed"}, "the catalogue has no"),
+    ({"A": "A1"}, "still to do: B, C"),
+]
+WRONG["check_mends"] = [
+    ({"A": features_from_elsewhere}, "mend where it is born"),
+    ({"B": lambda port: port.weights("attn.in_proj_bias", lambda bias: 0 * bias)}, "still wrong from"),
+    ({"D": lambda port: port.weights("text_projection", lambda weight: weight.T)}, "still to do: A, B, C"),
+    ({"G": features_from_elsewhere}, "the letters are A to F"),
+]

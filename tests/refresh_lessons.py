@@ -39,8 +39,8 @@ def execute(notebook):
     env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     env |= {"OPENBLAS_NUM_THREADS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     place = {"metadata": {"path": str(LESSONS)}}
-    options = dict(timeout=120, kernel_name="python3", resources=place, coalesce_streams=True)
-    NotebookClient(notebook, **options).execute(env=env)
+    options = {"timeout": 120, "kernel_name": "python3", "resources": place}
+    NotebookClient(notebook, coalesce_streams=True, **options).execute(env=env)
     return tidy(notebook, outputs=True)
 
 
