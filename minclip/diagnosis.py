@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from minclip.alignment import align
 from minclip.checkpoint import Params
-from minclip.faults import BLOCKS, CATALOGUE, HEAD, NORMALISED, SCALED, SHUFFLED, Port
+from minclip.faults import BLOCKS, CATALOGUE, NORMALISED, SCALED, SHUFFLED, Port, split
 from minclip.model import architecture, check_tokens, trim
-from minclip.tracing import on_host, round_to
+from minclip.tracing import entries, on_host, round_to, up_to_end
 from minclip.tracing import trace as record_trace
 
 SLACK = 4  # sums may run in any order; the clean ports of tests/benchmarks/diagnosis.md need less than 2
@@ -111,10 +111,13 @@ class Diagnosis:
             "known": "known: this explains the port's features",
             "unknown": "unknown: no known bug explains the port's features",
         }[self.verdict].splitlines()
-        for i, finding in enumerate(self.findings):
-            if i:
-                lines.append("or:")
+        for finding in self.findings[:1]:
             lines.append(str(finding))
+        if len(self.findings) > 1:
+            lines.append("or, as these texts cannot tell:")
+        for finding in self.findings[1:]:
+            summaries = " and ".join(fault.summary for fault in finding.faults)
+            lines.append(f"{names(finding.faults)}: {summaries} ({finding.explanation})")
         return "\n".join([*lines, *(f"- {note}" for note in self.notes)])
 
 
@@ -157,7 +160,9 @@ class Search:
         ]
         if self.unit:
             self.catalogue.remove(NORMALISED)  # it is in every comparison
-        self.late = {fault.id for fault in self.catalogue if acts_late(fault, clean)}
+        self.place = {name: i for i, name in enumerate(record_trace(self.params, trim(self.tokens[:1])))}
+        self.acts = {fault.id: first_place(fault, clean, self.place) for fault in self.catalogue}
+        self.late = {id for id, place in self.acts.items() if place >= self.place["ln_final"]}
         self.streams = {}  # fault id, and whether padded -> the last block's output with that fault
         self.tried = None
         self.seen = {}  # fault id -> features of the rows sought on, with that fault
@@ -442,29 +447,20 @@ class Search:
         return Diagnosis("agrees", [], notes, self.error())
 
     def known(self, findings, trials):
-        told = {tuple(fault.id for fault in finding.faults) for finding in findings}
+        """The verdict with findings that all fit: the first with its evidence, and what tells the others from it."""
+        first, *tied = findings
         fitting = {fault.id for finding in findings for fault in finding.faults}
-        others = [
-            t
-            for t in trials
-            if not {fault.id for fault in t.faults} & fitting and t.faults and not self.near(t)
-        ]
-        next_best = (
-            f"; the next best, {names(others[0].faults)}, leaves {others[0].error:.2g}" if others else ""
-        )
-        for i, finding in enumerate(findings):
-            what = "this bug" if len(finding.faults) == 1 else "these bugs"
-            findings[i] = dataclasses.replace(
-                finding,
-                explanation=(
-                    f"relative error {self.error():.2g} against the reference, {finding.error:.2g} with "
-                    f"{what} put into it{next_best}"
-                ),
-            )
-        notes = self.matched()
-        if len(told) > 1:
-            notes += self.telling_apart(findings)
-        return Diagnosis("known", findings, notes, self.error())
+        what = "this bug" if len(first.faults) == 1 else "these bugs"
+        evidence = f"relative error {self.error():.2g} against the reference, {first.error:.2g} with {what} put into it"
+        for trial in trials:
+            if trial.faults and not fitting & {fault.id for fault in trial.faults} and not self.near(trial):
+                evidence += f"; the next best, {names(trial.faults)}, leaves {trial.error:.2g}"
+                break
+        explained = [dataclasses.replace(first, explanation=evidence)]
+        for other in tied:
+            told = f"relative error {other.error:.2g}; {self.telling_apart(first, other)}"
+            explained.append(dataclasses.replace(other, explanation=told))
+        return Diagnosis("known", explained, self.matched(), self.error())
 
     def error(self):
         """Relative L2 between the port and the reference as it is, its rows in the texts' order."""
@@ -486,21 +482,17 @@ class Search:
             )
         return notes
 
-    def telling_apart(self, findings):
-        """For each finding after the first, the probe on which it parts from the first."""
-        notes = []
-        first, *others = findings
-        for other in others:
-            pair = f"{names(first.faults)} and {names(other.faults)} cannot be told apart on these texts"
-            for label, tokens in probes(self.params):
-                with np.errstate(all="ignore"):
-                    a, b = (run(self.params, tokens, f.faults).astype(np.float64) for f in (first, other))
-                    if row_errors(a, b).max() > 1e-3:
-                        notes.append(f"{pair}: {label} would do it.")
-                        break
-            else:
-                notes.append(f"{pair}, nor on any probe text: a dump of the port's stages would do it.")
-        return notes
+    def telling_apart(self, first, other):
+        """The probe on which two findings part by more than rounding, in words."""
+        precision = self.precisions[0]
+        apart = 10 * SLACK * self.rounding(precision)
+        for label, tokens in probes(self.params):
+            a, b = (run(self.params, tokens, f.faults).astype(np.float64) for f in (first, other))
+            if row_errors(a, b).max() > apart:
+                return f"{label} would tell it from {names(first.faults)}"
+        dump = "a dump of the port's stages"
+        better = dump if precision == "float32" else f"the port in float32, or {dump},"
+        return f"no probe text tells it from {names(first.faults)}: {better} would"
 
     def unknown(self, trials):
         notes = (
@@ -550,9 +542,11 @@ class Dump:
         first = start = self.divergence(())
         while first < len(self.order) and len(chains[0]) < DEEPEST:
             reached = {}
+            place = search.place[self.order[first]]
+            candidates = [fault for fault in search.catalogue if search.acts[fault.id] <= place]
             for chain in chains:
                 before = self.error_at(first, chain)
-                for fault in tqdm(search.catalogue, self.order[first], disable=None, leave=False):
+                for fault in tqdm(candidates, self.order[first], disable=None, leave=False):
                     longer = (*chain, fault)
                     if fault not in chain and self.error_at(first, longer) < 0.1 * before:
                         reached[longer] = self.divergence(longer)
@@ -638,15 +632,8 @@ class Dump:
         expected = reference[name] if name in reference else None
         if expected is None or array.shape != expected.shape:
             return np.inf
-        a, b = np.asarray(array, np.float64), np.asarray(expected, np.float64)
-        L = self.search.tokens.shape[-1]
-        if a.ndim > 2:
-            text = np.arange(L) <= self.search.tokens.argmax(axis=-1)[:, None]
-            text = text[:, :, None] if a.ndim == 3 else text[:, None, :, None]
-            if name.endswith(("scores", "weights")):
-                text = text & text.swapaxes(-1, -2)
-            a, b = np.where(text, a, 0), np.where(text, b, 0)
-        return float(row_errors(a.ravel(), b.ravel()))
+        a, b = entries(name, expected, array, up_to_end(self.search.tokens))
+        return float(row_errors(b, a))
 
 
 # What can be said of features that nothing known explains.
@@ -826,18 +813,36 @@ def precisions(features):
     return ["float32", "float16"]
 
 
-def acts_late(fault, clean):
-    """Whether a fault changes nothing before the last block's output."""
+def first_place(fault, clean, place):
+    """Where a fault begins to act: the place of the first stage, of those in place, that it can change."""
     port = Port(clean, clean.tokens, clean.batch)
     fault.change(port)
-    changed = {name for name in {*port, *clean} if port.get(name) is not clean.get(name)}
-    return (
-        all(name.startswith(("ln_final", "text_projection")) for name in changed)
-        and set(port.replaced) <= set(HEAD)
-        and not port.norm
-        and (port.heads, port.activation) == (clean.heads, clean.activation)
-        and port.tokens is clean.tokens
-    )
+    changed = [read_by(name) for name in {*port, *clean} if port.get(name) is not clean.get(name)]
+    changed += [
+        name if name in place else f"{BLOCKS}0.{name}".removesuffix(".block") for name in port.replaced
+    ]
+    changed += ["token_embedding"] * (port.tokens is not clean.tokens)
+    changed += [f"{BLOCKS}0.ln_1"] * bool(port.norm)
+    changed += [f"{BLOCKS}0.attn.q"] * (port.heads != clean.heads)
+    changed += [f"{BLOCKS}0.mlp.gelu"] * (port.activation != clean.activation)
+    last = place["ln_final"] - 1  # where a block that the reference does not have would begin
+    return min(place.get(name, last) for name in changed)
+
+
+def read_by(parameter):
+    """The first stage that a parameter goes into."""
+    prefix, name = split(parameter)
+    stage = name.removesuffix(".weight").removesuffix(".bias")
+    return prefix + STAGE_OF.get(stage, stage)
+
+
+STAGE_OF = {
+    "attn.in_proj_weight": "attn.q",
+    "attn.in_proj_bias": "attn.q",
+    "attn.out_proj": "attn",
+    "mlp.c_proj": "mlp",
+    "text_projection": "text_features",
+}
 
 
 # Pairs.

@@ -18,6 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from broken_port import HARMLESS, SINGLES, BrokenPort
+from oracles import random_params
 
 import minclip
 
@@ -69,44 +70,15 @@ TEXTS = (
 )
 
 
-def random_params(seed, D, H, layers, E, activation="quick_gelu", V=49408, L=77):
-    """A model at CLIP's own initialisation scale, with norms and biases that are not at their start."""
-    rng = np.random.default_rng(seed)
-
-    def normal(*shape, std, mean=0):
-        return (mean + std * rng.standard_normal(shape)).astype(np.float32)
-
-    params = {
-        "token_embedding.weight": normal(V, D, std=0.02),
-        "positional_embedding": normal(L, D, std=0.01),
-        "ln_final.weight": normal(D, std=0.2, mean=1),
-        "ln_final.bias": normal(D, std=0.1),
-        "text_projection": normal(D, E, std=D**-0.5),
-    }
-    narrow = D**-0.5 * (2 * layers) ** -0.5
-    for i in range(layers):
-        block = {
-            "ln_1.weight": normal(D, std=0.2, mean=1),
-            "ln_1.bias": normal(D, std=0.1),
-            "attn.in_proj_weight": normal(3 * D, D, std=D**-0.5),
-            "attn.in_proj_bias": normal(3 * D, std=0.1),
-            "attn.out_proj.weight": normal(D, D, std=narrow),
-            "attn.out_proj.bias": normal(D, std=0.02),
-            "ln_2.weight": normal(D, std=0.2, mean=1),
-            "ln_2.bias": normal(D, std=0.1),
-            "mlp.c_fc.weight": normal(4 * D, D, std=(2 * D) ** -0.5),
-            "mlp.c_fc.bias": normal(4 * D, std=0.1),
-            "mlp.c_proj.weight": normal(D, 4 * D, std=narrow),
-            "mlp.c_proj.bias": normal(D, std=0.02),
-        }
-        params |= {f"transformer.resblocks.{i}.{name}": array for name, array in block.items()}
-    return minclip.from_state_dict(params, activation=activation, heads=H)
+def random_model(seed, width, heads, layers, embed, activation="quick_gelu"):
+    params = random_params(width, layers, embed, seed=seed)
+    return minclip.from_state_dict(params, activation=activation, heads=heads)
 
 
 def models():
     return {
-        "3 layers, 2 heads, 128 to 96": random_params(1, 128, 2, 3, 96),
-        "12 layers, 8 heads, 256 to 256": random_params(2, 256, 8, 12, 256),
+        "3 layers, 2 heads, 128 to 96": random_model(1, 128, 2, 3, 96),
+        "12 layers, 8 heads, 256 to 256": random_model(2, 256, 8, 12, 256),
         "built-in": minclip.load(),
     }
 
