@@ -11,7 +11,7 @@ import dataclasses
 import numpy as np
 from tqdm import tqdm
 
-from minclip.alignment import align
+from minclip.alignment import align, unpack
 from minclip.checkpoint import Params
 from minclip.faults import BLOCKS, CATALOGUE, NORMALISED, SCALED, SHUFFLED, Port, split
 from minclip.model import architecture, check_tokens, trim
@@ -21,7 +21,7 @@ from minclip.tracing import trace as record_trace
 SLACK = 4  # sums may run in any order; the clean ports of tests/benchmarks/diagnosis.md need less than 2
 GATE = {"float32": 300, "float16": 20, "bfloat16": 8}  # times rounding: near enough to be judged
 JUDGED = 12  # candidates judged at most, nearest first
-LIKELIEST = 800  # pairs that act before the last stages, tried at most
+LIKELIEST = 400  # pairs that act before the last stages, tried at most
 DEEPEST = 4  # bugs that a dump is searched for
 UNIT = 2.0**-24  # one rounding in float32
 ROWS = 32  # texts looked at, at most
@@ -447,11 +447,12 @@ class Search:
         return Diagnosis("agrees", [], notes, self.error())
 
     def known(self, findings, trials):
-        """The verdict with findings that all fit: the first with its evidence, and what tells the others from it."""
+        """The verdict with findings that fit: evidence for the first, and what tells the others from it."""
         first, *tied = findings
         fitting = {fault.id for finding in findings for fault in finding.faults}
-        what = "this bug" if len(first.faults) == 1 else "these bugs"
-        evidence = f"relative error {self.error():.2g} against the reference, {first.error:.2g} with {what} put into it"
+        bugs = "this bug" if len(first.faults) == 1 else "these bugs"
+        evidence = f"relative error {self.error():.2g} against the reference, "
+        evidence += f"{first.error:.2g} with {bugs} put into it"
         for trial in trials:
             if trial.faults and not fitting & {fault.id for fault in trial.faults} and not self.near(trial):
                 evidence += f"; the next best, {names(trial.faults)}, leaves {trial.error:.2g}"
@@ -526,7 +527,9 @@ class Dump:
         # A mask of -1e4 is as good as one of -inf, so masked scores say nothing.
         matches = {
             name: match
-            for name, match in align(reference, {**trace, "text_features": search.features})[0].items()
+            for name, match in align(reference, {**unpack(trace), "text_features": search.features})[
+                0
+            ].items()
             if "masked" not in name
         }
         self.order = [name for name in reference if name in matches and name != "eot"]
@@ -818,9 +821,8 @@ def first_place(fault, clean, place):
     port = Port(clean, clean.tokens, clean.batch)
     fault.change(port)
     changed = [read_by(name) for name in {*port, *clean} if port.get(name) is not clean.get(name)]
-    changed += [
-        name if name in place else f"{BLOCKS}0.{name}".removesuffix(".block") for name in port.replaced
-    ]
+    for name in port.replaced:
+        changed.append(name if name in place else f"{BLOCKS}0.{name}".removesuffix(".block"))
     changed += ["token_embedding"] * (port.tokens is not clean.tokens)
     changed += [f"{BLOCKS}0.ln_1"] * bool(port.norm)
     changed += [f"{BLOCKS}0.attn.q"] * (port.heads != clean.heads)

@@ -23,7 +23,6 @@ import numpy as np
 from minclip.model import EPS, architecture, encode_text, softmax
 
 BLOCKS = "transformer.resblocks."
-HEAD = ("ln_final", "eot", "pooled", "text_features")  # the stages after the last block
 
 
 class Port(dict):

@@ -5,13 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import minclip
 from minclip.cli import main
+from minclip.diagnosis import Dump
 from minclip.faults import CATALOGUE, Port
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import diagnosis_table as table
+import oracles
 from broken_port import HARMLESS, SINGLES
 
 
@@ -158,6 +161,58 @@ def test_a_dump_leads_from_bug_to_bug(params, tokens):
     diagnosis = minclip.diagnose(params, tokens, features, trace=dump)
     assert {fault.id for fault in diagnosis.findings[0].faults} == {"A1", "T1-kqv", "N8"}
     assert "diverges at its first stage, transformer.resblocks.0.attn.q" in str(diagnosis)
+
+
+def erf(model):
+    for layer in text_model(model).encoder.layers:
+        layer.mlp.activation_fn = torch.nn.GELU()
+
+
+def keys_for_queries(model):
+    for layer in text_model(model).encoder.layers:
+        attention = layer.self_attn
+        attention.q_proj, attention.k_proj = attention.k_proj, attention.q_proj
+
+
+def no_positions(model):
+    torch.nn.init.zeros_(text_model(model).embeddings.position_embedding.weight)
+
+
+def text_model(model):
+    return getattr(model, "text_model", model)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "name", "stage"),
+    [
+        (erf, "A1", "transformer.resblocks.0"),
+        (keys_for_queries, "T1-kqv", "transformer.resblocks.0"),
+        (no_positions, "E1", "embedding"),
+    ],
+)
+def test_a_dump_of_hugging_face_names_the_bug_and_later_ones_are_not_tried(
+    params, tokens, monkeypatch, break_it, name, stage
+):
+    model = oracles.transformers_model(params, heads=params.heads)
+    break_it(model)
+    with torch.no_grad():
+        output = model(input_ids=torch.from_numpy(tokens).long(), output_hidden_states=True)
+    tried = set()
+    error_at = Dump.error_at
+
+    def note(dump, place, faults):
+        tried.update(faults)
+        return error_at(dump, place, faults)
+
+    monkeypatch.setattr(Dump, "error_at", note)
+    diagnosis = minclip.diagnose(
+        params, tokens, output.text_embeds, trace={"hidden_states": output.hidden_states}
+    )
+    assert [fault.id for fault in diagnosis.findings[0].faults] == [name]
+    assert f"diverges at {stage}." in str(diagnosis) or f"first stage, {stage}." in str(diagnosis)
+    later = {"P1", "N5", "N8-missing", "N10"} | ({"A1", "M1", "T4"} if stage == "embedding" else set())
+    assert not later & {fault.id for fault in tried}
+    assert name in {fault.id for fault in tried}
 
 
 def test_errors_name_what_does_not_fit(params, tokens, clean):
