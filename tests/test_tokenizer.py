@@ -9,9 +9,10 @@ import sys
 import unicodedata
 from pathlib import Path
 
+import ftfy
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from oracles import openai
 
@@ -292,6 +293,7 @@ def test_decode_is_the_inverse(text):
 def test_decoding_and_tokenizing_again_gives_the_same_text(texts):
     tokens = minclip.tokenize(texts, context_length=300)
     again = minclip.decode(tokens)
+    assume(all(ftfy.fix_text(a) == a for a in again))  # the space after a word can complete mojibake
     assert [a.split() for a in minclip.decode(minclip.tokenize(again, context_length=300))] == [
         a.split() for a in again
     ]
