@@ -35,12 +35,12 @@ from minclip.model import ACTIVATIONS, EPS, architecture, array_module, check_to
 CHUNK = 2048  # nodes encoded at once: enough for BLAS at its best, few enough for little memory
 TWIG = 16  # nodes in a row that share their keys
 TWIGS = 8  # twigs attended at once
-ROWS = 16  # rows of an element-wise step, few enough to stay in the cache from one line to the next
+CACHED = 2**17  # numbers of an element-wise step, few enough to stay in the cache from one line to the next
 
 Corpus = namedtuple("Corpus", "rows lengths shared order group")
 Tree = namedtuple("Tree", "ids positions ends twigs")
 Twigs = namedtuple("Twigs", "nodes keys mask")
-Block = namedtuple("Block", "q q_bias kv out out_bias c_fc c_fc_bias c_proj c_proj_bias")
+Block = namedtuple("Block", "qkv out c_fc c_proj")
 
 
 def encode_text(params, tokens, *, progress=False):
@@ -76,18 +76,9 @@ def encode_text(params, tokens, *, progress=False):
     features = np.empty((len(tokens), P.shape[1]), P.dtype)  # (B, E)
     corpus = sort(trim(tokens))
 
-    def encode_rows(chunk):
-        tree = grow(corpus.rows[chunk], corpus.lengths[chunk], corpus.shared[chunk])
-        found = encode_tree(params, blocks, heads, activation, tree)  # (T, E)
-        a, b = chunk.start, chunk.stop
-        if b - a == 1 or np.isfinite(found).all():
-            return found
-        # A nan among a twig's keys passes its mask, as nan - inf is nan. Apart, texts share no twig.
-        return np.concatenate([encode_rows(slice(a, (a + b) // 2)), encode_rows(slice((a + b) // 2, b))])
-
     def encode_chunk(chunk):
+        found = encode_rows(params, blocks, heads, activation, corpus, chunk)  # (T, E)
         first, last = np.searchsorted(corpus.group, (chunk.start, chunk.stop))
-        found = encode_rows(chunk)
         features[corpus.order[first:last]] = found[corpus.group[first:last] - chunk.start]
         return last - first
 
@@ -160,107 +151,119 @@ def twigs_of(nodes, row, position, path):
 
 
 def fold(params, i, heads, activation):
-    """Block i's parameters with all that is linear beside its matrices multiplied in.
+    """Block i's four matrices, each [out, in + 1], with all that is linear beside them multiplied in.
 
-    Layer norm's weight and bias go into the matrix that reads it; the scale of q and the 1.702 of the
-    gate likewise. k's bias adds the same to all scores of a query, which softmax ignores; v's
-    passes through attention as it is, into the bias of out_proj. And since nothing reads the residual
-    stream but through a layer norm, what is written to it is written without its mean.
+    A bias is the last column, which meets a 1 at the end of every row. Layer norm's weight and bias go
+    into the matrix that reads it; the scale of q and the 1.702 of the gate likewise. And since nothing
+    reads the residual stream but through a layer norm, what is written to it is written without its mean.
     """
     dtype = widen(params["text_projection"]).dtype
     block = f"transformer.resblocks.{i}."
     names = [name for name in params if name.startswith(block)]
     p = {name.removeprefix(block): params[name].astype(dtype, copy=False) for name in names}
-    D = len(p["ln_1.weight"])
-    qkv = p["attn.in_proj_weight"] * p["ln_1.weight"]  # (3D, D)
-    qkv_bias = p["attn.in_proj_bias"] + p["attn.in_proj_weight"] @ p["ln_1.bias"]
-    scale = (D // heads) ** -0.5
-    out, c_fc, c_proj = p["attn.out_proj.weight"], p["mlp.c_fc.weight"], p["mlp.c_proj.weight"]
-    out_bias = p["attn.out_proj.bias"] + out @ qkv_bias[2 * D :]
-    c_fc_bias = p["mlp.c_fc.bias"] + c_fc @ p["ln_2.bias"]
-    # x * sigmoid(1.702 x) is y * (1 + tanh(y)) / 1.702 with y = 0.851 x
-    before, after = (0.851, 1 / 1.702) if activation == "quick_gelu" else (1, 1)
-    return Block(
-        qkv[:D] * scale, qkv_bias[:D] * scale, qkv[D:], centred(out), centred(out_bias),
-        c_fc * (p["ln_2.weight"] * before), c_fc_bias * before,
-        centred(c_proj * after), centred(p["mlp.c_proj.bias"]),
-    )  # fmt: skip
+
+    def after_norm(norm, weight, bias):
+        weight, bias = p[weight], p[bias] + p[weight] @ p[f"{norm}.bias"]
+        return np.concatenate([weight * p[f"{norm}.weight"], bias[:, None]], axis=1)
+
+    def into_stream(layer):
+        matrix = np.concatenate([p[f"{layer}.weight"], p[f"{layer}.bias"][:, None]], axis=1)
+        matrix -= matrix.mean(axis=0)
+        return matrix
+
+    qkv, out = after_norm("ln_1", "attn.in_proj_weight", "attn.in_proj_bias"), into_stream("attn.out_proj")
+    c_fc, c_proj = after_norm("ln_2", "mlp.c_fc.weight", "mlp.c_fc.bias"), into_stream("mlp.c_proj")
+    D = len(out)
+    qkv[:D] *= (D // heads) ** -0.5
+    if activation == "quick_gelu":  # x * sigmoid(1.702 x) is y * (1 + tanh(y)) / 1.702 with y = 0.851 x
+        c_fc *= 0.851
+        c_proj[:, :-1] /= 1.702
+    return Block(qkv, out, c_fc, c_proj)
 
 
-def centred(x):
-    """x without its mean over the first axis, which for a weight or bias is the axis of its outputs."""
-    return x - x.mean(axis=0)
+def encode_rows(params, blocks, heads, activation, corpus, chunk):
+    """Features [T, E] of a chunk of the corpus's rows."""
+    tree = grow(corpus.rows[chunk], corpus.lengths[chunk], corpus.shared[chunk])
+    features = encode_tree(params, blocks, heads, activation, tree)
+    if len(features) == 1 or np.isfinite(features).all():
+        return features
+    # A nan among a twig's keys passes its mask, as nan - inf is nan. Apart, texts share no twig.
+    middle = (chunk.start + chunk.stop) // 2
+    halves = slice(chunk.start, middle), slice(middle, chunk.stop)
+    return np.concatenate([encode_rows(params, blocks, heads, activation, corpus, half) for half in halves])
 
 
 def encode_tree(params, blocks, heads, activation, tree):
     """Features [T, E] of the texts that make up the tree."""
     P = widen(params["text_projection"])
-    xp, D, N = array_module(P), P.shape[0], len(tree.ids)
+    N, D, F = len(tree.ids), len(P), len(blocks[0].c_fc)
     x = params["token_embedding.weight"][tree.ids].astype(P.dtype)  # (N, D)
     x += params["positional_embedding"][tree.positions]
     x -= x.mean(axis=-1, keepdims=True)
-    h, q, context, change = (xp.zeros((N, D), P.dtype) for _ in range(4))
-    kv = xp.empty((N, 2 * D), P.dtype)
-    inner = xp.empty((N, len(blocks[0].c_fc)), P.dtype)  # (N, F)
-    add_and_normalise(x, change, 0, h)
+    change = np.zeros((N, D), P.dtype)
+    h = np.ones((N, D + 1), P.dtype)  # the norm of x, then what its attention gathers; the last stays 1
+    inner = np.empty((N, max(3 * D, F + 1)), P.dtype)  # q, k and v, then inside the MLP
+    add_and_normalise(x, change, h[:, :D])
     for block in blocks:
-        xp.matmul(h, block.kv.T, out=kv)
-        xp.matmul(h, block.q.T, out=q)
-        q += block.q_bias
+        np.matmul(h, block.qkv.T, out=inner[:, : 3 * D])
         for twigs in tree.twigs:
-            attend(q[twigs.nodes], kv, twigs, heads, context[twigs.nodes])
+            attend(inner[:, :D], inner[:, D : 3 * D], twigs, heads, h[:, :D])
         if block is blocks[-1]:  # from here on each position is by itself, and only the ends are asked for
-            x, context, T = x[tree.ends], context[tree.ends], len(tree.ends)
-            h, change, inner = h[:T], change[:T], inner[:T]
-        xp.matmul(context, block.out.T, out=change)
-        add_and_normalise(x, change, block.out_bias, h)
-        xp.matmul(h, block.c_fc.T, out=inner)
-        activate(inner, block.c_fc_bias, activation)
-        xp.matmul(inner, block.c_proj.T, out=change)
-        add_and_normalise(x, change, block.c_proj_bias, h)
-    return (h * params["ln_final.weight"] + params["ln_final.bias"]).astype(P.dtype, copy=False) @ P
+            x, h, T = x[tree.ends], h[tree.ends], len(tree.ends)
+            change, inner = change[:T], inner[:T]
+        np.matmul(h, block.out.T, out=change)
+        add_and_normalise(x, change, h[:, :D])
+        np.matmul(h, block.c_fc.T, out=inner[:, :F])
+        activate(inner[:, :F], activation)
+        inner[:, F] = 1
+        np.matmul(inner[:, : F + 1], block.c_proj.T, out=change)
+        add_and_normalise(x, change, h[:, :D])
+    return (h[:, :D] * params["ln_final.weight"] + params["ln_final.bias"]).astype(P.dtype, copy=False) @ P
 
 
 def attend(q, kv, twigs, heads, context):
-    """Write to context [G M, D] what the nodes q [G M, D] of some twigs gather from kv [N, 2 D]."""
-    xp = array_module(q)
+    """Write to context [N, D] what the nodes of some twigs, with q [N, D], gather from kv [N, 2 D]."""
     G, W = twigs.keys.shape
     k, v = kv[twigs.keys].reshape(G, W, 2, heads, -1).transpose(2, 0, 3, 1, 4)  # (G, H, W, K)
-    q = q.reshape(G, TWIG, heads, -1).transpose(0, 2, 3, 1)  # (G, H, K, M)
+    q = q[twigs.nodes].reshape(G, TWIG, heads, -1).transpose(0, 2, 3, 1)  # (G, H, K, M)
     # Keys come first and queries last, so that softmax goes over long rows of heads and queries.
-    scores = xp.empty((G, W, heads, TWIG), q.dtype)
+    scores = np.empty((G, W, heads, TWIG), q.dtype)
     by_head = scores.transpose(0, 2, 1, 3)  # (G, H, W, M)
-    xp.matmul(k, q, out=by_head)
+    np.matmul(k, q, out=by_head)
     scores += twigs.mask[:, :, None]
     scores -= scores.max(axis=1, keepdims=True)
-    xp.exp(scores, out=scores)
+    np.exp(scores, out=scores)
     scores /= scores.sum(axis=1, keepdims=True)
-    xp.matmul(by_head.swapaxes(2, 3), v, out=context.reshape(G, TWIG, heads, -1).swapaxes(1, 2))
+    context = context[twigs.nodes].reshape(G, TWIG, heads, -1).swapaxes(1, 2)  # (G, H, M, K)
+    np.matmul(by_head.swapaxes(2, 3), v, out=context)
 
 
-def add_and_normalise(x, change, bias, h):
-    """x += change + bias, and into h each row of x divided by its root mean square: its mean is zero."""
-    xp = array_module(x)
-    for a in range(0, len(x), 4 * ROWS):
-        rows, more = x[a : a + 4 * ROWS], change[a : a + 4 * ROWS]
-        more += bias
-        rows += more
-        scale = (xp.einsum("nd,nd->n", rows, rows) / x.shape[1] + EPS) ** -0.5
-        xp.multiply(rows, scale[:, None], out=h[a : a + 4 * ROWS])
+def add_and_normalise(x, change, h):
+    """x += change, and into h each row of x divided by its root mean square: its mean is zero."""
+    for strip in strips(x):
+        rows = x[strip]
+        rows += change[strip]
+        scale = (np.einsum("nd,nd->n", rows, rows) / x.shape[1] + EPS) ** -0.5
+        np.multiply(rows, scale[:, None], out=h[strip])
 
 
-def activate(x, bias, activation):
-    """The activation of x + bias, in place; QuickGELU as `fold` has prepared it."""
-    xp = array_module(x)
-    for a in range(0, len(x), ROWS):
-        rows = x[a : a + ROWS]
-        rows += bias
+def activate(x, activation):
+    """The activation of x, in place; QuickGELU as `fold` has prepared it."""
+    buffer = np.empty_like(x[strips(x)[0]])
+    for strip in strips(x):
+        rows = x[strip]
         if activation == "quick_gelu":
-            gate = xp.tanh(rows)
+            gate = np.tanh(rows, out=buffer[: len(rows)])
             gate += 1
             rows *= gate
         else:
             rows[:] = ACTIVATIONS[activation](rows)
+
+
+def strips(x):
+    """Slices of x [N, ...] of about CACHED numbers each."""
+    rows = max(1, CACHED // x.shape[1])
+    return [slice(a, a + rows) for a in range(0, len(x), rows)]
 
 
 class Users:

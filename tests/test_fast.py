@@ -1,9 +1,11 @@
 """minclip.fast gives encode_text's features for any corpus, in little memory, and leaves no traces."""
 
+import gc
 import pathlib
 import subprocess
 import sys
 import warnings
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -221,6 +223,24 @@ def test_progress_is_shown_when_asked_for_and_only_then(capsys):
     assert capsys.readouterr().err == ""
     fast.encode_text(PARAMS, many(10), progress=True)
     assert "10/10" in capsys.readouterr().err
+
+
+def test_the_folded_parameters_are_gone_when_the_call_is(monkeypatch):
+    folded, fold = [], fast.fold
+
+    def watch(*args):
+        block = fold(*args)
+        folded.append(weakref.ref(block.qkv))
+        return block
+
+    monkeypatch.setattr(fast, "fold", watch)
+    gc.disable()  # a reference cycle would keep them until the collector comes by
+    try:
+        fast.encode_text(PARAMS, many(10))
+        assert len(folded) == 3
+        assert all(matrix() is None for matrix in folded)
+    finally:
+        gc.enable()
 
 
 MEMORY = """
