@@ -163,7 +163,7 @@ class Search:
         self.place = {name: i for i, name in enumerate(record_trace(self.params, trim(self.tokens[:1])))}
         self.acts = {fault.id: first_place(fault, clean, self.place) for fault in self.catalogue}
         self.late = {id for id, place in self.acts.items() if place >= self.place["ln_final"]}
-        self.streams = {}  # fault id, and whether padded -> the last block's output with that fault
+        self.streams = {}  # fault id, shape of tokens -> last block's output with that fault, features
         self.tried = None
         self.seen = {}  # fault id -> features of the rows sought on, with that fault
         self.verdicts = {}
@@ -201,38 +201,37 @@ class Search:
 
     # Running the reference with faults in it.
 
+    def texts(self, faults, rows):
+        """The texts to run so that faults show in some rows of self.tokens, and where these rows then are."""
+        needs = {fault.needs for fault in faults}
+        if "batch" in needs:
+            return self.tokens, rows
+        tokens = self.tokens[rows]
+        return tokens if "padding" in needs else trim(tokens), slice(None)
+
     def run(self, faults, rows=None, precision="float32"):
         """Port after a run with faults on some rows, and its features [rows, E]."""
-        rows = np.arange(len(self.tokens)) if rows is None else rows
-        whole = any(fault.needs == "batch" for fault in faults)
-        tokens = self.tokens if whole else self.tokens[rows]
-        if not any(fault.needs for fault in faults):
-            tokens = trim(tokens)
+        tokens, rows = self.texts(faults, np.arange(len(self.tokens)) if rows is None else rows)
         port = Port(cast(self.params, precision), tokens, self.batch)
         port.rounded = ROUND.get(precision)
         for fault in faults:
             fault.change(port)
         features = port.run()
-        return port, features[rows] if whole else features
+        return port, features[rows]
 
-    def stream(self, fault, padded):
-        """(tokens, the last block's output) with a fault, or with none, on the rows sought on."""
-        key = (fault and fault.id, padded)
+    def stream(self, early, tokens):
+        """(the last block's output, features) of tokens with a fault, or with none. Kept for `finish`."""
+        key = (early and early.id, tokens.shape)  # of the rows sought on, all or trimmed, or of every text
         if key not in self.streams:
-            faults = (fault,) if fault else ()
-            padded = padded or any(f.needs for f in faults)
-            tokens = self.tokens[self.rows] if padded else trim(self.tokens[self.rows])
             port = Port(self.params, tokens, self.batch)
-            for each in faults:
-                each.change(port)
+            if early:
+                early.change(port)
             features = port.run()
-            self.streams[key] = tokens, port.at["x"], features
+            self.streams[key] = port.at["x"], features
         return self.streams[key]
 
-    def finish(self, faults):
-        """Features on the rows sought on with faults of which one at most acts before the last stages."""
-        early = next((fault for fault in faults if fault.id not in self.late), None)
-        tokens, x, _ = self.stream(early, any(fault.needs for fault in faults))
+    def finish(self, faults, tokens, x):
+        """Features of tokens from the last block's output x, with faults."""
         port = Port(self.heads(), tokens, self.batch)
         for fault in faults:
             fault.change(port)
@@ -321,21 +320,23 @@ class Search:
     def features_with(self, *faults):
         """Features on the rows sought on, with as little work as it takes."""
         early = [fault for fault in faults if fault.id not in self.late]
-        if any(fault.needs == "batch" for fault in faults) or len(early) > 1:
+        if len(early) > 1:
             return self.run(faults, self.rows)[1]
-        if len(faults) == len(early):
-            return self.stream(*faults or [None], False)[2]
-        return self.finish(faults)
+        tokens, rows = self.texts(faults, self.rows)
+        x, features = self.stream(early[0] if early else None, tokens)
+        if len(faults) > len(early):
+            features = self.finish(faults, tokens, x)
+        return features[rows]
 
     def pairs(self):
         """Trials of two faults together, nearest first, up to the first that fits and its like."""
         trials = []
         order = list(self.pair_order())
-        for pair in tqdm(order, "pairs of bugs", disable=None, leave=False):
+        for i, pair in enumerate(tqdm(order, "pairs of bugs", disable=None, leave=False)):
             new = self.trials(pair, self.features_with(*pair))
             trials += new
             if any(self.fits(trial) for trial in new):
-                for like in alike(pair, order):
+                for like in alike(pair, order[i:]):
                     trials += self.trials(like, self.features_with(*like))
                 break
         else:
@@ -362,9 +363,8 @@ class Search:
         for i, a in enumerate(faults):
             for b in faults[i + 1 :]:
                 both = seen[a.id] and seen[b.id]
-                if not exclusive(a, b) and (
-                    both or (a.needs and b.needs)
-                ):  # what is after the end may come to light
+                # What one fault does after the end of text, another may bring to light.
+                if not exclusive(a, b) and (both or (a.needs and b.needs)):
                     cheap = bool({a.id, b.id} & self.late)
                     guess = misfit(clean, change[a.id], change[b.id]) if both else 0
                     scored.append((not cheap, guess, (a, b)))
@@ -521,18 +521,13 @@ class Dump:
 
     def __init__(self, search, trace):
         self.search = search
-        reference = record_trace(search.params, search.tokens)
         if not search.aligned or len(search.tokens) < len(search.batch):
             raise ValueError(f"with a trace, give the features of every text, and {ROWS} texts at most")
-        # A mask of -1e4 is as good as one of -inf, so masked scores say nothing.
-        matches = {
-            name: match
-            for name, match in align(reference, {**unpack(trace), "text_features": search.features})[
-                0
-            ].items()
-            if "masked" not in name
-        }
-        self.order = [name for name in reference if name in matches and name != "eot"]
+        reference = record_trace(search.params, search.tokens)
+        matches = align(reference, {**unpack(trace), "text_features": search.features})[0]
+        # A mask of -1e4 is as good as one of -inf, so masked scores say nothing, and eot is no float.
+        told = [name for name in matches if not name.endswith((".masked", "eot"))]
+        self.order = [name for name in reference if name in told]
         if self.order in ([], ["text_features"]):
             raise ValueError(
                 "no name in trace is a stage's: minclip.alignment.rename takes names that are not known"
@@ -571,10 +566,10 @@ class Dump:
             if found and not found[0].faults:
                 return search.agrees(found[0], precision)
             if found:
-                found = list({finding.faults[: len(chains[0])]: finding for finding in found[::-1]}.values())[
-                    ::-1
-                ]
-                diagnosis = search.known(found, [])
+                plainest = {}  # of one chain's findings, the first: as it is before scaled or shuffled
+                for finding in found:
+                    plainest.setdefault(finding.faults[: len(chains[0])], finding)
+                diagnosis = search.known(list(plainest.values()), [])
                 if start < len(self.order):
                     diagnosis.notes.insert(0, self.where(start))
                 return diagnosis
