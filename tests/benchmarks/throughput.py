@@ -259,10 +259,8 @@ def corpus_table(params, others, title, tokens, rounds=3):
 
 
 def one_text(params, others):
-    """Print the latency of one short text, medians of 30 in a row: taken by turns, each way would
-
-    find the cores held by the last one's threads, which wait for work for a while by spinning.
-    """
+    """Print the latency of one short text, medians of 30 in a row."""
+    # By turns, each way would find the cores held by the last one's threads, which spin for a while.
     tokens = minclip.tokenize("a photo of a cat")
     ways = {"encode_text": (lambda t: minclip.encode_text(params, t), None), **others}
     ms = {}
