@@ -210,31 +210,22 @@ class Search:
         return tokens if "padding" in needs else trim(tokens), slice(None)
 
     def run(self, faults, rows=None, precision="float32"):
-        """Port after a run with faults on some rows, and its features [rows, E]."""
+        """Features [rows, E] of some rows, with faults."""
         tokens, rows = self.texts(faults, np.arange(len(self.tokens)) if rows is None else rows)
-        port = Port(cast(self.params, precision), tokens, self.batch)
-        port.rounded = ROUND.get(precision)
-        for fault in faults:
-            fault.change(port)
-        features = port.run()
-        return port, features[rows]
+        return port_with(faults, self.params, tokens, self.batch, precision).run()[rows]
 
     def stream(self, early, tokens):
-        """(the last block's output, features) of tokens with a fault, or with none. Kept for `finish`."""
-        key = (early and early.id, tokens.shape)  # of the rows sought on, all or trimmed, or of every text
+        """(the last block's output, features) of tokens with one fault, or none. Kept for `finish`."""
+        key = (names(early), tokens.shape)  # of the rows sought on, all or trimmed, or of every text
         if key not in self.streams:
-            port = Port(self.params, tokens, self.batch)
-            if early:
-                early.change(port)
+            port = port_with(early, self.params, tokens, self.batch)
             features = port.run()
             self.streams[key] = port.at["x"], features
         return self.streams[key]
 
     def finish(self, faults, tokens, x):
         """Features of tokens from the last block's output x, with faults."""
-        port = Port(self.heads(), tokens, self.batch)
-        for fault in faults:
-            fault.change(port)
+        port = port_with(faults, self.heads(), tokens, self.batch)
         port.replaced["embedding"] = [lambda at: x]
         return port.run()
 
@@ -283,8 +274,8 @@ class Search:
 
     def hold_against(self, faults, presented, precision):
         """(Finding, error, rounding), the last two of the worst row."""
-        exact = self.present(self.run(faults, precision="float64")[1])
-        rounded = self.present(self.run(faults, precision=precision)[1].astype(np.float64))
+        exact = self.present(self.run(faults, precision="float64"))
+        rounded = self.present(self.run(faults, precision=precision).astype(np.float64))
         if exact.shape[-1] != self.features.shape[-1]:
             return None, np.inf, row_errors(rounded, exact).max()
         told = [NORMALISED] if self.unit else []
@@ -321,9 +312,9 @@ class Search:
         """Features on the rows sought on, with as little work as it takes."""
         early = [fault for fault in faults if fault.id not in self.late]
         if len(early) > 1:
-            return self.run(faults, self.rows)[1]
+            return self.run(faults, self.rows)
         tokens, rows = self.texts(faults, self.rows)
-        x, features = self.stream(early[0] if early else None, tokens)
+        x, features = self.stream(early, tokens)
         if len(faults) > len(early):
             features = self.finish(faults, tokens, x)
         return features[rows]
@@ -390,12 +381,12 @@ class Search:
         """Pairs with a fault that explains the text sought on but not all, on one it does not explain."""
         trials, home = [], self.rows
         for single in [t for t in self.singles()[:JUDGED] if t.faults and self.near(t) and self.aligned][:3]:
-            exact = self.present(self.run(single.faults)[1].astype(np.float64))
+            exact = self.present(self.run(single.faults).astype(np.float64))
             self.rows = row_errors(self.features, exact).argmax(keepdims=True)
             for fault in self.catalogue:
                 if not exclusive(fault, single.faults[0]):
                     pair = in_order(single.faults[0], fault)
-                    trials += self.trials(pair, self.run(pair, self.rows)[1])
+                    trials += self.trials(pair, self.run(pair, self.rows))
         self.rows = home
         return trials
 
@@ -488,7 +479,7 @@ class Search:
         precision = self.precisions[0]
         apart = 10 * SLACK * self.rounding(precision)
         for label, tokens in probes(self.params):
-            a, b = (run(self.params, tokens, f.faults).astype(np.float64) for f in (first, other))
+            a, b = (port_with(f.faults, self.params, tokens).run().astype(np.float64) for f in (first, other))
             if row_errors(a, b).max() > apart:
                 return f"{label} would tell it from {names(first.faults)}"
         dump = "a dump of the port's stages"
@@ -526,8 +517,8 @@ class Dump:
         reference = record_trace(search.params, search.tokens)
         matches = align(reference, {**unpack(trace), "text_features": search.features})[0]
         # A mask of -1e4 is as good as one of -inf, so masked scores say nothing, and eot is no float.
-        told = [name for name in matches if not name.endswith((".masked", "eot"))]
-        self.order = [name for name in reference if name in told]
+        silent = (".masked", "eot")
+        self.order = [name for name in reference if name in matches and not name.endswith(silent)]
         if self.order in ([], ["text_features"]):
             raise ValueError(
                 "no name in trace is a stage's: minclip.alignment.rename takes names that are not known"
@@ -606,10 +597,7 @@ class Dump:
     def record(self, faults, precision, until):
         """Stages by name of a run with faults, up to one of them."""
         search, kept = self.search, {}
-        port = Port(cast(search.params, precision), search.tokens, search.batch)
-        port.rounded = ROUND.get(precision)
-        for fault in faults:
-            fault.change(port)
+        port = port_with(faults, search.params, search.tokens, search.batch, precision)
 
         def tap(name, array):
             array = port.tap(name, array)
@@ -762,13 +750,14 @@ def probes(params):
 # Running.
 
 
-def run(params, tokens, faults):
-    """The reference's features with these faults, the texts being a batch of their own."""
-    port = Port(params, tokens)
+def port_with(faults, params, tokens, batch=None, precision="float32"):
+    """The reference with these faults put in, to run on tokens; batch as `Port` takes it."""
+    port = Port(cast(params, precision), tokens, batch)
+    port.rounded = ROUND.get(precision)
     for fault in faults:
-        if fault.change:
+        if fault.change:  # features that are scaled or shuffled need no other model
             fault.change(port)
-    return port.run()
+    return port
 
 
 def host_params(params):
@@ -813,8 +802,7 @@ def precisions(features):
 
 def first_place(fault, clean, place):
     """Where a fault begins to act: the place of the first stage, of those in place, that it can change."""
-    port = Port(clean, clean.tokens, clean.batch)
-    fault.change(port)
+    port = port_with([fault], clean, clean.tokens, clean.batch)
     changed = [read_by(name) for name in {*port, *clean} if port.get(name) is not clean.get(name)]
     for name in port.replaced:
         changed.append(name if name in place else f"{BLOCKS}0.{name}".removesuffix(".block"))
