@@ -106,13 +106,14 @@ def run_encode(args):
         return 2
     with source(args.file) as file:
         texts = args.texts or list(corpus.read_texts(file))
-    params = checkpoint.load(args.model, device=args.device)
+    params = checkpoint.load(args.model, device=args.device, dtype=working_dtype(args))
     context = len(params["positional_embedding"])
     tokens = tokenizer.tokenize(texts, context_length=context, truncate=args.truncate)
     features = model.encode_text(params, tokens)
     if args.output:
         features = to_host(model.normalize(features) if args.normalize else features)
-        write_array(args.output, features.astype(args.dtype or features.dtype, copy=False))
+        features = features.astype(args.dtype or features.dtype, copy=False)
+        write_array(args.output, features)
         print_written(args.output, features)
     else:
         show(args.model, params, texts, tokens, to_host(model.normalize(features)))
@@ -183,10 +184,9 @@ def encode_corpus(args):
     """Write the features of each line of a file, however many, going on where an earlier run stopped."""
     from minclip import checkpoint, cluster, corpus
 
-    # float16 is how features are kept; they are made in the device's own dtype, if not a wider one.
-    dtype = "float32" if args.dtype == "float32" or args.device == "cpu" else "float16"
     # With Dask it is the workers that have the device.
-    params = checkpoint.load(args.model, device="cpu" if args.dask else args.device, dtype=dtype)
+    device = "cpu" if args.dask else args.device
+    params = checkpoint.load(args.model, device=device, dtype=working_dtype(args))
     with contextlib.ExitStack() as stack:
         encode_chunks = None
         if args.dask:
@@ -205,6 +205,11 @@ def encode_corpus(args):
         )
     print_written(args.output, features)
     return 0
+
+
+def working_dtype(args):
+    """What features are computed in: the device's own dtype, or float32 where that is asked for."""
+    return "float32" if args.dtype == "float32" or args.device == "cpu" else "float16"
 
 
 def source(path):

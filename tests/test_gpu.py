@@ -15,7 +15,7 @@ from fake_cupy import FUNCTIONS, METHODS, Fake, signature
 from oracles import random_params, random_tokens, relative, torch_encode_text
 
 import minclip
-from minclip import device, model
+from minclip import cli, device, model, tracing
 
 PARAMS = random_params(width=128, layers=2, embed=24, context=19, vocabulary=97)
 TOKENS = random_tokens([5, 2, 11], context=19, vocabulary=97)
@@ -160,6 +160,60 @@ def test_the_built_in_model_loads_onto_the_gpu_in_float16(fake):
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_trace_and_what_is_made_of_it_follow_the_arrays(fake, dtype, tmp_path):
+    host, gpu = on_gpu(PARAMS, dtype)
+    traced, expected = minclip.trace(gpu, TOKENS), minclip.trace(host, TOKENS)
+    assert all(isinstance(array, fake.ndarray) for array in traced.values())
+    assert "text_features" in repr(traced)
+    assert "text_features" in traced._repr_html_()
+    for one, other in ((traced, expected), (expected, traced)):
+        assert minclip.compare(one, other).first is None
+    features = traced["text_features"]
+    for stages in (None, dict(traced)):
+        assert minclip.diagnose(gpu, TOKENS, features, trace=stages).verdict == "agrees"
+    tracing.write_probe(tmp_path / "probe.npz", gpu)
+    assert list(tracing.read_probe(tmp_path / "probe.npz")) == list(traced)
+
+
+def test_a_bug_in_a_port_on_the_gpu_is_named(fake):
+    host, gpu = on_gpu(PARAMS, "float32")
+    wrong = minclip.Params(dict(host), activation="gelu", heads=host.heads)
+    diagnosed = minclip.diagnose(gpu, TOKENS, fake.asarray(minclip.encode_text(wrong, TOKENS)))
+    assert [[fault.id for fault in finding.faults] for finding in diagnosed.findings] == [["A1"]]
+
+
+@needs_compiler
+def test_what_is_not_finite_spreads_no_further_on_the_gpu(fake):
+    broken = dict(PARAMS)
+    broken["token_embedding.weight"] = PARAMS["token_embedding.weight"].copy()
+    broken["token_embedding.weight"][TOKENS[0, 2]] = np.nan
+    host, gpu = on_gpu(broken, "float32")
+    expected = np.isnan(minclip.encode_text(host, TOKENS))
+    assert expected.any(axis=-1).tolist() == [True, False, False]
+    np.testing.assert_array_equal(np.isnan(minclip.fast.encode_text(gpu, TOKENS).get()), expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [None, "float16", "float32"])
+def test_the_command_line_encodes_on_the_gpu(fake, tmp_path, capsys, dtype):
+    texts, flags = ["a cat", "two dogs"], ["--device", "cuda"]
+    (tmp_path / "captions.txt").write_text("\n".join(texts))
+    assert cli.main(["encode", *texts, *flags]) == 0
+    assert "nearest of the built-in model's" in capsys.readouterr().out
+    expected = minclip.encode_text(minclip.load(), minclip.tokenize(texts))
+    flags += ["--dtype", dtype] if dtype else []
+    for given in (texts, ["--file", str(tmp_path / "captions.txt")]):
+        out = tmp_path / "features.npy"
+        assert cli.main(["encode", *given, "-o", str(out), *flags]) == 0
+        features = np.load(out)
+        out.unlink()
+        assert features.dtype == (dtype or "float16")
+        assert str(features.dtype) in capsys.readouterr().out
+        assert relative(features, expected) < (1e-5 if dtype == "float32" else 5e-3)
+
+
+@needs_compiler
 def test_the_benchmark_for_a_card_runs_to_its_end(fake, monkeypatch):
     """Only that it runs and that its parity figures are sound; its times are the stand-in's own."""
     monkeypatch.syspath_prepend(Path(__file__).with_name("benchmarks"))
@@ -186,8 +240,6 @@ def test_the_benchmark_for_a_card_runs_to_its_end(fake, monkeypatch):
 
 
 def test_the_command_line_says_in_one_line_that_there_is_no_gpu(monkeypatch, capsys):
-    from minclip import cli
-
     monkeypatch.setitem(sys.modules, "cupy", None)
     assert cli.main(["encode", "a cat", "--device", "cuda"]) == 1
     said = capsys.readouterr().err
