@@ -13,8 +13,9 @@ For attention, sorted texts put the nodes in preorder: a node's ancestors come b
 descends from it comes right after. So whatever one of TWIG nodes in a row attends to is either among
 them or above the first of them: a small dense attention, and a mask that knows who descends from whom.
 
-What is done to every node alike is moved into the parameters once (`fold`), and the last layer is
-computed only where a text ends. Exact but for rounding; `minclip.encode_text` is the reference.
+What is done to every node alike is moved into the parameters once (`fold`). In the first layer, nodes
+of one id at one position are still the same; in the last, only what a text's end needs is computed.
+Exact but for rounding; `minclip.encode_text` is the reference.
 
 Axes: those of minclip.model, and  N nodes   T texts   G twigs   M = TWIG nodes of a twig   W its keys
 """
@@ -32,13 +33,14 @@ from tqdm import tqdm
 
 from minclip.model import ACTIVATIONS, EPS, architecture, array_module, check_tokens, trim, widen
 
-CHUNK = 2048  # nodes encoded at once: enough for BLAS at its best, few enough for little memory
+CHUNK = 4096  # nodes that make one tree: enough to share their beginnings, few enough for little memory
+TILE = 2048  # nodes that go through an MLP together: enough for BLAS at its best
 TWIG = 16  # nodes in a row that share their keys
 TWIGS = 8  # twigs attended at once
 CACHED = 2**17  # numbers of an element-wise step, few enough to stay in the cache from one line to the next
 
 Corpus = namedtuple("Corpus", "rows lengths shared order group")
-Tree = namedtuple("Tree", "ids positions ends twigs")
+Tree = namedtuple("Tree", "ids positions first same ends twigs")
 Twigs = namedtuple("Twigs", "nodes keys mask")
 Block = namedtuple("Block", "qkv out c_fc c_proj")
 
@@ -128,12 +130,19 @@ def number(rows, lengths, shared):
 
 
 def grow(rows, lengths, shared):
-    """The tree of sorted rows [T, L], its nodes in preorder, the last repeated until TWIG divides N."""
+    """The tree of sorted rows [T, L], its nodes in preorder, the last repeated until TWIG divides N.
+
+    Among the nodes, those at `first` have all the ids at all their positions; node n is as same[n] of them.
+    """
     row, position, path = number(rows, lengths, shared)
     row, position = (np.pad(index, (0, -len(index) % TWIG), mode="edge") for index in (row, position))  # (N,)
+    ids = rows[row, position]
+    _, first, same = np.unique(
+        ids.astype(np.int64) * rows.shape[1] + position, return_index=True, return_inverse=True
+    )
     nodes = np.arange(len(row)).reshape(-1, TWIG)  # (G, M)
     twigs = [twigs_of(nodes[a : a + TWIGS], row, position, path) for a in range(0, len(nodes), TWIGS)]
-    return Tree(rows[row, position], position, path[np.arange(len(rows)), lengths - 1], twigs)
+    return Tree(ids, position, first, same, path[np.arange(len(rows)), lengths - 1], twigs)
 
 
 def twigs_of(nodes, row, position, path):
@@ -197,28 +206,33 @@ def encode_tree(params, blocks, heads, activation, tree):
     """Features [T, E] of the texts that make up the tree."""
     P = widen(params["text_projection"])
     N, D, F = len(tree.ids), len(P), len(blocks[0].c_fc)
-    x = params["token_embedding.weight"][tree.ids].astype(P.dtype)  # (N, D)
-    x += params["positional_embedding"][tree.positions]
-    x -= x.mean(axis=-1, keepdims=True)
-    change = np.zeros((N, D), P.dtype)
+    x = centred(params["token_embedding.weight"][tree.ids].astype(P.dtype, copy=False))  # (N, D)
     h = np.ones((N, D + 1), P.dtype)  # the norm of x, then what its attention gathers; the last stays 1
-    inner = np.empty((N, max(3 * D, F + 1)), P.dtype)  # q, k and v, then inside the MLP
-    add_and_normalise(x, change, h[:, :D])
+    places = params["positional_embedding"].astype(P.dtype, copy=False)[tree.positions]  # (N, D)
+    add_and_normalise(x, centred(places), h[:, :D])
+    qkv = np.empty((N, 3 * D), P.dtype)
+    change, inner = np.empty((min(N, TILE), D), P.dtype), np.ones((min(N, TILE), F + 1), P.dtype)
     for block in blocks:
-        np.matmul(h, block.qkv.T, out=inner[:, : 3 * D])
+        if block is blocks[0]:
+            found = h[tree.first] @ block.qkv.T
+            np.take(found, tree.same, axis=0, out=qkv, mode="clip")  # mode="raise" would go through a copy
+        elif block is blocks[-1]:  # what other nodes than the ends gather is not asked for: any q will do
+            np.matmul(h, block.qkv[D:].T, out=qkv[:, D:])
+            qkv[tree.ends, :D] = h[tree.ends] @ block.qkv[:D].T
+        else:
+            np.matmul(h, block.qkv.T, out=qkv)
         for twigs in tree.twigs:
-            attend(inner[:, :D], inner[:, D : 3 * D], twigs, heads, h[:, :D])
-        if block is blocks[-1]:  # from here on each position is by itself, and only the ends are asked for
-            x, h, T = x[tree.ends], h[tree.ends], len(tree.ends)
-            change, inner = change[:T], inner[:T]
-        np.matmul(h, block.out.T, out=change)
-        add_and_normalise(x, change, h[:, :D])
-        np.matmul(h, block.c_fc.T, out=inner[:, :F])
-        activate(inner[:, :F], activation)
-        inner[:, F] = 1
-        np.matmul(inner[:, : F + 1], block.c_proj.T, out=change)
-        add_and_normalise(x, change, h[:, :D])
+            attend(qkv[:, :D], qkv[:, D:], twigs, heads, h[:, :D])
+        if block is blocks[-1]:  # from here on each position is by itself
+            x, h = x[tree.ends], h[tree.ends]
+        for tile in slices(len(x), TILE):
+            after_attention(x[tile], h[tile], block, activation, change, inner)
     return (h[:, :D] * params["ln_final.weight"] + params["ln_final.bias"]).astype(P.dtype, copy=False) @ P
+
+
+def centred(x):
+    """Each row without its mean."""
+    return x - x.mean(axis=-1, keepdims=True)
 
 
 def attend(q, kv, twigs, heads, context):
@@ -238,9 +252,23 @@ def attend(q, kv, twigs, heads, context):
     np.matmul(by_head.swapaxes(2, 3), v, out=context)
 
 
+def after_attention(x, h, block, activation, change, inner):
+    """The rest of a block, in place: from what some nodes gathered, h, to the stream x and its norm, h.
+
+    Through change [TILE, D] and inner [TILE, F + 1], whose last column is 1, and stays it.
+    """
+    D, F, change, inner = x.shape[1], len(block.c_fc), change[: len(x)], inner[: len(x)]
+    np.matmul(h, block.out.T, out=change)
+    add_and_normalise(x, change, h[:, :D])
+    np.matmul(h, block.c_fc.T, out=inner[:, :F])
+    activate(inner[:, :F], activation)
+    np.matmul(inner, block.c_proj.T, out=change)
+    add_and_normalise(x, change, h[:, :D])
+
+
 def add_and_normalise(x, change, h):
     """x += change, and into h each row of x divided by its root mean square: its mean is zero."""
-    for strip in strips(x):
+    for strip in slices(len(x), CACHED // x.shape[1]):
         rows = x[strip]
         rows += change[strip]
         scale = (np.einsum("nd,nd->n", rows, rows) / x.shape[1] + EPS) ** -0.5
@@ -249,8 +277,9 @@ def add_and_normalise(x, change, h):
 
 def activate(x, activation):
     """The activation of x, in place; QuickGELU as `fold` has prepared it."""
-    buffer = np.empty_like(x[strips(x)[0]])
-    for strip in strips(x):
+    strips = slices(len(x), CACHED // x.shape[1])
+    buffer = np.empty_like(x[strips[-1]])  # the last strip is the longest
+    for strip in strips:
         rows = x[strip]
         if activation == "quick_gelu":
             gate = np.tanh(rows, out=buffer[: len(rows)])
@@ -260,10 +289,10 @@ def activate(x, activation):
             rows[:] = ACTIVATIONS[activation](rows)
 
 
-def strips(x):
-    """Slices of x [N, ...] of about CACHED numbers each."""
-    rows = max(1, CACHED // x.shape[1])
-    return [slice(a, a + rows) for a in range(0, len(x), rows)]
+def slices(length, most):
+    """Slices of 0 to length, alike in size, of at most `most` each (and at least one)."""
+    count = math.ceil(length / max(1, most))
+    return [slice(length * i // count, length * (i + 1) // count) for i in range(count)]
 
 
 class Users:
