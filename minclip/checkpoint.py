@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -13,7 +12,15 @@ import safetensors.numpy
 from minclip import dialects
 from minclip.device import to_gpu, working_cupy
 from minclip.download import available_models, download
-from minclip.tensor_files import FLOATS, Stored, map_file, read_npz, read_safetensors, zip_members
+from minclip.tensor_files import (
+    FLOATS,
+    Stored,
+    map_file,
+    only_when_whole,
+    read_npz,
+    read_safetensors,
+    zip_members,
+)
 from minclip.torch_archive import read_archive
 
 ACTIVATIONS = ("quick_gelu", "gelu")
@@ -288,19 +295,12 @@ def save(params, path):
     """
     if not isinstance(params, Params):
         params = from_state_dict(params, activation="quick_gelu" if "ln_final.weight" in params else None)
-    path = Path(path)
     arrays = {name: np.ascontiguousarray(as_array(array)) for name, array in params.items()}
     said = {"format": "minclip", "activation": params.activation, "heads": str(params.heads)}
     if "text_projection" not in params:
         said["projection"] = "none"
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as partial:
-        pass
-    try:
-        safetensors.numpy.save_file(arrays, partial.name, metadata=said)
-        os.replace(partial.name, path)
-    except BaseException:
-        os.unlink(partial.name)
-        raise
+    with only_when_whole(path) as partial:
+        safetensors.numpy.save_file(arrays, partial, metadata=said)
 
 
 def inspect(path):

@@ -264,13 +264,10 @@ def write_array(path, array):
     """Save array as a .npy that appears at path only when whole."""
     import numpy as np
 
-    partial = Path(f"{path}.partial")
-    try:
-        with open(partial, "wb") as file:
-            np.save(file, array)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    from minclip.tensor_files import only_when_whole
+
+    with only_when_whole(path) as partial, open(partial, "wb") as file:
+        np.save(file, array)
 
 
 def to_host(array):

@@ -208,14 +208,14 @@ def encode_tree(params, blocks, heads, activation, tree):
     N, D, F = len(tree.ids), len(P), len(blocks[0].c_fc)
     x = centred(params["token_embedding.weight"][tree.ids].astype(P.dtype, copy=False))  # (N, D)
     h = np.ones((N, D + 1), P.dtype)  # the norm of x, then what its attention gathers; the last stays 1
-    places = params["positional_embedding"].astype(P.dtype, copy=False)[tree.positions]  # (N, D)
-    add_and_normalise(x, centred(places), h[:, :D])
+    places = centred(params["positional_embedding"].astype(P.dtype, copy=False))  # (L, D)
+    add_and_normalise(x, places[tree.positions], h[:, :D])
     qkv = np.empty((N, 3 * D), P.dtype)
     change, inner = np.empty((min(N, TILE), D), P.dtype), np.ones((min(N, TILE), F + 1), P.dtype)
     for block in blocks:
         if block is blocks[0]:
-            found = h[tree.first] @ block.qkv.T
-            np.take(found, tree.same, axis=0, out=qkv, mode="clip")  # mode="raise" would go through a copy
+            # Another mode, "raise", would go through a copy.
+            np.take(h[tree.first] @ block.qkv.T, tree.same, axis=0, out=qkv, mode="clip")
         elif block is blocks[-1]:  # what other nodes than the ends gather is not asked for: any q will do
             np.matmul(h, block.qkv[D:].T, out=qkv[:, D:])
             qkv[tree.ends, :D] = h[tree.ends] @ block.qkv[:D].T

@@ -9,16 +9,22 @@ import io
 import json
 import math
 import mmap
+import os
 import struct
 import tokenize
 import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import safetensors
 
 # The floats a file can hold, by size in bytes. bfloat16 is no NumPy dtype: it becomes float32.
 FLOATS = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+# safetensors' names of dtypes, in NumPy's words; others, such as F8_E4M3, keep their own and are not read.
+DTYPES = {f"{kind[0].upper()}{bits}": f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)}
+DTYPES |= {"F16": "float16", "F32": "float32", "F64": "float64", "BF16": "bfloat16", "BOOL": "bool"}
 
 # What zipfile and numpy raise, beside ValueError, over the damaged bytes of an entry.
 DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
@@ -35,6 +41,18 @@ class Stored:
         return self.read()
 
 
+@contextlib.contextmanager
+def only_when_whole(path):
+    """Where to write a file that is to appear at path: it gets its name at the end, or leaves no trace."""
+    partial = Path(f"{path}.{os.getpid()}.partial")
+    partial.touch()  # a folder that is missing or forbidden is an OSError here, whoever writes
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def map_file(path):
     """The file's bytes, mapped: nothing is read yet, and what is written to them never reaches the file."""
     with open(path, "rb") as file:
@@ -44,7 +62,7 @@ def map_file(path):
 
 
 def numbers(data, dtype, start, count):
-    """count floats of the bytes data from start on, as a flat array: a view wherever it can be one."""
+    """count numbers of the bytes data from start on, as a flat array: a view wherever it can be one."""
     if dtype == "bfloat16":  # the upper half of a float32
         upper = np.frombuffer(data, np.uint16, count, start)
         return (upper.astype(np.uint32) << 16).view(np.float32)
@@ -63,10 +81,9 @@ def read_safetensors(path):
     start = 8 + struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8:start])
     header.pop("__metadata__", None)
-    names = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
     tensors = {}
     for name, about in header.items():
-        dtype = names.get(about["dtype"], about["dtype"])
+        dtype = DTYPES.get(about["dtype"], about["dtype"])
         tensors[name] = in_a_row(data, dtype, about["shape"], start + about["data_offsets"][0])
     return tensors, metadata
 

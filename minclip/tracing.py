@@ -2,17 +2,15 @@
 
 import copy
 import html
-import os
 import sys
 import warnings
 import zipfile
-from pathlib import Path
 
 import numpy as np
-import safetensors
 
 from minclip import model
 from minclip.checkpoint import as_array
+from minclip.tensor_files import only_when_whole, read_safetensors
 
 BLOCK = "transformer.resblocks."
 PRECISIONS = ("float64", "float32", "float16", "bfloat16")  # from fine to coarse
@@ -150,13 +148,8 @@ def write_probe(path, params):
     arrays = {"tokens": traced.tokens} | {name: as_array(array) for name, array in traced.items()}
     for precision in PRECISIONS[1:]:
         arrays[f"rounding.{precision}"] = np.array(list(traced.rounding(precision).values()))
-    partial = Path(f"{path}.partial")
-    try:
-        with open(partial, "wb") as file:
-            np.savez_compressed(file, **arrays)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with only_when_whole(path) as partial, open(partial, "wb") as file:
+        np.savez_compressed(file, **arrays)
     return traced
 
 
@@ -186,23 +179,11 @@ def read_dump(path):
     """
     try:
         if str(path).endswith(".safetensors"):
-            return {
-                name: from_bytes(**tensor)
-                for name, tensor in safetensors.deserialize(Path(path).read_bytes())
-            }
+            return {name: np.asarray(tensor) for name, tensor in read_safetensors(path)[0].items()}
         with np.load(path) as file:
             return {name: file[name] for name in file.files}
-    except (ValueError, EOFError, AttributeError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
+    except (ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not an .npz or .safetensors file of plain arrays: {error}") from None
-
-
-def from_bytes(dtype, shape, data):
-    """A safetensors tensor as an array."""
-    if dtype == "BF16":
-        return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32).reshape(shape)
-    kinds = {"BOOL": "?", "F": "<f", "I": "<i", "U": "<u"}
-    kind = kinds.get(dtype) or kinds[dtype[0]] + str(int(dtype[1:]) // 8)
-    return np.frombuffer(data, kind).reshape(shape)
 
 
 def trace_torch(torch_model, tokens):

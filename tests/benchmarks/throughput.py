@@ -14,7 +14,6 @@ import io
 import os
 import platform
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from threadpoolctl import threadpool_limits
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from oracles import openai, random_params, transformers_model
+from peers import peak_memory
 
 import minclip
 from minclip import fast, tokenizer
@@ -282,9 +282,8 @@ def memory(tokens):
     params = random_params(**SIZE)
     features = fast.encode_text(params, tokens)
     own = sum(array.nbytes for array in params.values()) + features.nbytes
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(
-        f"\n{len(tokens):,} prompts: at most {(peak - own) / 1e6:.0f} MB "
+        f"\n{len(tokens):,} prompts: at most {(peak_memory() - own) / 1e6:.0f} MB "
         f"beside the {own / 1e6:.0f} MB of parameters and output"
     )
 
