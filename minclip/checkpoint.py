@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
-from minclip import dialects
+from minclip import builtin, dialects
 from minclip.device import to_gpu, working_cupy
 from minclip.download import available_models, download
 from minclip.tensor_files import (
@@ -104,20 +104,20 @@ def load(source="builtin", *, device="cpu", dtype=None, activation=None):
         raise ValueError(f"dtype must be float16, float32 or float64, not {dtype}")
     if device == "cuda":
         working_cupy()  # or an error, before anything is downloaded
-    if isinstance(source, str) and source == "builtin":
-        from minclip import builtin
-
-        params = Params(builtin.load_builtin(), activation="quick_gelu", heads=2)
-    else:
-        params = load_path(download(source) if source in available_models() else source, activation, dtype)
+    params = read_source(fetched(source), activation, dtype)
     arrays = {name: np.asarray(array.astype(dtype, copy=False)) for name, array in params.items()}
     return Params(
         to_gpu(arrays) if device == "cuda" else arrays, activation=params.activation, heads=params.heads
     )
 
 
-def load_path(source, activation, dtype):
-    """`Params` of a file or folder."""
+def fetched(source):
+    """source, or the file of the model that it names, downloaded."""
+    return download(source) if source in available_models() else source
+
+
+def read_source(source, activation, dtype):
+    """`Params` of the built-in model, a file or a folder."""
     try:
         tower, said = open_tower(source)
         return to_params(tower, said | ({"activation": activation} if activation else {}), source, dtype)
@@ -156,7 +156,12 @@ def to_params(tower, said, source, dtype=None):
 
 
 def open_tower(source):
-    """(tower, what is said of its activation and heads) of a file or folder; no number is read yet."""
+    """(tower, what is said of its activation and heads) of a file or folder, of which no number is read yet.
+
+    "builtin" is unpacked first: its file keeps the matrices in a way of its own.
+    """
+    if source == "builtin":
+        return choose_tower(builtin.load_builtin()), {"activation": "quick_gelu", "heads": 2}
     path, _, prefix = os.fspath(source).partition("#")
     if not prefix or os.path.exists(source):
         path, prefix = os.fspath(source), None
@@ -303,11 +308,13 @@ def save(params, path):
         safetensors.numpy.save_file(arrays, partial, metadata=said)
 
 
-def inspect(path):
-    """What a file or folder holds, as text: dialect, sizes, activation, dtype, parameters, tensors.
+def inspect(source):
+    """What a model, file or folder holds, as text: dialect, sizes, activation, dtype, parameters, tensors.
 
-    Of a file that does not load it says why, and lists what tensors there are. Only OSError is raised.
+    source is what `load` takes. Of a file that does not load it says why, and lists what tensors there
+    are. Raises OSError where there is nothing to read, ValueError where a download is not OpenAI's file.
     """
+    path = fetched(source)
     lines, tensors = [], {}
     try:
         tensors, about = describe(path)
@@ -315,14 +322,14 @@ def inspect(path):
     except ValueError as error:
         lines.append(f"{path} does not load: {one_line(error)}")
         try:
-            source, _, _ = os.fspath(path).partition("#")
-            file = path if os.path.exists(path) else source
+            before, _, _ = os.fspath(path).partition("#")
+            file = path if os.path.exists(path) else before
             tensors, _ = read_tensors(weights_in(Path(file)) if os.path.isdir(file) else file)
         except ValueError:
             return lines[0]
     width = max((len(dialects.shown(name)) for name in tensors), default=0)
     for name, tensor in tensors.items():
-        lines.append(f"  {dialects.shown(name):{width}}  {tensor.dtype:8}  {list(tensor.shape)}")
+        lines.append(f"  {dialects.shown(name):{width}}  {tensor.dtype!s:8}  {list(tensor.shape)}")
     return "\n".join(lines)
 
 
@@ -332,7 +339,7 @@ def describe(path):
     tensors = {name: tower.tensors[name] for names in tower.sources.values() for name in tower.full(names)}
     sizes = tower.sizes
     heads = said.get("heads") or (sizes["D"] // 64 if sizes["D"] % 64 == 0 else "not said: heads=")
-    dtypes = sorted({tensor.dtype for tensor in tensors.values()})
+    dtypes = sorted({str(tensor.dtype) for tensor in tensors.values()})
     count = sum(math.prod(tensor.shape) for tensor in tensors.values())
     return tensors, [
         str(path),
@@ -346,7 +353,7 @@ def describe(path):
         f"embedding    {sizes['E'] if tower.projection else 'no text projection: trace works up to pooled'}",
         f"activation   {said.get('activation') or 'not said: load needs activation='}",
         f"dtype        {', '.join(dtypes)}",
-        f"parameters   {count:,} in {len(tensors)} tensors, of {len(tower.tensors)} in the file",
+        f"parameters   {count:,} in {len(tensors)} tensors, of {len(tower.tensors)} in all",
     ]
 
 

@@ -56,7 +56,7 @@ def parser():
 
     inspect = commands.add_parser("inspect", help="tell what a file holds", description=run_inspect.__doc__)
     inspect.set_defaults(run=run_inspect)
-    inspect.add_argument("checkpoint", metavar="CHECKPOINT", help="a file or folder of weights")
+    inspect.add_argument("source", metavar="SOURCE", help="a model's name, or a file or folder of weights")
 
     probe = commands.add_parser("probe", help="write what to run a port on", description=run_probe.__doc__)
     probe.set_defaults(run=run_probe)
@@ -124,7 +124,7 @@ def run_inspect(args):
     """Tell a checkpoint's dialect, sizes, activation, dtype and tensors; of one that does not load, why."""
     from minclip import checkpoint
 
-    print(checkpoint.inspect(args.checkpoint))
+    print(checkpoint.inspect(args.source))
     return 0
 
 

@@ -180,6 +180,15 @@ def test_inspect_tells_what_a_file_holds(files, tmp_path):
     assert checkpoint.inspect(tmp_path / "page.pt").endswith("download it again")
 
 
+def test_inspect_takes_the_names_that_load_takes(files, monkeypatch):
+    monkeypatch.setattr(checkpoint, "download", lambda name: files[0]["traced.pt"])
+    assert checkpoint.inspect("ViT-B/32") == checkpoint.inspect(files[0]["traced.pt"])
+    text, params = checkpoint.inspect("builtin"), minclip.load()
+    for line in ("builtin dialect OpenAI layers 4", "heads 2", "activation quick_gelu", "dtype float32"):
+        assert line in " ".join(text.split())
+    assert f"{sum(array.size for array in params.values()):,} in {len(params)} tensors" in text
+
+
 def test_loading_never_imports_torch(files):
     program = "import sys, minclip; minclip.load(sys.argv[1]); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program, str(files[0]["traced.pt"])], check=True)
