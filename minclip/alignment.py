@@ -7,7 +7,8 @@ from collections import namedtuple
 
 import numpy as np
 
-from minclip.tracing import BLOCK, axes, on_host
+from minclip.device import as_array
+from minclip.tracing import BLOCK, axes
 
 # What a block's stages are called elsewhere, after the block's number: by OpenAI's and OpenCLIP's
 # modules, Hugging Face's, timm's. ".input" is what `minclip.trace_torch` calls a module's input.
@@ -82,7 +83,7 @@ def align(reference, port):
         if parts[0] not in reference:
             unknown.append(name)
         elif parts[0] not in matches:
-            found = fit([on_host(reference[part]) for part in parts], array, axes(parts[0]))
+            found = fit([as_array(reference[part]) for part in parts], array, axes(parts[0]))
             for part, arranged in zip(parts, found.array if found else (), strict=bool(found)):
                 matches[part] = found._replace(array=arranged, name=name)
                 misfits.pop(part, None)
@@ -205,8 +206,8 @@ def unpack(port):
     arrays = {}
     for name, value in port.items():
         stacked = name.endswith(("hidden_states", "attentions")) and not isinstance(value, (tuple, list))
-        if isinstance(value, (tuple, list)) or (stacked and on_host(value).ndim > 3):
-            arrays |= {f"{name}.{i}": on_host(part) for i, part in enumerate(value) if part is not None}
+        if isinstance(value, (tuple, list)) or (stacked and as_array(value).ndim > 3):
+            arrays |= {f"{name}.{i}": as_array(part) for i, part in enumerate(value) if part is not None}
         elif value is not None:
-            arrays[name] = on_host(value)
+            arrays[name] = as_array(value)
     return arrays

@@ -10,7 +10,7 @@ import numpy as np
 import safetensors.numpy
 
 from minclip import builtin, dialects
-from minclip.device import to_gpu, working_cupy
+from minclip.device import as_array, to_gpu, working_cupy
 from minclip.download import available_models, download
 from minclip.tensor_files import (
     FLOATS,
@@ -355,19 +355,6 @@ def describe(path):
         f"dtype        {', '.join(dtypes)}",
         f"parameters   {count:,} in {len(tensors)} tensors, of {len(tower.tensors)} in all",
     ]
-
-
-def as_array(value):
-    """A torch tensor, a CuPy array or anything array-like, as a NumPy array on the host; no bfloat16."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        value = (value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy()
-    elif hasattr(value, "get"):
-        value = value.get()
-    elif hasattr(value, "numpy") and not hasattr(value, "__array__"):
-        value = value.numpy()
-    array = np.asarray(value)
-    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array  # ml_dtypes', as JAX has it
 
 
 def as_floats(value, name, dtype=None):

@@ -95,6 +95,7 @@ def add_model(command):
 def run_encode(args):
     """Encode each TEXT, or each line of a file, and show similarities or write the features."""
     from minclip import checkpoint, corpus, model, tokenizer
+    from minclip.device import as_array
 
     if bool(args.texts) == bool(args.file):
         print("minclip encode: give texts or --file, one of the two", file=sys.stderr)
@@ -111,12 +112,12 @@ def run_encode(args):
     tokens = tokenizer.tokenize(texts, context_length=context, truncate=args.truncate)
     features = model.encode_text(params, tokens)
     if args.output:
-        features = to_host(model.normalize(features) if args.normalize else features)
+        features = as_array(model.normalize(features) if args.normalize else features)
         features = features.astype(args.dtype or features.dtype, copy=False)
         write_array(args.output, features)
         print_written(args.output, features)
     else:
-        show(args.model, params, texts, tokens, to_host(model.normalize(features)))
+        show(args.model, params, texts, tokens, as_array(model.normalize(features)))
     return 0
 
 
@@ -268,8 +269,3 @@ def write_array(path, array):
 
     with only_when_whole(path) as partial, open(partial, "wb") as file:
         np.save(file, array)
-
-
-def to_host(array):
-    """array itself, or a GPU array's copy in main memory."""
-    return array.get() if hasattr(array, "get") else array

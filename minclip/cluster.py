@@ -19,6 +19,7 @@ import numpy as np
 
 from minclip import checkpoint
 from minclip.corpus import encode_text, fingerprint
+from minclip.device import as_array
 
 LOADING = threading.Lock()
 
@@ -75,7 +76,7 @@ def encode_block(tokens, source, device, dtype, expected):
         params, found = parameters(source, device, dtype)
     if found != expected:
         raise ValueError(f"the model {source} of a worker is not the one of who asked it: copy it to all")
-    return checkpoint.as_array(encode_text(params, tokens))
+    return as_array(encode_text(params, tokens))
 
 
 @functools.lru_cache(maxsize=1)

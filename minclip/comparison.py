@@ -8,6 +8,7 @@ import numpy as np
 
 from minclip import model, tracing
 from minclip.alignment import align, crop, rename, unpack
+from minclip.device import as_array
 from minclip.tracing import PRECISIONS, Trace, axes, block_of, entries, part_of, ratio
 
 # How much further than rounding moves the reference a port may be away, since it adds up in another
@@ -194,7 +195,7 @@ def crop_alike(reference, matches):
     ]
     kept = min(lengths, default=None)
     pairs = {
-        name: (crop(axes(name), tracing.on_host(reference[name]), kept), crop(axes(name), match.array, kept))
+        name: (crop(axes(name), as_array(reference[name]), kept), crop(axes(name), match.array, kept))
         for name, match in matches.items()
     }
     return pairs, None if reference.tokens is None else reference.tokens[:, :kept]
@@ -463,7 +464,7 @@ def compare_files(probe, port, *, names=None, params=None, rtol=None):
     reference = tracing.read_probe(probe)
     reference.params = params
     if params is not None:
-        features = tracing.on_host(tracing.run(params, reference.tokens, model.pass_on))
+        features = as_array(tracing.run(params, reference.tokens, model.pass_on))
         if (
             features.shape != reference["text_features"].shape
             or measure("text_features", reference["text_features"], features, None)[1] > 1e-2

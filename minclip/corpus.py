@@ -30,7 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 from minclip import model, tokenizer
-from minclip.checkpoint import as_array
+from minclip.device import as_array
 from minclip.fast import encode_text
 
 try:

@@ -1,4 +1,6 @@
-"""Parameters onto the GPU, or one clear line that says why not."""
+"""Arrays onto the GPU, or one clear line that says why not; and back to the host."""
+
+import numpy as np
 
 REMEDY = "install minclip[cuda13] (NVIDIA driver 580 or newer) or minclip[cuda12]"
 NO_DEVICE = 100  # cudaErrorNoDevice
@@ -35,3 +37,16 @@ def working_cupy():
     if not found:
         raise ValueError('device="cuda": no NVIDIA GPU is visible here; use device="cpu"')
     return cupy
+
+
+def as_array(value):
+    """A torch tensor, a CuPy array or anything array-like, as a NumPy array on the host; no bfloat16."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = (value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy()
+    elif hasattr(value, "get"):
+        value = value.get()
+    elif hasattr(value, "numpy") and not hasattr(value, "__array__"):
+        value = value.numpy()
+    array = np.asarray(value)
+    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array  # ml_dtypes', as JAX has it

@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from minclip.alignment import align, unpack
 from minclip.checkpoint import Params
+from minclip.device import as_array
 from minclip.faults import BLOCKS, CATALOGUE, NORMALISED, SCALED, SHUFFLED, Port, split
 from minclip.model import architecture, check_tokens, trim
-from minclip.tracing import entries, on_host, round_to, up_to_end
+from minclip.tracing import entries, round_to, up_to_end
 from minclip.tracing import trace as record_trace
 
 SLACK = 4  # sums may run in any order; the clean ports of tests/benchmarks/diagnosis.md need less than 2
@@ -136,7 +137,7 @@ class Search:
     def __init__(self, params, tokens, features):
         self.params = host_params(params)
         self.batch = check_tokens(self.params, tokens)[0]
-        features = on_host(features)
+        features = as_array(features)
         if features.dtype.kind != "f":
             raise ValueError(
                 f"features must be floats, as a port's encode_text returns, not {features.dtype}"
@@ -763,7 +764,7 @@ def port_with(faults, params, tokens, batch=None, precision="float32"):
 def host_params(params):
     """The text tower alone, in main memory and in float32."""
     _, heads, activation = architecture(params)
-    arrays = {name: on_host(array) for name, array in params.items() if name.startswith(TEXT_TOWER)}
+    arrays = {name: as_array(array) for name, array in params.items() if name.startswith(TEXT_TOWER)}
     arrays = {name: array.astype(np.float32, copy=False) for name, array in arrays.items()}
     return Params(arrays, activation=activation, heads=heads)
 

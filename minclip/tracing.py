@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 
 from minclip import model
-from minclip.checkpoint import as_array
+from minclip.device import as_array
 from minclip.tensor_files import only_when_whole, read_safetensors
 
 BLOCK = "transformer.resblocks."
@@ -216,7 +216,7 @@ def trace_torch(torch_model, tokens):
             version = 0 if value.is_inference() else value._version  # counts what is written in place
             if (id(value), version) not in seen:
                 seen[id(value), version] = value  # kept alive, or another tensor could get its id
-                dump[name] = on_host(value).copy()
+                dump[name] = as_array(value).copy()
 
     def hooks_of(name, module):
         before = module.register_forward_pre_hook(
@@ -240,7 +240,7 @@ def trace_torch(torch_model, tokens):
     if isinstance(output, dict):
         keep("", output)
     else:  # of a tuple the first; under this name also where a module has put it out already
-        dump["text_features"] = on_host(output[0] if isinstance(output, tuple) else output).copy()
+        dump["text_features"] = as_array(output[0] if isinstance(output, tuple) else output).copy()
     return dump
 
 
@@ -363,13 +363,6 @@ def round_to(array, precision):
 def up_to_end(tokens):
     """[B, L], True up to the end of each text."""
     return np.arange(tokens.shape[-1]) <= tokens.argmax(axis=-1)[:, None]
-
-
-def on_host(value):
-    """An array of any framework as a NumPy array; bfloat16 becomes float32."""
-    if "bfloat16" in str(getattr(value, "dtype", "")):
-        value = value.float() if hasattr(value, "float") else value.astype(np.float32)
-    return as_array(value)
 
 
 def part_of(name):
