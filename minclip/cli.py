@@ -2,9 +2,16 @@
 
 import argparse
 import contextlib
+import json
 import os
 import sys
 from pathlib import Path
+
+import numpy as np
+
+from minclip import builtin, checkpoint, cluster, comparison, corpus, diagnosis, model, tokenizer, tracing
+from minclip.device import as_array
+from minclip.tensor_files import only_when_whole
 
 SHOWN = 12  # texts whose similarities fit an 80-column terminal side by side
 NEAREST = 3
@@ -94,9 +101,6 @@ def add_model(command):
 
 def run_encode(args):
     """Encode each TEXT, or each line of a file, and show similarities or write the features."""
-    from minclip import checkpoint, corpus, model, tokenizer
-    from minclip.device import as_array
-
     if bool(args.texts) == bool(args.file):
         print("minclip encode: give texts or --file, one of the two", file=sys.stderr)
         return 2
@@ -114,7 +118,8 @@ def run_encode(args):
     if args.output:
         features = as_array(model.normalize(features) if args.normalize else features)
         features = features.astype(args.dtype or features.dtype, copy=False)
-        write_array(args.output, features)
+        with only_when_whole(args.output) as partial, open(partial, "wb") as file:
+            np.save(file, features)
         print_written(args.output, features)
     else:
         show(args.model, params, texts, tokens, as_array(model.normalize(features)))
@@ -123,16 +128,12 @@ def run_encode(args):
 
 def run_inspect(args):
     """Tell a checkpoint's dialect, sizes, activation, dtype and tensors; of one that does not load, why."""
-    from minclip import checkpoint
-
     print(checkpoint.inspect(args.source))
     return 0
 
 
 def run_probe(args):
     """Write probe tokens and every stage of the reference on them, for a port in any language to match."""
-    from minclip import checkpoint, tracing
-
     traced = tracing.write_probe(args.output, checkpoint.load(args.model))
     size = os.path.getsize(args.output) / 1e6
     print(f"{args.output}: tokens {list(traced.tokens.shape)} and {len(traced)} stages, {size:.1f} MB")
@@ -141,8 +142,6 @@ def run_probe(args):
 
 def run_compare(args):
     """Hold a port's arrays against a probe, stage by stage. Exit status 1 where they diverge."""
-    from minclip import checkpoint, comparison
-
     names = read_names(args.names) if args.names else {}
     params = checkpoint.load(args.model) if args.model else None
     compared = comparison.compare_files(args.probe, args.port, names=names, params=params, rtol=args.rtol)
@@ -156,8 +155,6 @@ def run_diagnose(args):
     The file is an .npz or .safetensors with `tokens` [B, L] and `text_features` [B, E], the port's for
     them, and, better still, other stages by their names in minclip.trace, Hugging Face or OpenCLIP.
     """
-    from minclip import checkpoint, diagnosis, tracing
-
     dump = tracing.read_dump(args.port)
     for name in ("tokens", "text_features"):
         if name not in dump:
@@ -170,8 +167,6 @@ def run_diagnose(args):
 
 def read_names(path):
     """The object of a JSON file, from the port's names to ours."""
-    import json
-
     try:
         names = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -183,8 +178,6 @@ def read_names(path):
 
 def encode_corpus(args):
     """Write the features of each line of a file, however many, going on where an earlier run stopped."""
-    from minclip import checkpoint, cluster, corpus
-
     # With Dask it is the workers that have the device.
     device = "cpu" if args.dask else args.device
     params = checkpoint.load(args.model, device=device, dtype=working_dtype(args))
@@ -246,8 +239,6 @@ def show(name, params, texts, tokens, features):
 
 def show_nearest(texts, features):
     """Print the pictures of the built-in table whose features are nearest to each text's."""
-    from minclip import builtin
-
     emoji, names, pictures = builtin.pictures()
     print(f"\nnearest of the built-in model's {len(emoji)} pictures")
     for i, (text, similarity) in enumerate(zip(texts, features @ pictures.T, strict=True), 1):
@@ -259,13 +250,3 @@ def show_nearest(texts, features):
 def one_line(text, width):
     text = " ".join(text.split())
     return text if len(text) <= width else text[: width - 3] + "..."
-
-
-def write_array(path, array):
-    """Save array as a .npy that appears at path only when whole."""
-    import numpy as np
-
-    from minclip.tensor_files import only_when_whole
-
-    with only_when_whole(path) as partial, open(partial, "wb") as file:
-        np.save(file, array)
