@@ -102,8 +102,8 @@ def sort(tokens):
     rows = np.where(np.arange(tokens.shape[1]) < lengths[:, None], tokens.astype(np.int32), -1)
     order = np.lexsort(rows.T[::-1])
     rows, lengths = rows[order], lengths[order]
-    alike = np.logical_and.accumulate(rows[1:] == rows[:-1], axis=1).sum(axis=1)
-    shared = np.append(0, np.minimum(alike, lengths[1:]))
+    differ = rows[1:] != rows[:-1]
+    shared = np.append(0, np.where(differ.any(axis=1), differ.argmax(axis=1), lengths[1:]))
     new = shared < lengths
     return Corpus(rows[new], lengths[new], shared[new], order, new.cumsum() - 1)
 

@@ -252,8 +252,8 @@ class RawKernel:
 
 def as_c(kind, value):
     """A number for a kernel; CuPy passes NumPy scalars by their own type, so that must be the kernel's."""
-    assert value.dtype == {"int": np.int32, "WIDE": np.float32}[kind]
-    return (ctypes.c_int if kind == "int" else ctypes.c_float)(value)
+    assert value.dtype in {"int": ("i4",), "WIDE": ("f4", "f8")}[kind]
+    return {"i4": ctypes.c_int, "f4": ctypes.c_float, "f8": ctypes.c_double}[value.dtype.str[1:]](value)
 
 
 @functools.cache
@@ -294,8 +294,10 @@ def install(monkeypatch):
         "cupy_backends.cuda.libs": libs,
     }.items():
         monkeypatch.setitem(sys.modules, name, module)
-    for name in ("gpu", "fast_gpu"):  # a test before may have left those that the last stand-in made
-        monkeypatch.delitem(sys.modules, f"minclip.{name}", raising=False)
-        monkeypatch.delattr(minclip, name, raising=False)
+    for name in ("gpu", "fast_gpu"):  # those of this stand-in are to go with it; so set, then taken away
+        monkeypatch.setitem(sys.modules, f"minclip.{name}", None)
+        monkeypatch.delitem(sys.modules, f"minclip.{name}")
+        monkeypatch.setattr(minclip, name, None, raising=False)
+        monkeypatch.delattr(minclip, name)
     Fake.waits.clear()
     return fake

@@ -118,11 +118,14 @@ def test_attention_over_a_tree_is_attention_over_each_path(fake, number, wide, K
     path = np.array([[0, 1, 2, 3, 4, 5], [0, 1, 6, 7, 7, 7], [0, 8, 8, 8, 8, 8]], "i4")
     row, position = np.array([0] * 6 + [1, 1, 2], "i4"), np.array([0, 1, 2, 3, 4, 5, 2, 3, 1], "i4")
     qkv = rng.normal(size=(9, 3 * heads * K)).astype(dtype)
+    bias = rng.normal(size=3 * heads * K).astype("f4")
     context = fake.empty((9, heads * K), dtype)
     arrays = [fake.asarray(array) for array in (path, row, position)]
     sizes = [np.int32(n) for n in (9, heads, 6)]
-    gpu.kernel("attend", number, wide, K)((4,), (32, 8), (fake.asarray(qkv), context, *arrays, *sizes))
-    q, k, v = qkv.astype(float).reshape(9, 3, heads, K).transpose(1, 2, 0, 3)
+    gpu.kernel("attend", number, wide, K)(
+        (4,), (32, 8), (fake.asarray(qkv), fake.asarray(bias), context, *arrays, *sizes)
+    )
+    q, k, v = (qkv + bias.astype(float)).reshape(9, 3, heads, K).transpose(1, 2, 0, 3)
     for n in range(9):
         seen = path[row[n], : position[n] + 1]
         weights = model.softmax(np.einsum("hk,hnk->hn", q[:, n], k[:, seen]) * K**-0.5)
@@ -132,7 +135,7 @@ def test_attention_over_a_tree_is_attention_over_each_path(fake, number, wide, K
 
 @needs_compiler
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-@pytest.mark.parametrize(("dtype", "bound"), [("float16", 3e-3), ("float32", 1e-6)])
+@pytest.mark.parametrize(("dtype", "bound"), [("float16", 3e-3), ("float32", 1e-6), ("float64", 1e-13)])
 def test_fast_gives_the_same_features_on_cupy_arrays_chunk_by_chunk(
     fake, monkeypatch, dtype, bound, activation
 ):

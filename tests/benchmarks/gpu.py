@@ -81,13 +81,14 @@ def torch_peers(params, where):
         cut(model, tokens.shape[1])
         return torch.cat(found)[torch.from_numpy(order.argsort()).to(where)]
 
-    whole, positions = [b.attn_mask for b in model.transformer.resblocks], model.positional_embedding.data
+    whole = [block.attn_mask.to(where) for block in model.transformer.resblocks]
+    positions = model.positional_embedding.data
 
     def cut(model, L):
         """OpenAI's model takes its one length only, so its mask and positions are cut to L."""
         model.positional_embedding.data = positions[:L]
         for block, mask in zip(model.transformer.resblocks, whole, strict=True):
-            block.attn_mask = mask[:L, :L].to(where)
+            block.attn_mask = mask[:L, :L]
 
     return torch.no_grad()(encode)
 
