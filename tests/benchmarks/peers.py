@@ -35,7 +35,7 @@ INSTALL = {
     "openai": [[TORCH, "numpy", "ftfy", "regex", "tqdm"], ["--no-deps", "openai-clip==1.0.1"]],
     "transformers": [[TORCH, "transformers"]],
     "onnxruntime": [["onnxruntime"]],
-    "open_clip": [[TORCH, "open_clip_torch"]],
+    "open_clip": [["torch==2.14.1", "torchvision==0.29.1", "open_clip_torch"]],  # it needs a matching pair
 }
 PACKAGE = {"openai": "openai-clip", "open_clip": "open_clip_torch"}
 IMPORTS = {
@@ -45,6 +45,7 @@ IMPORTS = {
 NOTES = {
     "openai": "clip/model.py and simple_tokenizer.py without torchvision, which `import clip` would add",
     "transformers": "texts sorted by length, batches without needless padding",
+    "open_clip": "with torch 2.14.1 and torchvision, on Linux the build with CUDA",
     "onnxruntime": "our own export of the encoder; sorted and trimmed too; it has no tokenizer",
 }
 
@@ -82,14 +83,35 @@ def openai_text(folder):
 
     model, tokenizer = openai()
     text = model.CLIP(512, 32, 1, 64, 16, 77, 49408, 512, 8, 12)  # with the smallest image tower
-    text.load_state_dict(torch.load(folder / "openai.pt"))
+    text.load_state_dict(torch.load(folder / "text.pt"), strict=False)
+    return padded(text), tokenizer.SimpleTokenizer().encode, lambda: 0
+
+
+def open_clip(folder):
+    import open_clip
+    import torch
+
+    smallest = {"layers": 1, "width": 64, "image_size": 32, "patch_size": 32}
+    text = open_clip.CLIP(512, smallest, {"width": 512, "heads": 8, "layers": 12}, quick_gelu=True)
+    text.load_state_dict(torch.load(folder / "text.pt"), strict=False)
+
+    def intermediates():
+        return len(text.forward_intermediates(text=torch.zeros(1, 77, dtype=int))["text_intermediates"])
+
+    return padded(text), open_clip.SimpleTokenizer().encode, intermediates
+
+
+def padded(text):
+    """encode of a torch model whose encode_text takes whole rows of 77 ids."""
+    import torch
+
     text.eval()
 
     def encode(rows):
         with torch.no_grad():
             return torch.cat([text.encode_text(part) for part in torch.tensor(rows).split(BATCH)])
 
-    return encode, tokenizer.SimpleTokenizer().encode, lambda: 0
+    return encode
 
 
 def by_length(rows, encode):
@@ -177,6 +199,7 @@ WORKERS = {
     "openai": openai_text,
     "transformers": transformers,
     "onnxruntime": onnxruntime,
+    "open_clip": open_clip,
 }
 
 
@@ -195,10 +218,11 @@ def prepare(folder, names):
 
     params = oracles.random_params(**throughput.SIZE)
     minclip.save(params, folder / "minclip.safetensors")
-    if "openai" in names:
+    if {"openai", "open_clip"} & set(names):
         import torch
 
-        torch.save(oracles.openai_model(params).state_dict(), folder / "openai.pt")
+        state = {name: torch.from_numpy(array) for name, array in params.items()}
+        torch.save(state, folder / "text.pt")
     if "transformers" in names:
         oracles.transformers_model(params).save_pretrained(folder / "transformers")
         vocabulary = json.dumps(tokenizer.vocabulary())
