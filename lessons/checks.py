@@ -1183,10 +1183,10 @@ def check_first_divergence(first_divergence):
 
 @exercise
 def check_stages(stages):
-    order = [name.removeprefix(f"{faults.BLOCKS}0.") for name in minclip.trace(minclip.load(), [[END]])]
+    order = [name.removeprefix(f"{tracing.BLOCK}0.") for name in minclip.trace(minclip.load(), [[END]])]
     letters = letters_of(stages)
     for letter in letters:
-        said, wanted = str(stages[letter]).removeprefix(f"{faults.BLOCKS}0."), SIX[letter][1]
+        said, wanted = str(stages[letter]).removeprefix(f"{tracing.BLOCK}0."), SIX[letter][1]
         expect(said in order or letter != "E", "E: agrees on ordinary texts; try tracing.probe_tokens()")
         expect(said in order, f"{letter}: no stage is called {said!r}; without the block, such as 'mlp.gelu'")
         expect(order.index(said) <= order.index(wanted), f"{letter}: an earlier stage than {said} is wrong")

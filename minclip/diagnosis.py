@@ -14,9 +14,9 @@ from tqdm import tqdm
 from minclip.alignment import align, unpack
 from minclip.checkpoint import Params
 from minclip.device import as_array
-from minclip.faults import BLOCKS, CATALOGUE, NORMALISED, SCALED, SHUFFLED, Port, split
+from minclip.faults import CATALOGUE, NORMALISED, SCALED, SHUFFLED, Port, split
 from minclip.model import architecture, check_tokens, trim
-from minclip.tracing import entries, round_to, up_to_end
+from minclip.tracing import BLOCK, entries, round_to, up_to_end
 from minclip.tracing import trace as record_trace
 
 SLACK = 4  # sums may run in any order; the clean ports of tests/benchmarks/diagnosis.md need less than 2
@@ -27,7 +27,7 @@ DEEPEST = 4  # bugs that a dump is searched for
 UNIT = 2.0**-24  # one rounding in float32
 ROWS = 32  # texts looked at, at most
 
-TEXT_TOWER = ("token_embedding.", "positional_embedding", BLOCKS, "ln_final.", "text_projection")
+TEXT_TOWER = ("token_embedding.", "positional_embedding", BLOCK, "ln_final.", "text_projection")
 
 
 def diagnose(params, tokens, features, *, trace=None):
@@ -232,7 +232,7 @@ class Search:
 
     def heads(self):
         """The model without its blocks."""
-        arrays = {name: array for name, array in self.params.items() if not name.startswith(BLOCKS)}
+        arrays = {name: array for name, array in self.params.items() if not name.startswith(BLOCK)}
         return Params(arrays, activation=self.params.activation, heads=self.params.heads)
 
     # Holding features against the port's.
@@ -806,11 +806,11 @@ def first_place(fault, clean, place):
     port = port_with([fault], clean, clean.tokens, clean.batch)
     changed = [read_by(name) for name in {*port, *clean} if port.get(name) is not clean.get(name)]
     for name in port.replaced:
-        changed.append(name if name in place else f"{BLOCKS}0.{name}".removesuffix(".block"))
+        changed.append(name if name in place else f"{BLOCK}0.{name}".removesuffix(".block"))
     changed += ["token_embedding"] * (port.tokens is not clean.tokens)
-    changed += [f"{BLOCKS}0.ln_1"] * bool(port.norm)
-    changed += [f"{BLOCKS}0.attn.q"] * (port.heads != clean.heads)
-    changed += [f"{BLOCKS}0.mlp.gelu"] * (port.activation != clean.activation)
+    changed += [f"{BLOCK}0.ln_1"] * bool(port.norm)
+    changed += [f"{BLOCK}0.attn.q"] * (port.heads != clean.heads)
+    changed += [f"{BLOCK}0.mlp.gelu"] * (port.activation != clean.activation)
     last = place["ln_final"] - 1  # where a block that the reference does not have would begin
     return min(place.get(name, last) for name in changed)
 

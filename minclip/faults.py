@@ -11,18 +11,18 @@ reference stays one clean page and a fault is what differs from it, in a line or
 
 A fault's source names a project and a thread, `#n` being an issue or pull request there, or a file.
 A letter of an id is a part of the encoder: A activation, M mask, P pooling, D padding and special
-ids, E embedding and positions, T attention, N norms, residuals, layers, projection and output.
+ids, E embedding and positions, T attention, N norms, residuals, layers, projection and output; R is
+the order of the rows.
 """
 
 import dataclasses
 import math
-import warnings
 
 import numpy as np
 
-from minclip.model import EPS, architecture, encode_text, softmax
-
-BLOCKS = "transformer.resblocks."
+from minclip import tracing
+from minclip.model import EPS, architecture, softmax
+from minclip.tracing import BLOCK, round_to
 
 
 class Port(dict):
@@ -41,9 +41,8 @@ class Port(dict):
 
     def run(self, tap=None):
         """Features [B, E] of the changed encoder, by way of another tap if that calls this one's."""
-        with warnings.catch_warnings(), np.errstate(all="ignore"):
-            warnings.simplefilter("ignore")  # faults may well overflow, or lose the end of text
-            return encode_text(self, self.tokens, tap=tap or self.tap)
+        # In silence: faults may well overflow, or lose the end of text.
+        return tracing.run(self, self.tokens, tap or self.tap)
 
     # What a fault may do.
 
@@ -68,11 +67,11 @@ class Port(dict):
 
     def blocks(self, order):
         """Run the blocks in another order, or fewer, or some twice."""
-        old = {name: self.pop(name) for name in list(self) if name.startswith(BLOCKS)}
+        old = {name: self.pop(name) for name in list(self) if name.startswith(BLOCK)}
         for new, i in enumerate(order):
             for name, array in old.items():
-                if name.startswith(f"{BLOCKS}{i}."):
-                    self[name.replace(f"{BLOCKS}{i}.", f"{BLOCKS}{new}.")] = array
+                if name.startswith(f"{BLOCK}{i}."):
+                    self[name.replace(f"{BLOCK}{i}.", f"{BLOCK}{new}.")] = array
 
     def layer_norm(self, name, x):
         """The port's own layer norm, ln_1 and ln_2 being the current block's."""
@@ -103,10 +102,10 @@ class Port(dict):
 
 def split(name):
     """A stage's full name as its block's prefix and its short name: "block" for a block's output."""
-    if not name.startswith(BLOCKS):
+    if not name.startswith(BLOCK):
         return "", name
-    i, _, stage = name.removeprefix(BLOCKS).partition(".")
-    return f"{BLOCKS}{i}.", stage or "block"
+    i, _, stage = name.removeprefix(BLOCK).partition(".")
+    return f"{BLOCK}{i}.", stage or "block"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,11 +203,8 @@ def over_the_batch(at):
 
 def low_bits(ids, dtype):
     """ids after a cast to a type too small for them, and back."""
-    if dtype == "bfloat16":  # eight bits of precision, rounding half to even
-        bits = ids.astype(np.float32).view(np.uint32)
-        bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
-        return bits.astype(np.uint32).view(np.float32).astype(np.int64)
-    return ids.astype(dtype).astype(np.int64)
+    small = round_to(ids.astype(np.float32), dtype) if dtype == "bfloat16" else ids.astype(dtype)
+    return small.astype(np.int64)
 
 
 def pooled_at(choose):
@@ -289,7 +285,7 @@ def swapped_norms(port):
     swap = {"ln_1.": "ln_2.", "ln_2.": "ln_1."}
     for name, array in list(port.items()):
         for a, b in swap.items():
-            if name.startswith(BLOCKS) and a in name:
+            if name.startswith(BLOCK) and a in name:
                 port[name.replace(a, b)] = array
 
 
