@@ -32,6 +32,7 @@ from tqdm import tqdm
 from minclip import model, tokenizer
 from minclip.device import as_array
 from minclip.fast import encode_text
+from minclip.tracing import TEXT_TOWER
 
 try:
     import fcntl
@@ -241,12 +242,10 @@ def npy_header(job):
 def fingerprint(params):
     """A SHA-256 of what the features depend on: the architecture and every array of the text tower."""
     digest = hashlib.sha256(repr(model.architecture(params)).encode())
-    outermost = ("token_embedding.weight", "positional_embedding", "text_projection")
-    for name in sorted(params):
-        if name in outermost or name.startswith(("transformer.resblocks.", "ln_final.")):
-            array = np.ascontiguousarray(as_array(params[name]))
-            digest.update(f"{name} {array.dtype} {array.shape}".encode())
-            digest.update(array)
+    for name in sorted(name for name in params if name.startswith(TEXT_TOWER)):
+        array = np.ascontiguousarray(as_array(params[name]))
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array)
     return digest.hexdigest()
 
 

@@ -16,7 +16,7 @@ from minclip.checkpoint import Params
 from minclip.device import as_array
 from minclip.faults import CATALOGUE, NORMALISED, SCALED, SHUFFLED, Port, split
 from minclip.model import architecture, check_tokens, trim
-from minclip.tracing import BLOCK, entries, round_to, up_to_end
+from minclip.tracing import BLOCK, TEXT_TOWER, entries, round_to, up_to_end
 from minclip.tracing import trace as record_trace
 
 SLACK = 4  # sums may run in any order; the clean ports of tests/benchmarks/diagnosis.md need less than 2
@@ -26,8 +26,6 @@ LIKELIEST = 400  # pairs that act before the last stages, tried at most
 DEEPEST = 4  # bugs that a dump is searched for
 UNIT = 2.0**-24  # one rounding in float32
 ROWS = 32  # texts looked at, at most
-
-TEXT_TOWER = ("token_embedding.", "positional_embedding", BLOCK, "ln_final.", "text_projection")
 
 
 def diagnose(params, tokens, features, *, trace=None):

@@ -13,6 +13,7 @@ from minclip.device import as_array
 from minclip.tensor_files import only_when_whole, read_safetensors
 
 BLOCK = "transformer.resblocks."
+TEXT_TOWER = ("token_embedding.", "positional_embedding", BLOCK, "ln_final.", "text_projection")  # prefixes
 PRECISIONS = ("float64", "float32", "float16", "bfloat16")  # from fine to coarse
 ROWS_AT_ONCE = 8  # texts that a run in float64 takes at a time, and that rounding is measured on
 HIDDEN = -104  # exp of it is 0 in float32: a key so far below the row's highest score is masked
@@ -342,10 +343,10 @@ def run(params, tokens, tap):
 
 
 def at_precision(params, precision):
-    """params on the host with every float array rounded to precision."""
+    """params with the text tower on the host, every float array of it rounded to precision."""
     rounded = copy.copy(params) if isinstance(params, dict) else dict(params)
     for name, array in params.items():
-        if not name.startswith("visual."):
+        if name.startswith(TEXT_TOWER):
             rounded[name] = round_to(as_array(array), precision)
     return rounded
 
