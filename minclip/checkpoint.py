@@ -12,6 +12,7 @@ import safetensors.numpy
 from minclip import builtin, dialects
 from minclip.device import as_array, to_gpu, working_cupy
 from minclip.download import available_models, download
+from minclip.model import ACTIVATIONS
 from minclip.tensor_files import (
     FLOATS,
     Stored,
@@ -22,8 +23,6 @@ from minclip.tensor_files import (
     zip_members,
 )
 from minclip.torch_archive import read_archive
-
-ACTIVATIONS = ("quick_gelu", "gelu")
 
 
 class Params(dict):

@@ -9,6 +9,8 @@ import difflib
 
 import numpy as np
 
+from minclip.model import ACTIVATIONS
+
 # OpenAI's name, {block} for transformer.resblocks.i and a dot: its shape, in the letters of model.py.
 SHAPES = {
     "token_embedding.weight": "V D",
@@ -244,8 +246,9 @@ def of_hugging_face(config):
         if kind not in ("clip", "clip_text_model"):
             raise ValueError(f"config.json: model_type {kind!r:.80} is no CLIP text tower")
     activation = text.get("hidden_act", "quick_gelu")  # a config leaves out what is the class's default
-    if activation not in ("quick_gelu", "gelu"):
-        raise ValueError(f"config.json: hidden_act {activation!r:.80} is neither quick_gelu nor gelu")
+    if activation not in ACTIVATIONS:
+        allowed = " nor ".join(ACTIVATIONS)
+        raise ValueError(f"config.json: hidden_act {activation!r:.80} is neither {allowed}")
     if text.get("layer_norm_eps", 1e-5) != 1e-5:
         raise ValueError(f"config.json: layer_norm_eps {text['layer_norm_eps']!r:.80}, CLIP's is 1e-05")
     # 2 stands for the largest id, which is what configs written before transformers 4.31 mean by it.
