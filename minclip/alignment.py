@@ -147,8 +147,7 @@ def fit(reference, array, letters):
 
 def layouts_of(letters):
     """The layouts a stage of these axes may come in; the others than LAYOUTS' only in their own."""
-    stream = letters.replace("F", "D")
-    return LAYOUTS.get(stream, (letters,))
+    return LAYOUTS.get(letters, (letters,))
 
 
 def has_layout(shape, layout, sizes):

@@ -18,7 +18,8 @@ PRECISIONS = ("float64", "float32", "float16", "bfloat16")  # from fine to coars
 ROWS_AT_ONCE = 8  # texts that a run in float64 takes at a time, and that rounding is measured on
 HIDDEN = -104  # exp of it is 0 in float32: a key so far below the row's highest score is masked
 
-# The axes of each stage; those not named here are the stream's, B L D. M is L again, seen as keys.
+# The axes of each stage; those not named here are the stream's, B L D, and the MLP's, whose F counts as D
+# here. M is L again, seen as keys.
 AXES = {
     "positional_embedding": "L D",
     "attn.q": "B H L K",
