@@ -67,6 +67,13 @@ def relative(a, b):
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
+def assert_same(params, others):
+    """The same names, and under each the same numbers."""
+    assert sorted(params) == sorted(others)
+    for name, array in others.items():
+        np.testing.assert_array_equal(params[name], array, err_msg=name)
+
+
 def torch_encode_text(params, tokens, dtype="float32", activation="quick_gelu", heads=None, device="cpu"):
     """CLIP.encode_text through torch.nn's own MultiheadAttention, LayerNorm and Linear, in any dtype."""
     import torch
@@ -102,8 +109,34 @@ def torch_encode_text(params, tokens, dtype="float32", activation="quick_gelu", 
         return (x[torch.arange(len(ids)), ids.argmax(dim=-1)] @ state["text_projection"]).cpu().numpy()
 
 
+def renamed(params, prefix="", text="text_model."):
+    """params as Hugging Face would name them."""
+    state = {}
+    for name, array in params.items():
+        for ours, theirs in (
+            ("transformer.resblocks.", f"{text}encoder.layers."),
+            ("attn.", "self_attn."),
+            ("ln_1", "layer_norm1"),
+            ("ln_2", "layer_norm2"),
+            ("c_fc", "fc1"),
+            ("c_proj", "fc2"),
+            ("ln_final", f"{text}final_layer_norm"),
+            ("token_embedding.weight", f"{text}embeddings.token_embedding.weight"),
+            ("positional_embedding", f"{text}embeddings.position_embedding.weight"),
+        ):
+            name = name.replace(ours, theirs)
+        if "in_proj" in name:
+            for part, rows in zip("qkv", np.split(array, 3), strict=True):
+                state[prefix + name.replace("in_proj_", f"{part}_proj.")] = rows
+        elif name == "text_projection":
+            state[prefix + "text_projection.weight"] = array.T
+        else:
+            state[prefix + name] = array
+    return state
+
+
 def transformers_model(params, dtype="float32", activation="quick_gelu", heads=None):
-    """A transformers.CLIPTextModelWithProjection of params, which are renamed to its dialect."""
+    """A transformers.CLIPTextModelWithProjection of params."""
     import torch
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
@@ -121,34 +154,9 @@ def transformers_model(params, dtype="float32", activation="quick_gelu", heads=N
         eos_token_id=V - 1,
     )
     model = CLIPTextModelWithProjection(config).to(getattr(torch, dtype)).eval()
-    state = {"text_projection.weight": params["text_projection"].T}
-    for name, array in params.items():
-        if name.startswith("transformer.resblocks."):
-            _, _, i, rest = name.split(".", 3)
-            layer = f"text_model.encoder.layers.{i}."
-            if "in_proj" in rest:
-                kind = rest.removeprefix("attn.in_proj_")
-                for part, rows in zip("qkv", np.split(array, 3), strict=True):
-                    state[f"{layer}self_attn.{part}_proj.{kind}"] = rows
-            else:
-                for ours, theirs in (
-                    ("attn.", "self_attn."),
-                    ("ln_1", "layer_norm1"),
-                    ("ln_2", "layer_norm2"),
-                    ("mlp.c_fc", "mlp.fc1"),
-                    ("mlp.c_proj", "mlp.fc2"),
-                ):
-                    rest = rest.replace(ours, theirs)
-                state[layer + rest] = array
-    state["text_model.embeddings.token_embedding.weight"] = params["token_embedding.weight"]
-    state["text_model.embeddings.position_embedding.weight"] = params["positional_embedding"]
-    state["text_model.final_layer_norm.weight"] = params["ln_final.weight"]
-    state["text_model.final_layer_norm.bias"] = params["ln_final.bias"]
     prefixed = any(name.startswith("text_model.") for name in model.state_dict())
-    state = {
-        name if prefixed else name.removeprefix("text_model."): torch.from_numpy(np.ascontiguousarray(array))
-        for name, array in state.items()
-    }
+    state = renamed(params, text="text_model." if prefixed else "")
+    state = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in state.items()}
     model.load_state_dict(state, strict=True)
     return model
 

@@ -9,19 +9,13 @@ import pytest
 import safetensors.torch
 import torch
 from archives import openai_model, save_traced
-from oracles import random_params, random_tokens
+from oracles import assert_same, random_params, random_tokens
 
 import minclip
 from minclip import checkpoint
 
 PARAMS = random_params(width=64, layers=2, embed=48, context=16, vocabulary=100)
 TOKENS = random_tokens([3, 9, 16], context=16, vocabulary=100)
-
-
-def assert_same(params, others):
-    assert sorted(params) == sorted(others)
-    for name, array in others.items():
-        np.testing.assert_array_equal(params[name], array, err_msg=name)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from oracles import openai, random_params, random_tokens, torch_encode_text
+from oracles import assert_same, openai, random_params, random_tokens, renamed, torch_encode_text
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import minclip
@@ -30,12 +30,6 @@ VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "n
 VISION |= {"image_size": 8, "patch_size": 4, "projection_dim": 48}
 
 
-def assert_same(params, others):
-    assert sorted(params) == sorted(others)
-    for name, array in others.items():
-        np.testing.assert_array_equal(params[name], array, err_msg=name)
-
-
 def hugging_face(kind):
     torch.manual_seed(0)
     with torch.no_grad():
@@ -55,32 +49,6 @@ def hugging_face_features(model):
             pooled = model.text_model(ids).pooler_output
             return model.text_projection(pooled).numpy()
         return model(ids).text_embeds.numpy()
-
-
-def renamed(params, prefix="", text="text_model."):
-    """params as Hugging Face would name them."""
-    state = {}
-    for name, array in params.items():
-        for ours, theirs in (
-            ("transformer.resblocks.", f"{text}encoder.layers."),
-            ("attn.", "self_attn."),
-            ("ln_1", "layer_norm1"),
-            ("ln_2", "layer_norm2"),
-            ("c_fc", "fc1"),
-            ("c_proj", "fc2"),
-            ("ln_final", f"{text}final_layer_norm"),
-            ("token_embedding.weight", f"{text}embeddings.token_embedding.weight"),
-            ("positional_embedding", f"{text}embeddings.position_embedding.weight"),
-        ):
-            name = name.replace(ours, theirs)
-        if "in_proj" in name:
-            for part, rows in zip("qkv", np.split(array, 3), strict=True):
-                state[prefix + name.replace("in_proj_", f"{part}_proj.")] = rows
-        elif name == "text_projection":
-            state[prefix + "text_projection.weight"] = array.T
-        else:
-            state[prefix + name] = array
-    return state
 
 
 @pytest.mark.parametrize("kind", [CLIPModel, CLIPTextModelWithProjection])

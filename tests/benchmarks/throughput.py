@@ -27,7 +27,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from oracles import openai, random_params, transformers_model
+from oracles import openai_model, random_params, transformers_model
 from peers import peak_memory
 
 import minclip
@@ -147,10 +147,7 @@ def torch_padded(params):
     """OpenAI's own clip/model.py, every text padded to 77."""
     import torch
 
-    D = SIZE["width"]
-    model = openai("model").CLIP(SIZE["embed"], 32, 1, 64, 32, 77, 49408, D, D // 64, SIZE["layers"])
-    model.load_state_dict({k: torch.from_numpy(v) for k, v in params.items()}, strict=False)
-    model.eval()
+    model = openai_model(params)
 
     def encode(tokens):
         with torch.no_grad():

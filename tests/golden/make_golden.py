@@ -13,20 +13,16 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from oracles import openai, random_params, random_tokens
+from oracles import openai_model, random_params, random_tokens
 
-CONTEXT, VOCABULARY, WIDTH, HEADS, LAYERS, EMBED = 77, 300, 128, 2, 2, 48
+CONTEXT, VOCABULARY, WIDTH, LAYERS, EMBED = 77, 300, 128, 2, 48
 
 
 def main():
     params = random_params(WIDTH, LAYERS, EMBED, CONTEXT, VOCABULARY, seed=7, dtype=np.float16)
     tokens = random_tokens([2, 3, 8, 41, 77], CONTEXT, VOCABULARY, seed=7)
-    model = openai("model").CLIP(EMBED, 32, 1, 64, 32, CONTEXT, VOCABULARY, WIDTH, HEADS, LAYERS).eval()
-    state = model.state_dict()
-    for name, array in params.items():
-        state[name].copy_(torch.from_numpy(array))
     with torch.no_grad():
-        features = model.encode_text(torch.from_numpy(tokens).long()).numpy()
+        features = openai_model(params).encode_text(torch.from_numpy(tokens).long()).numpy()
     np.savez_compressed(
         Path(__file__).with_name("golden.npz"), tokens=tokens.astype(np.int16), features=features, **params
     )
