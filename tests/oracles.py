@@ -6,6 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
+SIZES = {  # of the text towers of OpenAI's models
+    "RN50": dict(width=512, layers=12, embed=1024),
+    "ViT-B/32": dict(width=512, layers=12, embed=512),
+    "ViT-L/14": dict(width=768, layers=12, embed=768),
+}
+
 
 @functools.cache
 def openai(name):

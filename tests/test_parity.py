@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from oracles import (
+    SIZES,
     openai,
     random_params,
     random_tokens,
@@ -13,11 +14,6 @@ from oracles import (
 
 import minclip
 
-SIZES = {
-    "RN50": dict(width=512, layers=12, embed=1024),
-    "ViT-B/32": dict(width=512, layers=12, embed=512),
-    "ViT-L/14": dict(width=768, layers=12, embed=768),
-}
 TORCH = {"torch": torch_encode_text, "transformers": transformers_encode_text}
 TOKENS = random_tokens([2, 3, 9, 20, 77])
 

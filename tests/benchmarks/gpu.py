@@ -18,16 +18,12 @@ import cupy
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from oracles import openai_model, random_params, random_tokens, relative, torch_encode_text
+from oracles import SIZES, openai_model, random_params, random_tokens, relative, torch_encode_text
 from throughput import imagenet_prompts, needed_flops
 
 import minclip
 from minclip import device, fast, gpu
 
-SIZES = {
-    "ViT-B/32": dict(width=512, layers=12, embed=512),
-    "ViT-L/14": dict(width=768, layers=12, embed=768),
-}
 ROUNDS = 5
 BATCH = 1024  # texts that torch takes at once
 
@@ -169,7 +165,8 @@ def main():
     if prompts is None:
         sys.exit("no ImageNet prompts: install open_clip_torch or give --open-clip WHEEL")
     lines, rate = [], matmul_rate()
-    for part in (heading(rate), *(measure(name, size, prompts, rate) for name, size in SIZES.items())):
+    measured = (measure(name, SIZES[name], prompts, rate) for name in ("ViT-B/32", "ViT-L/14"))
+    for part in (heading(rate), *measured):
         for line in part:
             print(line, flush=True)
             lines.append(line)

@@ -12,8 +12,14 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from oracles import random_params, random_tokens, relative, torch_encode_text, transformers_encode_text
-from test_parity import SIZES
+from oracles import (
+    SIZES,
+    random_params,
+    random_tokens,
+    relative,
+    torch_encode_text,
+    transformers_encode_text,
+)
 
 import minclip
 

@@ -27,13 +27,13 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from oracles import openai_model, random_params, transformers_model
+from oracles import SIZES, openai_model, random_params, transformers_model
 from peers import peak_memory
 
 import minclip
 from minclip import fast, tokenizer
 
-SIZE = dict(width=512, layers=12, embed=512)
+SIZE = SIZES["ViT-B/32"]
 BATCH = 64  # texts a call of the peers
 
 
