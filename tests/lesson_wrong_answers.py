@@ -113,10 +113,6 @@ def add_and_forget(x, positions):
     x + positions
 
 
-def embed_with(pick, places):
-    return lambda table, positions, tokens: pick(table, tokens) + places(positions, tokens)
-
-
 WRONG["check_one_hot_lookup"] = [
     (lambda table, tokens: one_hot(tokens, len(table), float) @ table, "float64"),
     (lambda table, ids: (one_hot(ids, len(table)) * ids[:, None].astype("f")) @ table, "not the id"),

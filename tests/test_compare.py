@@ -5,6 +5,8 @@ import functools
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
+import torch
 from oracles import openai_model, random_params, random_tokens, transformers_model
 
 import minclip
@@ -417,11 +419,9 @@ def test_dumps_are_read_from_files(tmp_path, kind):
 
 
 def test_bfloat16_is_read_from_safetensors(tmp_path):
-    torch = pytest.importorskip("torch")
-    from safetensors.torch import save_file
-
     x = torch.randn(3, 4).bfloat16()
-    save_file({"x": x, "ids": torch.arange(3), "yes": torch.tensor([True])}, tmp_path / "port.safetensors")
+    tensors = {"x": x, "ids": torch.arange(3), "yes": torch.tensor([True])}
+    safetensors.torch.save_file(tensors, tmp_path / "port.safetensors")
     read = tracing.read_dump(tmp_path / "port.safetensors")
     np.testing.assert_array_equal(read["x"], x.float().numpy())
     assert read["ids"].tolist() == [0, 1, 2]

@@ -7,7 +7,7 @@ import pytest
 from oracles import random_params, relative, transformers_model
 
 import minclip
-from minclip import cli, comparison, tracing
+from minclip import cli, comparison, faults, tracing
 
 PARAMS = random_params(width=128, layers=11, embed=128)
 TOKENS = tracing.probe_tokens()
@@ -124,18 +124,11 @@ def test_a_harmless_change_moves_no_feature(change):
     assert moved(encode(HARMLESS[change])) < 1
 
 
-def catalogue():
-    try:
-        from minclip import faults
-    except ImportError:
-        return []
-    return [fault for fault in faults.CATALOGUE if fault.fits(faults.Port(PARAMS, TOKENS))]
+FAULTS = [fault for fault in faults.CATALOGUE if fault.fits(faults.Port(PARAMS, TOKENS))]
 
 
-@pytest.mark.parametrize("fault", catalogue(), ids=lambda fault: fault.id)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
 def test_the_probe_sees_every_bug_of_the_catalogue(fault):
-    from minclip import faults
-
     port = faults.Port(PARAMS, TOKENS)
     fault.change(port)
     if fault.id in ("D1-end", "D1-zero"):  # another padding is a bug only beside one that looks at padding

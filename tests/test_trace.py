@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from oracles import openai_model, random_params, random_tokens, relative, transformers_model
 
 import minclip
@@ -141,7 +142,6 @@ def test_rounding_is_measured_where_it_arises():
 
 
 def test_bfloat16_is_rounded_as_torch_rounds_it():
-    torch = pytest.importorskip("torch")
     numbers = np.random.default_rng(0).standard_normal(10_000).astype(np.float32) * 10.0 ** np.arange(
         -30, 30
     ).repeat(10_000 // 60 + 1)[:10_000].astype(np.float32)
