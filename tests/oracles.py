@@ -67,6 +67,14 @@ def random_tokens(lengths, context=77, vocabulary=49408, seed=0, pad=0):
     return tokens
 
 
+def token_rows(texts, context, vocabulary):
+    """Rows of the ids of texts, each between start and end, padded with 0."""
+    tokens = np.zeros((len(texts), context), np.int32)
+    for row, ids in zip(tokens, texts, strict=True):
+        row[: len(ids) + 2] = [vocabulary - 2, *ids, vocabulary - 1]
+    return tokens
+
+
 def relative(a, b):
     """Relative L2 distance of a from b, in float64."""
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)

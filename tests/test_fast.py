@@ -12,18 +12,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import token_rows
 from threadpoolctl import threadpool_info, threadpool_limits
 
 import minclip
 from minclip import fast
 
-ROOT = pathlib.Path(__file__).parents[1]
+HERE = pathlib.Path(__file__).parent
 V, L = 97, 24
 
 
-def random_params(
-    heads=None, activation="quick_gelu", dtype=np.float32, layers=3, D=128, F=192, E=40, seed=0
-):
+def harsh_params(heads=None, activation="quick_gelu", dtype=np.float32, layers=3, D=128, F=192, E=40, seed=0):
     """A small text tower whose every weight, bias and mean matters."""
     rng = np.random.default_rng(seed)
 
@@ -56,15 +55,11 @@ def random_params(
     return minclip.Params(params, activation=activation, heads=heads or D // 64)
 
 
-PARAMS = random_params()
+PARAMS = harsh_params()
 
 
 def rows(*texts):
-    """Token rows [B, L] of lists of ids, each between a start and an end id, padded with 0 as OpenAI does."""
-    tokens = np.zeros((len(texts), L), np.int32)
-    for row, text in zip(tokens, texts, strict=True):
-        row[: len(text) + 2] = [V - 2, *text, V - 1]
-    return tokens
+    return token_rows(texts, L, V)
 
 
 def error(params, tokens):
@@ -124,11 +119,11 @@ def test_every_boundary_of_chunks_and_twigs_is_exact(monkeypatch):
     ("dtype", "tolerance"), [(np.float16, 5e-3), (np.float32, 1e-5), (np.float64, 1e-12)], ids=str
 )
 def test_every_dtype_head_count_and_activation(dtype, tolerance, heads, activation):
-    assert error(random_params(heads, activation, dtype), many(200)) < tolerance
+    assert error(harsh_params(heads, activation, dtype), many(200)) < tolerance
 
 
 def test_float16_is_no_further_from_float64_than_the_reference():
-    params, tokens = random_params(dtype=np.float16), many(200)
+    params, tokens = harsh_params(dtype=np.float16), many(200)
     truth = minclip.encode_text({name: value.astype(np.float64) for name, value in params.items()}, tokens)
     ours, reference = fast.encode_text(params, tokens), minclip.encode_text(params, tokens)
     assert np.linalg.norm(ours - truth) <= np.linalg.norm(reference - truth)
@@ -170,14 +165,14 @@ def test_wrong_tokens_and_params_raise_as_the_reference_does():
 
 
 def test_scores_that_overflow_exp_do_no_harm():
-    params = random_params(dtype=np.float64)
+    params = harsh_params(dtype=np.float64)
     name = "transformer.resblocks.1.attn.in_proj_weight"
     params[name] = params[name] * 30  # scores of thousands, where any rounding is much amplified
     assert error(params, many(100)) < 1e-9
 
 
 def test_nothing_given_is_written_to():
-    params, tokens = random_params(), many(100)
+    params, tokens = harsh_params(), many(100)
     for array in (*params.values(), tokens):
         array.flags.writeable = False
     fast.encode_text(params, tokens)
@@ -247,8 +242,8 @@ MEMORY = """
 import resource, sys
 import numpy as np
 from minclip import fast
-from tests.test_fast import many, random_params
-params, texts = random_params(), np.tile(many(4000, length=20, ids=50), (20, 1))
+from test_fast import harsh_params, many
+params, texts = harsh_params(), np.tile(many(4000, length=20, ids=50), (20, 1))
 texts[:, 1] = np.arange(len(texts)) % 90  # most of them different
 fast.encode_text(params, texts[:10])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -259,5 +254,5 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 - fea
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts kilobytes on Linux")
 def test_memory_does_not_grow_with_the_corpus():
-    run = subprocess.run([sys.executable, "-c", MEMORY], cwd=ROOT, capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", MEMORY], cwd=HERE, capture_output=True, text=True, check=True)
     assert int(run.stdout) < 250e6  # all activations of these 80,000 texts would be 600 MB a layer

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import random_params, random_tokens, relative
+from oracles import random_params, random_tokens, relative, token_rows
 
 import minclip
 from minclip import fast, tokenizer
@@ -42,11 +42,7 @@ corpora = st.lists(words, min_size=1, max_size=12)
 
 
 def rows(texts):
-    """Token rows [B, L] of the ids of texts: start, text, end, and 0 for the rest."""
-    tokens = np.zeros((len(texts), L), np.int32)
-    for row, ids in zip(tokens, texts, strict=True):
-        row[: len(ids) + 2] = [V - 2, *ids, V - 1]
-    return tokens
+    return token_rows(texts, L, V)
 
 
 def near(features, expected, params):
