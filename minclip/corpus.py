@@ -43,7 +43,7 @@ CHUNK = 8192  # texts encoded together: the more, the more beginnings they share
 CHUNK_CHARACTERS = 2**22  # and fewer of them where texts are long, to keep memory bounded
 LONGEST_LINE = 2**18  # bytes
 BLOCK = 2**18  # bytes read at once
-TOKENIZERS = max(1, min(4, (os.cpu_count() or 1) - 1))  # processes; they keep up with a GPU
+TOKENIZERS = max(1, min(4, (os.cpu_count() or 1) - 1))  # processes
 LOG_SECONDS = 60
 ENDED_EARLY = "a process that tokenizes has ended early: was it killed, or out of memory?"
 

@@ -19,7 +19,7 @@ from minclip.model import architecture, check_tokens, trim
 from minclip.tracing import BLOCK, TEXT_TOWER, entries, round_to, up_to_end
 from minclip.tracing import trace as record_trace
 
-SLACK = 4  # sums may run in any order; the clean ports of tests/benchmarks/diagnosis.md need less than 2
+SLACK = 4  # sums may run in any order
 GATE = {"float32": 300, "float16": 20, "bfloat16": 8}  # times rounding: near enough to be judged
 JUDGED = 12  # candidates judged at most, nearest first
 LIKELIEST = 400  # pairs that act before the last stages, tried at most

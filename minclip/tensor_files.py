@@ -1,7 +1,8 @@
-"""Tensors that still lie in their file: safetensors, .npz, and what these share with PyTorch archives.
+"""Files of tensors: safetensors, .npz, what these share with PyTorch archives, and how to write one whole.
 
-A file is mapped, not read: names, shapes and dtypes come from its header, and a tensor's numbers only
+To read, a file is mapped: names, shapes and dtypes come from its header, and a tensor's numbers only
 when somebody asks for them, so the image tower beside a text tower costs nothing.
+To write, `only_when_whole` gives a file its name at the end.
 """
 
 import contextlib

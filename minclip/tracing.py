@@ -37,8 +37,9 @@ AXES = {
 class Trace(dict):
     """Every stage of one run: a dict from stage name to array, in the order of computation.
 
-    params   the parameters it was made with; None where it comes from a file
-    tokens   the tokens it was made of, [B, L]
+    params      the parameters it was made with; None where it comes from a file
+    tokens      the tokens it was made of, [B, L]
+    roundings   {precision: what `measure_rounding` gives}, as far as it was measured or is in the file
 
     Prints as a table; of alike blocks the first is shown in full, of the others what they put out.
     """
