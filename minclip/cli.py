@@ -219,7 +219,7 @@ def print_written(path, features):
 
 def show(name, params, texts, tokens, features):
     """Print texts, their similarities, and the built-in pictures nearest to each."""
-    layers = sum(key.endswith(".ln_1.weight") for key in params)
+    layers, _, _ = model.architecture(params)
     kind = "built-in, a small CLIP-style one, not CLIP" if name == "builtin" else name
     print(f"model: {kind} ({layers} layers, width {params['ln_final.weight'].size})\n")
     print("    tokens  text")

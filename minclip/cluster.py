@@ -18,8 +18,9 @@ import threading
 import numpy as np
 
 from minclip import checkpoint
-from minclip.corpus import encode_text, fingerprint
+from minclip.corpus import fingerprint
 from minclip.device import as_array
+from minclip.fast import encode_text
 
 LOADING = threading.Lock()
 
