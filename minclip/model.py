@@ -22,6 +22,7 @@ import warnings
 import numpy as np
 
 EPS = 1e-5  # torch.nn.LayerNorm's default, which OpenAI keeps
+FEW = 128  # rows, of one or two texts
 
 
 def encode_text(params, tokens, *, tap=None):
@@ -132,7 +133,9 @@ def layer_norm(x, weight, bias):
 @quick_on_gpu
 def linear(x, weight, bias):
     """x @ weight.T + bias. One product of two matrices is quicker than a stack of small ones."""
-    rows = widen(x).reshape(-1, x.shape[-1]) @ widen(weight).T + bias
+    rows, weight = widen(x).reshape(-1, x.shape[-1]), widen(weight)
+    # Of a few rows BLAS makes the same product more quickly when it is turned over.
+    rows = (rows @ weight.T if len(rows) > FEW else (weight @ rows.T).T) + bias
     return rows.astype(x.dtype, copy=False).reshape(*x.shape[:-1], weight.shape[0])
 
 
