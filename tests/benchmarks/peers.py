@@ -147,49 +147,6 @@ def transformers(folder):
     return encode, lambda text: tokenizer(text)["input_ids"][1:-1], intermediates
 
 
-def onnxruntime(folder):
-    import numpy as np
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(folder / "text.onnx", providers=["CPUExecutionProvider"])
-
-    def once(rows):
-        return session.run(None, {"tokens": np.array(rows, dtype=np.int64)})[0]
-
-    return lambda rows: by_length(rows, once), None, lambda: len(session.get_outputs()) - 1
-
-
-def work(name, folder):
-    """Print, as JSON, what one peer measures of itself."""
-    start = time.perf_counter()
-    encode, tokenize, intermediates = WORKERS[name](folder)
-    load = time.perf_counter() - start
-    given = json.loads((folder / "given.json").read_text())
-    one, corpus = given["one"], given["corpus"]
-
-    def timed(rows):
-        start = time.perf_counter()
-        encode(rows)
-        return time.perf_counter() - start
-
-    for _ in range(3):
-        timed(one)
-    latency = statistics.median(timed(one) for _ in range(30))
-    if timed(corpus[:BATCH]) > 5:  # to the slow a part is enough: they go from batch to batch
-        corpus = corpus[: 4 * BATCH]
-    rate = len(corpus) / min(timed(corpus) for _ in range(2))
-    exact = 0 if tokenize else None
-    for text, ids in given["hostile"] if tokenize else ():
-        try:
-            exact += list(tokenize(text)) == ids
-        except Exception:  # whatever it is, these are not the ids
-            continue
-    features = encode(one).tolist()[0]
-    found = dict(load=load, latency=latency, rate=rate, peak=peak_memory(), intermediates=intermediates())
-    assert math.dist(features, given["features"]) < 1e-5 * math.hypot(*given["features"]), "other features"
-    print(json.dumps(found | {"exact": exact and exact / len(given["hostile"])}))
-
-
 def clippie(folder):
     import clippie.model as model
     import numpy as np
@@ -228,11 +185,54 @@ def clippie(folder):
     return encode, lambda text: list(tokeniser.encode(text)), lambda: 0
 
 
+def onnxruntime(folder):
+    import numpy as np
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(folder / "text.onnx", providers=["CPUExecutionProvider"])
+
+    def once(rows):
+        return session.run(None, {"tokens": np.array(rows, dtype=np.int64)})[0]
+
+    return lambda rows: by_length(rows, once), None, lambda: len(session.get_outputs()) - 1
+
+
 def peak_memory():
     """The most bytes that this process has held."""
     # Not ru_maxrss, which counts what the parent held when it started this process.
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def work(name, folder):
+    """Print, as JSON, what one peer measures of itself."""
+    start = time.perf_counter()
+    encode, tokenize, intermediates = WORKERS[name](folder)
+    load = time.perf_counter() - start
+    given = json.loads((folder / "given.json").read_text())
+    one, corpus = given["one"], given["corpus"]
+
+    def timed(rows):
+        start = time.perf_counter()
+        encode(rows)
+        return time.perf_counter() - start
+
+    for _ in range(3):
+        timed(one)
+    latency = statistics.median(timed(one) for _ in range(30))
+    if timed(corpus[:BATCH]) > 5:  # to the slow a part is enough: they go from batch to batch
+        corpus = corpus[: 4 * BATCH]
+    rate = len(corpus) / min(timed(corpus) for _ in range(2))
+    exact = 0 if tokenize else None
+    for text, ids in given["hostile"] if tokenize else ():
+        try:
+            exact += list(tokenize(text)) == ids
+        except Exception:  # whatever it is, these are not the ids
+            continue
+    features = encode(one).tolist()[0]
+    found = dict(load=load, latency=latency, rate=rate, peak=peak_memory(), intermediates=intermediates())
+    assert math.dist(features, given["features"]) < 1e-5 * math.hypot(*given["features"]), "other features"
+    print(json.dumps(found | {"exact": exact and exact / len(given["hostile"])}))
 
 
 WORKERS = {
