@@ -87,7 +87,7 @@ def encode_text(params, tokens, *, progress=False):
     with one_blas_thread() as threads, ThreadPoolExecutor(threads) as pool:
         blocks = list(pool.map(lambda i: fold(params, i, heads, activation), range(layers)))
         with tqdm(total=len(tokens), unit=" texts", disable=not progress) as bar:
-            for texts in pool.map(encode_chunk, chunks(corpus, threads, CHUNK)):
+            for texts in pool.map(encode_chunk, chunks(corpus.lengths - corpus.shared, threads, CHUNK)):
                 bar.update(texts)
     return features.reshape(*leading, P.shape[1])
 
@@ -98,19 +98,25 @@ def sort(tokens):
     Behind its end of text a row is -1. Row t has lengths[t] ids, the first shared[t] of them in common
     with the row before. In sorted order the B texts are tokens[order]; the i-th of these is row group[i].
     """
+    xp = array_module(tokens)
     lengths = tokens.argmax(axis=-1) + 1
-    rows = np.where(np.arange(tokens.shape[1]) < lengths[:, None], tokens.astype(np.int32), -1)
-    order = np.lexsort(rows.T[::-1])
+    rows = xp.where(xp.arange(tokens.shape[1]) < lengths[:, None], tokens.astype(np.int32), -1)
+    order = xp.lexsort(rows.T[::-1])
     rows, lengths = rows[order], lengths[order]
-    differ = rows[1:] != rows[:-1]
-    shared = np.append(0, np.where(differ.any(axis=1), differ.argmax(axis=1), lengths[1:]))
+    differ = rows != rows[xp.arange(len(rows)) - 1]
+    shared = xp.where(differ.any(axis=1), differ.argmax(axis=1), lengths)
+    shared[0] = 0  # before the first row there is none
     new = shared < lengths
-    return Corpus(rows[new], lengths[new], shared[new], order, new.cumsum() - 1)
+    (kept,) = new.nonzero()
+    return Corpus(rows[kept], lengths[kept], shared[kept], order, new.cumsum() - 1)
 
 
-def chunks(corpus, threads, most):
-    """Slices of the sorted rows with about `most` nodes each at most, and as many for every thread."""
-    nodes = (corpus.lengths - corpus.shared).cumsum()
+def chunks(new, threads, most):
+    """Slices of the sorted rows with about `most` nodes each at most, and as many for every thread.
+
+    new [T], on the host, is how many nodes each row adds to those of the row before.
+    """
+    nodes = new.cumsum()
     count = threads * math.ceil(nodes[-1] / most / threads)
     bounds = np.searchsorted(nodes, nodes[-1] * np.arange(1, count) / count)
     bounds = np.unique([0, *bounds, len(nodes)]).tolist()
@@ -120,13 +126,15 @@ def chunks(corpus, threads, most):
 def number(rows, lengths, shared):
     """The tree of sorted rows [T, L]: each node's row and position [N], in preorder, and each row's path.
 
-    path [T, L] holds the nodes that a row passes, one a position; behind its end, any.
+    path [T, L] holds the nodes that a row passes, one a position; behind its end, any. Where shared is
+    0 another tree begins, whose nodes are counted on.
     """
-    at = np.arange(rows.shape[1])
-    shared = np.append(0, shared[1:])  # the row before the first belongs to another tree
+    at = array_module(rows).arange(rows.shape[1])
     new = (at >= shared[:, None]) & (at < lengths[:, None])  # (T, L)
-    nodes = new.cumsum().reshape(new.shape) - 1
-    return *new.nonzero(), np.maximum.accumulate(np.where(new, nodes, 0))
+    nodes = new.cumsum(dtype=np.int32).reshape(new.shape) - 1
+    # A row passes, at each position, the last node that it or a row before it has made there.
+    made = new.T.cumsum(dtype=np.int32) - 1  # position by position: how many before
+    return *new.nonzero(), nodes.T[new.T][made].reshape(new.T.shape).T
 
 
 def grow(rows, lengths, shared):
@@ -134,7 +142,7 @@ def grow(rows, lengths, shared):
 
     Among the nodes, those at `first` have all the ids at all their positions; node n is as same[n] of them.
     """
-    row, position, path = number(rows, lengths, shared)
+    row, position, path = number(rows, lengths, np.append(0, shared[1:]))
     row, position = (np.pad(index, (0, -len(index) % TWIG), mode="edge") for index in (row, position))  # (N,)
     ids = rows[row, position]
     _, first, same = np.unique(

@@ -1,11 +1,12 @@
 """`minclip.fast` on the GPU: the same tree, its nodes the rows of matrices.
 
-What is added between two products is added by the kernel that reads it next, so that memory is passed over
-as seldom as can be: attention adds q's and v's biases, one kernel each the MLP's first bias and its gate, and
-a bias, the stream and its norm.
+Memory is passed over as seldom as can be. A product adds what attention or MLP makes to the stream by
+itself, and biases are added by the kernel that reads next: attention adds q's and v's, the gate the MLP's
+first. The biases of what goes to the stream are never in it: the norms that read it add up to then.
 
-The host sorts and numbers the nodes of the next chunk and sends them on a stream of their own, while the
-GPU computes the last ones; it is waited for only when it is CHUNKS behind. Features stay on the GPU.
+Tokens are sorted and their nodes numbered on the GPU too, TEXTS texts at a time and on a stream of their
+own, while it computes those before. The host waits only for the sizes that this finds, and when it is more
+than CHUNKS chunks ahead. Features stay on the GPU.
 """
 
 from collections import deque, namedtuple
@@ -15,13 +16,14 @@ import numpy as np
 from tqdm import tqdm
 
 from minclip import fast, gpu
-from minclip.model import EPS, layer_norm, matmul
+from minclip.model import EPS, matmul
 
-NODES = 32768  # nodes computed at once. In float16 one takes about 30 bytes a unit of width: 0.5 GB at 512
+NODES = 16384  # nodes computed at once. In float16 one takes about 20 bytes a unit of width: 170 MB at 512
+TEXTS = 2**17  # texts sorted at once, which takes some 50 bytes a position: 150 MB for texts of 22 tokens
 CHUNKS = 2  # chunks that may wait for the GPU
-NUMBERS = {"e": ("__half", "float", "f4"), "f": ("float", "float", "f4"), "d": ("double", "double", "f8")}
 
-Tree = namedtuple("Tree", "ids positions row path ends order group")
+Tree = namedtuple("Tree", "ids positions row path first_node ends order group")
+Norm = namedtuple("Norm", "added weight bias")
 
 
 def encode_corpus(params, tokens, layers, heads, activation, progress):
@@ -32,9 +34,10 @@ def encode_corpus(params, tokens, layers, heads, activation, progress):
         raise ValueError(
             f"minclip.fast on the GPU takes head widths that 8 divides, not {K}: use minclip.encode_text"
         )
-    wide = NUMBERS[P.dtype.char][2]
-    vectors = {name: array.astype(wide, copy=False) for name, array in params.items() if array.ndim == 1}
-    corpus = fast.sort(tokens)
+    wide = np.promote_types(P.dtype, np.float32)
+    # Copies in any case, so that they begin where kernels can read several numbers at once.
+    vectors = {name: array.astype(wide) for name, array in params.items() if array.ndim == 1}
+    norms = norms_of(vectors, layers)
     features = cupy.empty((len(tokens), P.shape[1]), P.dtype)  # (B, E)
     sending, computing = cupy.cuda.Stream(non_blocking=True), cupy.cuda.get_current_stream()
     under_way = deque()
@@ -45,87 +48,102 @@ def encode_corpus(params, tokens, layers, heads, activation, progress):
         bar.update(len(tree.order))
 
     with tqdm(total=len(tokens), unit=" texts", disable=not progress) as bar:
-        for chunk in fast.chunks(corpus, 1, NODES):
+        for part in fast.slices(len(tokens), TEXTS):
             with sending:
-                tree = Tree(*map(cupy.asarray, number(corpus, chunk)))
+                trees = plant(tokens[part])
             computing.wait_event(sending.record())
-            found = encode_tree(params, vectors, layers, heads, activation, tree)  # (T, E)
-            features[tree.order] = found[tree.group]
-            under_way.append((tree, computing.record()))
-            if len(under_way) > CHUNKS:
-                finish()
+            for tree in trees:
+                found = encode_tree(params, vectors, norms, heads, activation, tree)  # (T, E)
+                features[part][tree.order] = found[tree.group]
+                under_way.append((tree, computing.record()))
+                if len(under_way) > CHUNKS:
+                    finish()
         while under_way:
             finish()
     return features
 
 
-def number(corpus, chunk):
-    """The tree of a chunk of the sorted rows, on the host."""
-    rows, lengths = corpus.rows[chunk], corpus.lengths[chunk]
-    row, position, path = fast.number(rows, lengths, corpus.shared[chunk])
-    first, last = np.searchsorted(corpus.group, (chunk.start, chunk.stop))
-    tree = Tree(
-        ids=rows[row, position],
-        positions=position,
-        row=row,
-        path=path,
-        ends=path[np.arange(len(rows)), lengths - 1],
-        order=corpus.order[first:last],
-        group=corpus.group[first:last] - chunk.start,
-    )
-    return (np.ascontiguousarray(array, dtype=np.int32) for array in tree)
+def norms_of(vectors, layers):
+    """The layer norms in order, each with the sum of all biases that the stream should have got before it."""
+    added, norms = 0 * vectors["ln_final.bias"], []
 
+    def norm(name):
+        norms.append(Norm(added, vectors[f"{name}.weight"], vectors[f"{name}.bias"]))
 
-def encode_tree(params, vectors, layers, heads, activation, tree):
-    """Features [T, E] of the texts that make up the tree; vectors are biases and the weights of norms."""
-    P = params["text_projection"]
-
-    def product(x, name):
-        return matmul(x, params[name].T)
-
-    x = params["token_embedding.weight"][tree.ids].astype(P.dtype, copy=False)  # (N, D)
-    x = x + params["positional_embedding"][tree.positions].astype(P.dtype, copy=False)
-    norms = [f"transformer.resblocks.{i}.ln_1" for i in range(layers)] + ["ln_final"]
-    h = layer_norm(x, vectors[f"{norms[0]}.weight"], vectors[f"{norms[0]}.bias"])
     for i in range(layers):
         block = f"transformer.resblocks.{i}"
-        qkv = product(h, f"{block}.attn.in_proj_weight")
+        norm(f"{block}.ln_1")
+        added = added + vectors[f"{block}.attn.out_proj.bias"]
+        norm(f"{block}.ln_2")
+        added = added + vectors[f"{block}.mlp.c_proj.bias"]
+    norm("ln_final")
+    return norms
+
+
+def plant(tokens):
+    """The trees of some texts, of about NODES nodes each; nodes are counted through them all."""
+    corpus = fast.sort(cupy.asarray(tokens))
+    chunks = fast.chunks((corpus.lengths - corpus.shared).get(), 1, NODES)
+    starts = cupy.asarray([chunk.start for chunk in chunks])
+    corpus.shared[starts] = 0
+    found = fast.number(corpus.rows, corpus.lengths, corpus.shared)
+    row, position, path = (cupy.ascontiguousarray(array, dtype=np.int32) for array in found)
+    ids = corpus.rows[row, position]  # (N,)
+    ends = path[cupy.arange(len(path)), corpus.lengths - 1]  # (T,)
+    first_node = [*cupy.searchsorted(row, starts).get().tolist(), len(row)]
+    first_text = [*cupy.searchsorted(corpus.group, starts).get().tolist(), len(tokens)]
+    trees = []
+    for i, chunk in enumerate(chunks):
+        nodes, texts = (slice(first[i], first[i + 1]) for first in (first_node, first_text))
+        trees.append(
+            Tree(
+                *(ids[nodes], position[nodes], row[nodes], path, nodes.start, ends[chunk] - nodes.start),
+                *(corpus.order[texts], corpus.group[texts] - chunk.start),
+            )
+        )
+    return trees
+
+
+def encode_tree(params, vectors, norms, heads, activation, tree):
+    """Features [T, E] of the texts that make up the tree; vectors are biases, wide as those of norms are."""
+    P = params["text_projection"]
+    layers = len(norms) // 2
+    x = params["token_embedding.weight"][tree.ids].astype(P.dtype, copy=False)  # (N, D)
+    x = x + params["positional_embedding"][tree.positions].astype(P.dtype, copy=False)
+    for i in range(layers):
+        block = f"transformer.resblocks.{i}"
+        qkv = matmul(normalise(x, norms[2 * i]), params[f"{block}.attn.in_proj_weight"].T)
         context = attend(qkv, vectors[f"{block}.attn.in_proj_bias"], tree, heads)
         if i == layers - 1:  # from here on each position is by itself, and only the ends are asked for
             x, context = x[tree.ends], context[tree.ends]
-        change = product(context, f"{block}.attn.out_proj.weight")
-        h = add_and_normalise(x, change, vectors, f"{block}.attn.out_proj", f"{block}.ln_2")
-        inner = product(h, f"{block}.mlp.c_fc.weight")
-        by_rows(f"add_and_{activation}", inner, vectors[f"{block}.mlp.c_fc.bias"])
-        change = product(inner, f"{block}.mlp.c_proj.weight")
-        h = add_and_normalise(x, change, vectors, f"{block}.mlp.c_proj", norms[i + 1])
-    return matmul(h, P)
+        add_product(context, params[f"{block}.attn.out_proj.weight"].T, x)
+        inner = matmul(normalise(x, norms[2 * i + 1]), params[f"{block}.mlp.c_fc.weight"].T)
+        gpu.by_rows(f"add_and_{activation}", inner, inner, vectors[f"{block}.mlp.c_fc.bias"])
+        add_product(inner, params[f"{block}.mlp.c_proj.weight"].T, x)
+    return matmul(normalise(x, norms[-1]), P)
+
+
+def normalise(x, norm):
+    """The layer norm of x and of the biases that it should have got."""
+    h = cupy.empty_like(x)
+    gpu.by_rows("add_and_normalise", x, h, *norm, norm.weight.dtype.type(EPS))
+    return h
+
+
+def add_product(a, b, x):
+    """x += a @ b, rounded once."""
+    if x.dtype == np.float16:
+        gpu.product(a, b, x, add=True)
+    else:
+        x += a @ b
 
 
 def attend(qkv, bias, tree, heads):
     """What each node gathers [N, D] from its ancestors and itself; qkv [N, 3 D] is still without its bias."""
     N, D = len(qkv), qkv.shape[1] // 3
     context = cupy.empty((N, D), qkv.dtype)
-    sizes = (np.int32(size) for size in (N, heads, tree.path.shape[1]))
+    sizes = (np.int32(size) for size in (tree.first_node, N, heads, tree.path.shape[1]))
     arrays = (qkv, bias, context, tree.path, tree.row, tree.positions)
-    launch("attend", N * heads, qkv.dtype, (*arrays, *sizes), D // heads)
+    kernel = gpu.kernel("attend", qkv.dtype.char, gpu.PACK, D // heads)
+    gpu.launch(kernel, N * heads, *arrays, *sizes)
     return context
-
-
-def add_and_normalise(x, change, vectors, layer, norm):
-    """x += change and the layer's bias, in place; gives the layer norm of x."""
-    h = cupy.empty_like(x)
-    norm = vectors[f"{norm}.weight"], vectors[f"{norm}.bias"]
-    by_rows("add_and_normalise", x, change, h, vectors[f"{layer}.bias"], *norm, norm[0].dtype.type(EPS))
-    return h
-
-
-def by_rows(name, x, *others):
-    """Run a kernel on x [N, ...], in place, a warp to a row."""
-    rows, length = x.shape
-    launch(name, rows, x.dtype, (x, *others, np.int32(rows), np.int32(length)))
-
-
-def launch(name, warps, dtype, arguments, head_width=64):
-    number, wide, _ = NUMBERS[dtype.char]
-    gpu.kernel(name, number, wide, head_width)((-(-warps // gpu.ROWS),), (32, gpu.ROWS), arguments)

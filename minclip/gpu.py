@@ -12,63 +12,73 @@ from pathlib import Path
 import cupy
 import numpy as np
 from cupy.cuda import device, runtime
+from cupy_backends.cuda.libs import cublas
 
 from minclip.model import EPS
 
 ROWS = 8  # rows that a block of threads takes, one warp of 32 threads to a row
+PACK = 4  # numbers that a thread takes at once, where a row's length and the arrays' places allow it
+NUMBERS = {"e": ("__half", "float"), "f": ("float", "float"), "d": ("double", "double")}  # NUMBER, WIDE
+CUDA_TYPES = {"e": runtime.CUDA_R_16F, "f": runtime.CUDA_R_32F}
+FACTORS = np.float32([0, 1])  # which cuBLAS wants by their addresses
+ZERO, ONE = FACTORS.ctypes.data, FACTORS.ctypes.data + FACTORS.itemsize
 SOURCE = Path(__file__).with_name("kernels.cu")
 
 
 def layer_norm(x, weight, bias):
     weight, bias = (array.astype(np.float32, copy=False) for array in (weight, bias))
-    return by_rows("layer_norm", x, weight, bias, np.float32(EPS))
+    return to_new("layer_norm", x, weight, bias, np.float32(EPS))
 
 
 def softmax(x):
-    return by_rows("softmax", x)
+    return to_new("softmax", x)
 
 
 def quick_gelu(x):
-    return by_rows("quick_gelu", x)
+    return to_new("quick_gelu", x)
 
 
 def gelu(x):
-    return by_rows("gelu", x)
+    return to_new("gelu", x)
 
 
-def linear(x, weight, bias):
+def linear(x, weight, bias, dtype=np.float16):
     """The bias is where the product starts its sum, so that the two are rounded together."""
     rows = x.reshape(-1, x.shape[-1])
-    onto = cupy.empty((len(rows), len(weight)), x.dtype)
-    onto[...] = bias
-    return product(rows, weight.T, onto).reshape(*x.shape[:-1], len(weight))
+    out = cupy.empty((len(rows), len(weight)), dtype)
+    out[...] = bias
+    return product(rows, weight.T, out, add=True).reshape(*x.shape[:-1], len(weight))
+
+
+def wide_linear(x, weight, bias):
+    return linear(x, weight, bias, np.float32)
+
+
+def add(x, change):
+    return cupy.add(x, change, out=cupy.empty_like(x))
 
 
 def matmul(a, b):
-    return product(a, b, None)
+    return product(a, b, cupy.empty((*a.shape[:-1], b.shape[-1]), np.float16))
 
 
-def product(a, b, onto):
-    """a @ b, added in place to onto (None: to nothing), for stacks of matrices [..., M, K] @ [..., K, N].
+def product(a, b, out, add=False):
+    """a @ b written to out, or added to it, for stacks of float16 matrices [..., M, K] @ [..., K, N].
 
-    On the tensor cores: float16 in, summed in float32, float16 out. cuBLAS keeps matrices by columns, so
-    what it sees is each transposed, and what it is asked for is out.T = b.T @ a.T.
+    On the tensor cores: summed in float32 and rounded once, where out is float16. cuBLAS keeps matrices by
+    columns, so what it sees is each transposed, and what it is asked for is out.T = b.T @ a.T.
     """
-    from cupy_backends.cuda.libs import cublas  # late: it loads the CUDA library
-
-    (*stack, M, K), N = a.shape, b.shape[-1]
-    out = cupy.empty((*stack, M, N), np.float16) if onto is None else onto
     if not out.size:
         return out
+    M, K, N = *a.shape[-2:], b.shape[-1]
     (a, a_turned), (b, b_turned) = as_stored(a), as_stored(b)
-    turn = {False: cublas.CUBLAS_OP_N, True: cublas.CUBLAS_OP_T}
-    one, start = np.float32([1]), np.float32([onto is not None])
-    half = runtime.CUDA_R_16F
+    turn = cublas.CUBLAS_OP_N, cublas.CUBLAS_OP_T
+    half, number = CUDA_TYPES["e"], CUDA_TYPES[out.dtype.char]
     cublas.gemmStridedBatchedEx(
-        *(device.get_cublas_handle(), turn[b_turned], turn[a_turned], N, M, K, one.ctypes.data),
+        *(device.get_cublas_handle(), turn[b_turned], turn[a_turned], N, M, K, ONE),
         *(b.data.ptr, half, b.shape[-1], K * N),
-        *(a.data.ptr, half, a.shape[-1], M * K, start.ctypes.data),
-        *(out.data.ptr, half, N, M * N, out.size // (M * N)),
+        *(a.data.ptr, half, a.shape[-1], M * K, ONE if add else ZERO),
+        *(out.data.ptr, number, N, M * N, out.size // (M * N)),
         *(cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT_TENSOR_OP),
     )
     return out
@@ -81,20 +91,33 @@ def as_stored(x):
     return cupy.ascontiguousarray(x, dtype=np.float16), turned
 
 
-def by_rows(name, x, *arguments):
-    """A kernel that makes of each row of x, of the last axis, a row of the same length."""
+def to_new(name, x, *others):
+    """What a kernel makes of the rows of x."""
     x = cupy.ascontiguousarray(x)
     y = cupy.empty_like(x)
-    length = x.shape[-1]
-    if y.size:
-        rows = x.size // length
-        grid = (-(-rows // ROWS),)
-        kernel(name)(grid, (32, ROWS), (x, y, *arguments, np.int32(rows), np.int32(length)))
+    by_rows(name, x, y, *others)
     return y
 
 
+def by_rows(name, x, y, *others):
+    """Run a kernel on the rows of x, of the last axis, a warp to each; all arrays are C-contiguous."""
+    if not x.size:
+        return
+    rows, length = np.int32(x.size // x.shape[-1]), np.int32(x.shape[-1])
+    arrays = (array for array in (x, y, *others) if isinstance(array, cupy.ndarray))
+    aligned = length % PACK == 0 and all(array.data.ptr % 16 == 0 for array in arrays)
+    launch(kernel(name, x.dtype.char, PACK if aligned else 1), int(rows), x, y, *others, rows, length)
+
+
+def launch(kernel, warps, *arguments):
+    kernel((-(-warps // ROWS),), (32, ROWS), arguments)
+
+
 @functools.cache
-def kernel(name, number="__half", wide="float", head_width=64):
+def kernel(name, number, pack=1, head_width=64):
     """A kernel of kernels.cu; CUDA compiles it on its first use and CuPy keeps it on disk."""
-    options = (f"-DNUMBER={number}", f"-DWIDE={wide}", f"-DK={head_width}")
+    number, wide = NUMBERS[number]
+    options = (f"-DNUMBER={number}", f"-DWIDE={wide}", f"-DPACK={pack}", f"-DK={head_width}")
+    if number == "__half":  # its rounding is far coarser than the errors of a quick exp or division
+        options += ("--use_fast_math",)
     return cupy.RawKernel(SOURCE.read_text(), name, options)

@@ -3,9 +3,17 @@
 //
 // NUMBER  what arrays hold: __half, float or double
 // WIDE    what is computed in: float, or double for double
+// PACK    numbers of a row that a thread reads at once: the more, the better memory is used. It divides the
+//         row's length, and arrays begin where so many can be read at once
 // K       head width, a multiple of 8
 
 #include <cuda_fp16.h>
+
+// Neighbouring numbers, aligned so that as many as can be, 16 bytes, are read or written at once.
+__device__ constexpr int alignment(int bytes) { return (bytes & -bytes) < 16 ? bytes & -bytes : 16; }
+template <class T, int count> struct alignas(alignment(count * sizeof(T))) Several { T x[count]; };
+typedef Several<NUMBER, PACK> Numbers;
+typedef Several<WIDE, PACK> Wides;
 
 __device__ WIDE sum(WIDE x) {
     for (int apart = 16; apart; apart /= 2) x += __shfl_xor_sync(0xffffffff, x, apart);
@@ -20,35 +28,49 @@ __device__ WIDE largest(WIDE x) {
 // Which row this warp takes, of a launch with one warp to a row.
 __device__ int this_row() { return blockIdx.x * blockDim.y + threadIdx.y; }
 
-// The layer norm of one row.
-__device__ void normalise(const NUMBER* x, NUMBER* y, const WIDE* weight, const WIDE* bias, WIDE eps,
-                          int length) {
+// Numbers i, i + 1, ... of a row and of what is added to every row, if anything is.
+__device__ Wides read(const NUMBER* x, const WIDE* added, int i) {
+    Numbers numbers = *(const Numbers*)(x + i);
+    Wides wides = {};
+    if (added) wides = *(const Wides*)(added + i);
+    for (int j = 0; j < PACK; j++) wides.x[j] += WIDE(numbers.x[j]);
+    return wides;
+}
+
+// Into y the layer norm of each row of x + added.
+__device__ void normalise(const NUMBER* x, NUMBER* y, const WIDE* added, const WIDE* weight, const WIDE* bias,
+                          WIDE eps, int rows, int length) {
+    if (this_row() >= rows) return;
+    x += (size_t)this_row() * length;
+    y += (size_t)this_row() * length;
     WIDE mean = 0, variance = 0;
-    for (int i = threadIdx.x; i < length; i += 32) mean += WIDE(x[i]);
+    for (int i = threadIdx.x * PACK; i < length; i += 32 * PACK) {
+        Wides wides = read(x, added, i);
+        for (int j = 0; j < PACK; j++) mean += wides.x[j];
+    }
     mean = sum(mean) / length;
-    for (int i = threadIdx.x; i < length; i += 32) variance += (WIDE(x[i]) - mean) * (WIDE(x[i]) - mean);
+    for (int i = threadIdx.x * PACK; i < length; i += 32 * PACK) {
+        Wides wides = read(x, added, i);
+        for (int j = 0; j < PACK; j++) variance += (wides.x[j] - mean) * (wides.x[j] - mean);
+    }
     WIDE deviation = sqrt(sum(variance) / length + eps);
-    for (int i = threadIdx.x; i < length; i += 32)
-        y[i] = NUMBER((WIDE(x[i]) - mean) / deviation * weight[i] + bias[i]);
+    for (int i = threadIdx.x * PACK; i < length; i += 32 * PACK) {
+        Wides wides = read(x, added, i), w = *(const Wides*)(weight + i), b = *(const Wides*)(bias + i);
+        Numbers numbers;
+        for (int j = 0; j < PACK; j++)
+            numbers.x[j] = NUMBER((wides.x[j] - mean) / deviation * w.x[j] + b.x[j]);
+        *(Numbers*)(y + i) = numbers;
+    }
 }
 
 extern "C" __global__ void layer_norm(const NUMBER* x, NUMBER* y, const WIDE* weight, const WIDE* bias,
                                       WIDE eps, int rows, int length) {
-    if (this_row() >= rows) return;
-    size_t start = (size_t)this_row() * length;
-    normalise(x + start, y + start, weight, bias, eps, length);
+    normalise(x, y, nullptr, weight, bias, eps, rows, length);
 }
 
-// For `minclip.fast_gpu`: x += change + added, all rounded once; then into y the layer norm of x.
-extern "C" __global__ void add_and_normalise(NUMBER* x, const NUMBER* change, NUMBER* y, const WIDE* added,
-                                             const WIDE* weight, const WIDE* bias, WIDE eps, int rows,
-                                             int length) {
-    if (this_row() >= rows) return;
-    size_t start = (size_t)this_row() * length;
-    x += start;
-    for (int i = threadIdx.x; i < length; i += 32)
-        x[i] = NUMBER(WIDE(x[i]) + WIDE(change[start + i]) + added[i]);
-    normalise(x, y + start, weight, bias, eps, length);
+extern "C" __global__ void add_and_normalise(const NUMBER* x, NUMBER* y, const WIDE* added, const WIDE* weight,
+                                             const WIDE* bias, WIDE eps, int rows, int length) {
+    normalise(x, y, added, weight, bias, eps, rows, length);
 }
 
 extern "C" __global__ void softmax(const NUMBER* x, NUMBER* y, int rows, int length) {
@@ -67,71 +89,82 @@ __device__ WIDE quick_gelu_of(WIDE x) { return x / (1 + exp(WIDE(-1.702) * x)); 
 
 __device__ WIDE gelu_of(WIDE x) { return x * erfc(-x * WIDE(0.70710678118654752)) / 2; }
 
-extern "C" __global__ void quick_gelu(const NUMBER* x, NUMBER* y, int rows, int length) {
+// Into y a function of each number of x + added.
+template <WIDE function(WIDE)>
+__device__ void each(const NUMBER* x, NUMBER* y, const WIDE* added, int rows, int length) {
     if (this_row() >= rows) return;
-    size_t start = (size_t)this_row() * length;
-    for (size_t i = start + threadIdx.x; i < start + length; i += 32) y[i] = NUMBER(quick_gelu_of(WIDE(x[i])));
+    x += (size_t)this_row() * length;
+    y += (size_t)this_row() * length;
+    for (int i = threadIdx.x * PACK; i < length; i += 32 * PACK) {
+        Wides wides = read(x, added, i);
+        Numbers numbers;
+        for (int j = 0; j < PACK; j++) numbers.x[j] = NUMBER(function(wides.x[j]));
+        *(Numbers*)(y + i) = numbers;
+    }
+}
+
+extern "C" __global__ void quick_gelu(const NUMBER* x, NUMBER* y, int rows, int length) {
+    each<quick_gelu_of>(x, y, nullptr, rows, length);
 }
 
 extern "C" __global__ void gelu(const NUMBER* x, NUMBER* y, int rows, int length) {
-    if (this_row() >= rows) return;
-    size_t start = (size_t)this_row() * length;
-    for (size_t i = start + threadIdx.x; i < start + length; i += 32) y[i] = NUMBER(gelu_of(WIDE(x[i])));
+    each<gelu_of>(x, y, nullptr, rows, length);
 }
 
-// For `minclip.fast_gpu`: the activation of x + added, in place.
-extern "C" __global__ void add_and_quick_gelu(NUMBER* x, const WIDE* added, int rows, int length) {
-    if (this_row() >= rows) return;
-    x += (size_t)this_row() * length;
-    for (int i = threadIdx.x; i < length; i += 32) x[i] = NUMBER(quick_gelu_of(WIDE(x[i]) + added[i]));
+extern "C" __global__ void add_and_quick_gelu(const NUMBER* x, NUMBER* y, const WIDE* added, int rows,
+                                              int length) {
+    each<quick_gelu_of>(x, y, added, rows, length);
 }
 
-extern "C" __global__ void add_and_gelu(NUMBER* x, const WIDE* added, int rows, int length) {
-    if (this_row() >= rows) return;
-    x += (size_t)this_row() * length;
-    for (int i = threadIdx.x; i < length; i += 32) x[i] = NUMBER(gelu_of(WIDE(x[i]) + added[i]));
+extern "C" __global__ void add_and_gelu(const NUMBER* x, NUMBER* y, const WIDE* added, int rows, int length) {
+    each<gelu_of>(x, y, added, rows, length);
 }
-
-// Eight threads hold one head of one node between them, K / 8 neighbouring numbers each.
-struct alignas(K * sizeof(NUMBER) % 128 ? sizeof(NUMBER) : 16) Part { NUMBER x[K / 8]; };
 
 // Attention over the tree of `minclip.fast`: node n sees its ancestors and itself, which are the nodes
-// path[row[n]][0 .. position[n]]. One warp to a node and head; its four groups of eight threads take
-// every fourth ancestor each, and put together what they found at the end. qkv comes without its bias: q
-// gets its own here; v's is added to what is found, whose weights have sum 1; k's would raise all scores of
-// a node alike, which softmax does not see.
+// path[row[n]][0 .. position[n]], nodes being counted from `first_node` on. One warp to a node and head;
+// each of its four groups of eight threads takes every fourth ancestor, each of the eight K / 8 neighbouring
+// numbers of the head; what the groups found is put together at the end. qkv comes without its bias: q gets
+// its own here; v's is added to what is found, whose weights have sum 1; k's would raise all scores of a
+// node alike, which softmax does not see.
 extern "C" __global__ void attend(const NUMBER* qkv, const WIDE* bias, NUMBER* context, const int* path,
-                                  const int* row, const int* position, int nodes, int heads, int longest) {
+                                  const int* row, const int* position, int first_node, int nodes, int heads,
+                                  int longest) {
+    typedef Several<NUMBER, K / 8> Part;
+    typedef Several<WIDE, K / 8> WidePart;
     int n = this_row() / heads, head = this_row() % heads, width = heads * K;
     if (n >= nodes) return;
-    int group = threadIdx.x / 8, part = head * K + threadIdx.x % 8 * (K / 8);
+    int thread = threadIdx.x, group = thread / 8, part = head * K + thread % 8 * (K / 8), last = position[n];
+    path += (size_t)row[n] * longest;
     Part without_bias = *(const Part*)(qkv + (size_t)n * 3 * width + part);
-    WIDE q[K / 8];
-    for (int i = 0; i < K / 8; i++) q[i] = WIDE(without_bias.x[i]) + bias[part + i];
-    WIDE top = -1e20, total = 0, found[K / 8] = {};
-    for (int first = 0; first <= position[n]; first += 4) {
-        int at = min(first + group, position[n]);
-        const NUMBER* key = qkv + (size_t)path[(size_t)row[n] * longest + at] * 3 * width + width + part;
+    WidePart q = *(const WidePart*)(bias + part), found = {};
+    for (int i = 0; i < K / 8; i++) q.x[i] += WIDE(without_bias.x[i]);
+    WIDE top = -1e20, total = 0;
+    int ancestor = 0;  // one of the next 32, read long before it is asked for
+    for (int first = 0; first <= last; first += 4) {
+        if (first % 32 == 0) ancestor = path[min(first + thread, last)] - first_node;
+        int node = __shfl_sync(0xffffffff, ancestor, min(first + group, last) % 32);
+        const NUMBER* key = qkv + (size_t)node * 3 * width + width + part;
         Part k = *(const Part*)key, v = *(const Part*)(key + width);
         WIDE score = 0;
-        for (int i = 0; i < K / 8; i++) score += q[i] * WIDE(k.x[i]);
+        for (int i = 0; i < K / 8; i++) score += q.x[i] * WIDE(k.x[i]);
         for (int apart = 4; apart; apart /= 2) score += __shfl_xor_sync(0xffffffff, score, apart);
-        score = first + group > position[n] ? WIDE(-1e30) : score / sqrt(WIDE(K));
+        score = first + group > last ? WIDE(-1e30) : score / sqrt(WIDE(K));
         WIDE before = top;
         top = max(top, score);
         WIDE weight = exp(score - top), kept = exp(before - top);
         total = total * kept + weight;
-        for (int i = 0; i < K / 8; i++) found[i] = found[i] * kept + weight * WIDE(v.x[i]);
+        for (int i = 0; i < K / 8; i++) found.x[i] = found.x[i] * kept + weight * WIDE(v.x[i]);
     }
     WIDE mine = exp(top - largest(top));
     total *= mine;
     for (int apart = 8; apart <= 16; apart *= 2) total += __shfl_xor_sync(0xffffffff, total, apart);
+    WidePart v_bias = *(const WidePart*)(bias + 2 * width + part);
     Part result;
     for (int i = 0; i < K / 8; i++) {
-        found[i] *= mine;
+        found.x[i] *= mine;
         for (int apart = 8; apart <= 16; apart *= 2)
-            found[i] += __shfl_xor_sync(0xffffffff, found[i], apart);
-        result.x[i] = NUMBER(found[i] / total + bias[2 * width + part + i]);
+            found.x[i] += __shfl_xor_sync(0xffffffff, found.x[i], apart);
+        result.x[i] = NUMBER(found.x[i] / total + v_bias.x[i]);
     }
     if (group == 0) *(Part*)(context + (size_t)n * width + part) = result;
 }

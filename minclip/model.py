@@ -11,7 +11,8 @@ used as x @ W.T; text_projection alone is [in, out] and is used as x @ P.
 
 The same lines run on NumPy and on CuPy: an array's own module does the work. float16 is how
 numbers are kept between stages; inside a stage they are float32 and are rounded once at its end.
-On the GPU minclip.gpu does float16's steps, in the same way, on the tensor cores.
+What attention and MLP add to the residual stream is rounded only with the sum, and stays float32
+till then. On the GPU minclip.gpu does float16's steps, in the same way, on the tensor cores.
 """
 
 import functools
@@ -79,9 +80,9 @@ def encode_text(params, tokens, *, tap=None):
 def residual_block(x, params, name, heads, activation, mask, tap):
     """Add to the stream x what attention, then what the MLP, makes of its layer norm."""
     h = tap(f"{name}.ln_1", layer_norm(x, *weight_and_bias(params, f"{name}.ln_1")))  # (B, L, D)
-    x = tap(f"{name}.residual", x + attention(h, params, f"{name}.attn", heads, mask, tap))  # (B, L, D)
+    x = tap(f"{name}.residual", add(x, attention(h, params, f"{name}.attn", heads, mask, tap)))  # (B, L, D)
     h = tap(f"{name}.ln_2", layer_norm(x, *weight_and_bias(params, f"{name}.ln_2")))  # (B, L, D)
-    return tap(name, x + mlp(h, params, f"{name}.mlp", activation, tap))
+    return tap(name, add(x, mlp(h, params, f"{name}.mlp", activation, tap)))
 
 
 def attention(x, params, name, heads, mask, tap):
@@ -97,14 +98,14 @@ def attention(x, params, name, heads, mask, tap):
     weights = tap(f"{name}.weights", softmax(masked))  # (B, H, L, L)
     context = matmul(weights, v)  # (B, H, L, K)
     context = tap(f"{name}.context", context.transpose(0, 2, 1, 3).reshape(B, L, D))  # (B, L, D)
-    return tap(name, linear(context, *weight_and_bias(params, f"{name}.out_proj")))
+    return tap(name, wide_linear(context, *weight_and_bias(params, f"{name}.out_proj")))
 
 
 def mlp(x, params, name, activation, tap):
     """Each position by itself: out to F, a soft gate, back to D."""
     h = tap(f"{name}.c_fc", linear(x, *weight_and_bias(params, f"{name}.c_fc")))  # (B, L, F)
     h = tap(f"{name}.gelu", ACTIVATIONS[activation](h))  # (B, L, F)
-    return tap(name, linear(h, *weight_and_bias(params, f"{name}.c_proj")))
+    return tap(name, wide_linear(h, *weight_and_bias(params, f"{name}.c_proj")))
 
 
 def quick_on_gpu(step):
@@ -132,11 +133,23 @@ def layer_norm(x, weight, bias):
 
 @quick_on_gpu
 def linear(x, weight, bias):
-    """x @ weight.T + bias. One product of two matrices is quicker than a stack of small ones."""
+    """x @ weight.T + bias in the dtype of x."""
+    return wide_linear(x, weight, bias).astype(x.dtype, copy=False)
+
+
+@quick_on_gpu
+def wide_linear(x, weight, bias):
+    """x @ weight.T + bias, of float16 in float32. One product of two matrices is quicker than a stack."""
     rows, weight = widen(x).reshape(-1, x.shape[-1]), widen(weight)
     # Of a few rows BLAS makes the same product more quickly when it is turned over.
     rows = (rows @ weight.T if len(rows) > FEW else (weight @ rows.T).T) + bias
-    return rows.astype(x.dtype, copy=False).reshape(*x.shape[:-1], weight.shape[0])
+    return rows.reshape(*x.shape[:-1], weight.shape[0])
+
+
+@quick_on_gpu
+def add(x, change):
+    """The stream x and what is added to it, rounded once."""
+    return (x + change).astype(x.dtype, copy=False)
 
 
 @quick_on_gpu
@@ -244,13 +257,13 @@ def check_tokens(params, tokens):
     if tokens.ndim == 0 or not 1 <= tokens.shape[-1] <= context:
         shape = list(tokens.shape)
         raise ValueError(f"tokens must be [..., L], L from 1 to the context length {context}, not {shape}")
-    outside = (tokens < 0) | (tokens >= V)
-    if outside.any():
-        at = tuple(map(int, np.argwhere(outside)[0]))
+    largest = tokens.max(axis=-1, initial=0)
+    if tokens.min(initial=0) < 0 or largest.max(initial=0) >= V:
+        at = tuple(map(int, np.argwhere((tokens < 0) | (tokens >= V))[0]))
         raise ValueError(f"token id {tokens[at]} at {list(at)} is outside the vocabulary, 0 to {V - 1}")
     leading = tokens.shape[:-1]
     tokens = tokens.reshape(math.prod(leading), tokens.shape[-1])
-    unended = (tokens != V - 1).all(axis=-1)
+    unended = (largest != V - 1).ravel()
     if unended.any():
         warnings.warn(
             f"{unended.sum()} of {len(tokens)} rows, first row {unended.argmax()}, have no end-of-text id "

@@ -78,7 +78,8 @@ def trace(params, tokens):
     """Run the encoder and keep every stage: a `Trace`, from stage name to array, in order.
 
     All L positions given are computed at every stage, those after the end of text too. Each array is
-    a copy of its own, on the device and in the dtype of params; B is the product of the leading axes
+    a copy of its own, on the device and in the dtype of params, except that a float16 model's attn and
+    mlp, which are rounded with the sum they go into, are float32; B is the product of the leading axes
     of tokens [..., L]. Raises ValueError where tokens or params do not fit, as `encode_text` does.
 
     >>> import minclip

@@ -21,11 +21,15 @@ static int turn[32];
 static double slots[2][32];
 static std::function<void()> body;
 
-template <class T> T __shfl_xor_sync(unsigned, T value, int apart) {
+template <class T> T __shfl_sync(unsigned, T value, int from) {
     int lane = threadIdx.x, now = turn[lane] ^= 1;
     slots[now][lane] = value;
     swapcontext(&lanes[lane], &scheduler);
-    return T(slots[now][lane ^ apart]);
+    return T(slots[now][from]);
+}
+
+template <class T> T __shfl_xor_sync(unsigned mask, T value, int apart) {
+    return __shfl_sync(mask, value, threadIdx.x ^ apart);
 }
 
 static void run_lane() {

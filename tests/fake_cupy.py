@@ -30,7 +30,11 @@ FUNCTIONS = {
     "empty_like": "prototype, dtype=None, order='K', subok=None, shape=None",
     "full": "shape, fill_value, dtype=None, order='C'",
     "triu": "m, k=0",
+    "where": "condition, x=None, y=None",
+    "lexsort": "keys",
+    "searchsorted": "a, v, side='left', sorter=None",
     "exp": None,  # a ufunc, of which CuPy gives no signature
+    "add": None,
 }
 METHODS = {
     "astype": "dtype, order='K', casting=None, subok=None, copy=True",
@@ -42,10 +46,15 @@ METHODS = {
     "sum": "axis=None, dtype=None, out=None, keepdims=False",
     "max": "axis=None, out=None, keepdims=False",
     "argmax": "axis=None, out=None, dtype=None, keepdims=False",
+    "any": "axis=None, out=None, keepdims=False",
+    "cumsum": "axis=None, dtype=None, out=None",
+    "nonzero": "",
     "get": "stream=None, order='C', out=None, blocking=True",
     "item": "",
 }
-OPERATORS = "add sub mul truediv pow matmul radd rsub rmul rtruediv rpow lt le eq ne gt ge neg".split()
+OPERATORS = (
+    "add sub mul truediv pow matmul and neg radd rsub rmul rtruediv rpow iadd lt le eq ne gt ge".split()
+)
 HOST = Path(__file__).with_name("cuda_on_cpu.h")
 
 
@@ -65,6 +74,8 @@ def inside(value):
 
 def outside(value):
     """A result as the GPU would give it: even of a whole sum an array, of no dimensions."""
+    if isinstance(value, tuple):
+        return tuple(map(outside, value))
     return ndarray(np.asarray(value)) if isinstance(value, np.ndarray | np.generic) else value
 
 
@@ -120,8 +131,9 @@ def define_method(name, parameters):
 
     def method(self, *args, **kwargs):
         allowed.bind(*args, **kwargs)
-        if name in ("get", "item"):
+        if name in ("get", "item", "nonzero"):  # the size of what nonzero gives is found on the GPU
             Fake.waits.append(name)
+        if name in ("get", "item"):
             return self._array.copy() if name == "get" else self._array.item()
         return outside(getattr(self._array, name)(*args, **kwargs))
 
@@ -153,7 +165,7 @@ class Fake(types.ModuleType):
     def __init__(self):
         super().__init__("cupy")
         self.cuda = types.ModuleType("cupy.cuda")
-        self.cuda.runtime = types.SimpleNamespace(getDeviceCount=lambda: 1, CUDA_R_16F=2)
+        self.cuda.runtime = types.SimpleNamespace(getDeviceCount=lambda: 1, CUDA_R_32F=0, CUDA_R_16F=2)
         self.cuda.device = types.SimpleNamespace(get_cublas_handle=lambda: 0)
         self.cuda.memory = types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError)
         self.cuda.Stream = self.cuda.get_current_stream = self.cuda.Event = Stream
@@ -173,6 +185,7 @@ class Fake(types.ModuleType):
                 return source if isinstance(source, ndarray) else ndarray(np.array(source, **kwargs))
             if name == "asnumpy":
                 return args[0].get()
+            kwargs = {key: inside(value) for key, value in kwargs.items()}
             return outside(getattr(np, name)(*map(inside, args), **kwargs))
 
         return function
@@ -205,24 +218,24 @@ class Stream:
         Fake.waits.append("synchronize")
 
 
-def matrices(address, ld, stride, batch, turned, rows, columns):
-    """[batch, rows, columns] of float16 at an address as cuBLAS sees it: by columns, ld apart, or turned."""
-    shape, step = (batch, rows, columns), (2 * stride, 2, 2 * ld)
-    if turned:
-        step = (2 * stride, 2 * ld, 2)
-    reach = 1 + sum((n - 1) * s // 2 for n, s in zip(shape, step, strict=True))
-    memory = np.frombuffer((ctypes.c_char * (2 * reach)).from_address(address), np.float16)
+def matrices(address, ld, stride, batch, turned, rows, columns, dtype=np.float16):
+    """[batch, rows, columns] at an address as cuBLAS sees them: by columns, ld apart, or turned."""
+    shape, apart = (batch, rows, columns), (stride, ld, 1) if turned else (stride, 1, ld)
+    reach = 1 + sum((n - 1) * s for n, s in zip(shape, apart, strict=True))
+    size = np.dtype(dtype).itemsize
+    memory = np.frombuffer((ctypes.c_char * (size * reach)).from_address(address), dtype)
+    step = [size * s for s in apart]
     return np.lib.stride_tricks.as_strided(memory, shape, step)
 
 
 def gemm(handle, op_a, op_b, m, n, k, alpha, a, a_type, lda, stride_a, b, b_type, ldb, stride_b, beta, c,
          c_type, ldc, stride_c, batch, compute, algorithm):  # fmt: skip
-    """cublasGemmStridedBatchedEx: float16, summed in float32, rounded once."""
-    assert (a_type, b_type, c_type, compute, algorithm) == (2, 2, 2, 68, 99)
+    """cublasGemmStridedBatchedEx: of float16, summed in float32, rounded once to float16 or not at all."""
+    assert (a_type, b_type, compute, algorithm) == (2, 2, 68, 99)
     alpha, beta = (ctypes.c_float.from_address(at).value for at in (alpha, beta))
     a = matrices(a, lda, stride_a, batch, op_a, m, k).astype(np.float32)
     b = matrices(b, ldb, stride_b, batch, op_b, k, n).astype(np.float32)
-    c = matrices(c, ldc, stride_c, batch, 0, m, n)
+    c = matrices(c, ldc, stride_c, batch, 0, m, n, {0: np.float32, 2: np.float16}[c_type])
     c[...] = alpha * (a @ b) + (beta * c.astype(np.float32) if beta else 0)
 
 
@@ -267,6 +280,7 @@ def compiled(code, options):
         source += f"{{ launch(grid, warps, [=] {{ {name}({passed}); }}); }}\n"
     folder = Path(tempfile.mkdtemp(prefix="minclip-"))
     library = folder / (hashlib.sha256(source.encode()).hexdigest()[:16] + ".so")
+    options = [option for option in options if option.startswith("-D")]
     command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-x", "c++", *options, "-o", library, "-"]
     subprocess.run(command, input=source.encode(), check=True)
     return ctypes.CDLL(str(library))

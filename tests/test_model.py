@@ -139,7 +139,7 @@ def test_a_tap_that_writes_in_place_does_not_reach_the_parameters():
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-def test_dtype_in_is_dtype_out_at_every_stage_and_nothing_wider_between(dtype, activation):
+def test_dtype_in_is_dtype_out_but_of_what_is_still_to_be_added_and_nothing_wider_between(dtype, activation):
     params = minclip.Params(
         {name: array.astype(dtype) for name, array in PARAMS.items()}, activation=activation, heads=5
     )
@@ -160,7 +160,9 @@ def test_dtype_in_is_dtype_out_at_every_stage_and_nothing_wider_between(dtype, a
         minclip.encode_text(params, TOKENS, tap=lambda n, a: stages.setdefault(n, a))
     finally:
         sys.settrace(before)
-    assert {n: a.dtype for n, a in stages.items() if n != "eot" and a.dtype != dtype} == {}
+    stages.pop("eot")
+    for name, array in stages.items():
+        assert array.dtype == (widest if name.endswith((".attn", ".mlp")) else dtype), name
     assert wider == []
 
 

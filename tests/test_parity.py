@@ -43,14 +43,14 @@ def test_float64_equals_torch(tower, oracle):
 
 
 @pytest.mark.parametrize("oracle", TORCH)
-def test_float16_is_about_as_near_the_truth_as_torch(oracle):
-    """Both start from the same float16 parameters; the truth is those in float64. Most of the error of
-    either is the rounding of the residual stream, so one seed's ratio is 1 give or take a few per cent."""
+def test_float16_is_no_further_from_the_truth_than_torch(oracle):
+    """Both start from the same float16 parameters; the truth is those in float64."""
     params = {name: array.astype(np.float16) for name, array in random_params(width=256, layers=12).items()}
-    ours = minclip.encode_text(params, TOKENS)
-    truth = torch_encode_text(params, TOKENS, "float64")
+    tokens = random_tokens([2, 3, 9, 20, 77] * 8)  # of a few texts the ratio is what chance makes it
+    ours = minclip.encode_text(params, tokens)
+    truth = torch_encode_text(params, tokens, "float64")
     assert ours.dtype == np.float16
-    assert relative(ours, truth) <= 1.2 * relative(TORCH[oracle](params, TOKENS, "float16"), truth)
+    assert relative(ours, truth) <= relative(TORCH[oracle](params, tokens, "float16"), truth)
 
 
 @pytest.mark.parametrize("oracle", TORCH)
