@@ -145,5 +145,5 @@ def attend(qkv, bias, tree, heads):
     sizes = (np.int32(size) for size in (tree.first_node, N, heads, tree.path.shape[1]))
     arrays = (qkv, bias, context, tree.path, tree.row, tree.positions)
     kernel = gpu.kernel("attend", qkv.dtype.char, gpu.PACK, D // heads)
-    gpu.launch(kernel, N * heads, *arrays, *sizes)
+    gpu.launch(kernel, -(-N * heads // 4), *arrays, *sizes)  # a warp to four heads
     return context

@@ -121,50 +121,39 @@ extern "C" __global__ void add_and_gelu(const NUMBER* x, NUMBER* y, const WIDE* 
 }
 
 // Attention over the tree of `minclip.fast`: node n sees its ancestors and itself, which are the nodes
-// path[row[n]][0 .. position[n]], nodes being counted from `first_node` on. One warp to a node and head;
-// each of its four groups of eight threads takes every fourth ancestor, each of the eight K / 8 neighbouring
-// numbers of the head; what the groups found is put together at the end. qkv comes without its bias: q gets
-// its own here; v's is added to what is found, whose weights have sum 1; k's would raise all scores of a
-// node alike, which softmax does not see.
+// path[row[n]][0 .. position[n]], nodes being counted from `first_node` on. Eight threads take one head of one
+// node, each of them K / 8 neighbouring numbers. qkv comes without its bias: q gets its own here; v's is added
+// to what is found, whose weights have sum 1; k's would raise all scores of a node alike, which softmax does
+// not see.
 extern "C" __global__ void attend(const NUMBER* qkv, const WIDE* bias, NUMBER* context, const int* path,
                                   const int* row, const int* position, int first_node, int nodes, int heads,
                                   int longest) {
     typedef Several<NUMBER, K / 8> Part;
     typedef Several<WIDE, K / 8> WidePart;
-    int n = this_row() / heads, head = this_row() % heads, width = heads * K;
+    int task = this_row() * 4 + threadIdx.x / 8, n = task / heads, width = heads * K;
+    int part = task % heads * K + threadIdx.x % 8 * (K / 8);
+    unsigned together = 0xffu << threadIdx.x / 8 * 8;
     if (n >= nodes) return;
-    int thread = threadIdx.x, group = thread / 8, part = head * K + thread % 8 * (K / 8), last = position[n];
     path += (size_t)row[n] * longest;
     Part without_bias = *(const Part*)(qkv + (size_t)n * 3 * width + part);
     WidePart q = *(const WidePart*)(bias + part), found = {};
     for (int i = 0; i < K / 8; i++) q.x[i] += WIDE(without_bias.x[i]);
-    WIDE top = -1e20, total = 0;
-    int ancestor = 0;  // one of the next 32, read long before it is asked for
-    for (int first = 0; first <= last; first += 4) {
-        if (first % 32 == 0) ancestor = path[min(first + thread, last)] - first_node;
-        int node = __shfl_sync(0xffffffff, ancestor, min(first + group, last) % 32);
-        const NUMBER* key = qkv + (size_t)node * 3 * width + width + part;
+    WIDE top = -1e30, total = 0;
+    for (int at = 0; at <= position[n]; at++) {
+        const NUMBER* key = qkv + (size_t)(path[at] - first_node) * 3 * width + width + part;
         Part k = *(const Part*)key, v = *(const Part*)(key + width);
         WIDE score = 0;
         for (int i = 0; i < K / 8; i++) score += q.x[i] * WIDE(k.x[i]);
-        for (int apart = 4; apart; apart /= 2) score += __shfl_xor_sync(0xffffffff, score, apart);
-        score = first + group > last ? WIDE(-1e30) : score / sqrt(WIDE(K));
+        for (int apart = 4; apart; apart /= 2) score += __shfl_xor_sync(together, score, apart);
+        score /= sqrt(WIDE(K));
         WIDE before = top;
         top = max(top, score);
         WIDE weight = exp(score - top), kept = exp(before - top);
         total = total * kept + weight;
         for (int i = 0; i < K / 8; i++) found.x[i] = found.x[i] * kept + weight * WIDE(v.x[i]);
     }
-    WIDE mine = exp(top - largest(top));
-    total *= mine;
-    for (int apart = 8; apart <= 16; apart *= 2) total += __shfl_xor_sync(0xffffffff, total, apart);
     WidePart v_bias = *(const WidePart*)(bias + 2 * width + part);
     Part result;
-    for (int i = 0; i < K / 8; i++) {
-        found.x[i] *= mine;
-        for (int apart = 8; apart <= 16; apart *= 2)
-            found.x[i] += __shfl_xor_sync(0xffffffff, found.x[i], apart);
-        result.x[i] = NUMBER(found.x[i] / total + v_bias.x[i]);
-    }
-    if (group == 0) *(Part*)(context + (size_t)n * width + part) = result;
+    for (int i = 0; i < K / 8; i++) result.x[i] = NUMBER(found.x[i] / total + v_bias.x[i]);
+    *(Part*)(context + (size_t)n * width + part) = result;
 }

@@ -21,15 +21,11 @@ static int turn[32];
 static double slots[2][32];
 static std::function<void()> body;
 
-template <class T> T __shfl_sync(unsigned, T value, int from) {
+template <class T> T __shfl_xor_sync(unsigned, T value, int apart) {
     int lane = threadIdx.x, now = turn[lane] ^= 1;
     slots[now][lane] = value;
     swapcontext(&lanes[lane], &scheduler);
-    return T(slots[now][from]);
-}
-
-template <class T> T __shfl_xor_sync(unsigned mask, T value, int apart) {
-    return __shfl_sync(mask, value, threadIdx.x ^ apart);
+    return T(slots[now][lane ^ apart]);
 }
 
 static void run_lane() {
@@ -44,7 +40,7 @@ static void launch(int grid, int warps, std::function<void()> kernel) {
         blockIdx = {warp / warps, 0};
         threadIdx.y = warp % warps;
         for (int i = 0; i < 32; i++) {
-            done[i] = false;
+            done[i] = turn[i] = 0;
             getcontext(&lanes[i]);
             lanes[i].uc_stack = {stacks[i], 0, sizeof stacks[i]};
             lanes[i].uc_link = &scheduler;

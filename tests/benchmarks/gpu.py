@@ -14,7 +14,6 @@ import statistics
 import sys
 from pathlib import Path
 
-import cupy
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -22,7 +21,12 @@ from oracles import SIZES, openai_model, random_params, random_tokens, relative,
 from throughput import imagenet_prompts, needed_flops
 
 import minclip
-from minclip import device, fast, gpu
+from minclip import device, fast, model
+
+try:
+    cupy = device.working_cupy()
+except ValueError as error:
+    sys.exit(f"nothing was measured: {error}")
 
 ROUNDS = 5
 BATCH = 1024  # texts that torch takes at once
@@ -54,7 +58,7 @@ def matmul_rate(size=8192):
     for M, K, N in ((size, size, size), (4 * size, size // 16, size // 4), (4 * size, size // 4, size // 16)):
         rng = np.random.default_rng(M + N)
         a, b = (cupy.asarray(rng.standard_normal(s, np.float32).astype("f2")) for s in ((M, K), (K, N)))
-        times = [seconds(lambda a=a, b=b: gpu.matmul(a, b)) for _ in range(ROUNDS + 3)]
+        times = [seconds(lambda a=a, b=b: model.matmul(a, b)) for _ in range(ROUNDS + 3)]
         rates.append(2 * M * K * N / statistics.median(times[3:]))
     return max(rates)
 
@@ -157,10 +161,6 @@ def main():
     parser.add_argument("--open-clip", metavar="WHEEL")
     parser.add_argument("--record", metavar="FILE.md", default=Path(__file__).with_name("gpu.md"), type=Path)
     options = parser.parse_args()
-    try:
-        device.working_cupy()
-    except ValueError as error:
-        sys.exit(f"nothing was measured: {error}")
     prompts = imagenet_prompts(options.open_clip)
     if prompts is None:
         sys.exit("no ImageNet prompts: install open_clip_torch or give --open-clip WHEEL")
