@@ -53,7 +53,8 @@ def encode_text(params, tokens, *, progress=False):
     one more copy of the blocks' parameters and the working memory of one chunk a thread. float16 is
     computed in float32. progress=True shows a bar.
 
-    On the GPU it is minclip.fast_gpu that computes, some 0.5 GB of nodes at a time (fast_gpu.NODES).
+    On the GPU it is minclip.fast_gpu that computes; how much at a time, and so what memory it takes, is
+    set by fast_gpu.NODES and fast_gpu.TEXTS.
 
     Returns features [..., E], not normalised, in the dtype and on the device of params. Raises and
     warns as the reference.
