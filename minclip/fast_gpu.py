@@ -9,6 +9,7 @@ own, while it computes those before. The host waits only for the sizes that this
 than CHUNKS chunks ahead. Features stay on the GPU.
 """
 
+import functools
 from collections import deque, namedtuple
 
 import cupy
@@ -39,7 +40,7 @@ def encode_corpus(params, tokens, layers, heads, activation, progress):
     vectors = {name: array.astype(wide) for name, array in params.items() if array.ndim == 1}
     norms = norms_of(vectors, layers)
     features = cupy.empty((len(tokens), P.shape[1]), P.dtype)  # (B, E)
-    sending, computing = cupy.cuda.Stream(non_blocking=True), cupy.cuda.get_current_stream()
+    sending, computing = stream_of(cupy.cuda.runtime.getDevice()), cupy.cuda.get_current_stream()
     under_way = deque()
 
     def finish():
@@ -48,19 +49,28 @@ def encode_corpus(params, tokens, layers, heads, activation, progress):
         bar.update(len(tree.order))
 
     with tqdm(total=len(tokens), unit=" texts", disable=not progress) as bar:
-        for part in fast.slices(len(tokens), TEXTS):
-            with sending:
-                trees = plant(tokens[part])
-            computing.wait_event(sending.record())
-            for tree in trees:
-                found = encode_tree(params, vectors, norms, heads, activation, tree)  # (T, E)
-                features[part][tree.order] = found[tree.group]
-                under_way.append((tree, computing.record()))
-                if len(under_way) > CHUNKS:
-                    finish()
-        while under_way:
-            finish()
+        try:
+            for part in fast.slices(len(tokens), TEXTS):
+                with sending:
+                    trees = plant(tokens[part])
+                computing.wait_event(sending.record())
+                for tree in trees:
+                    found = encode_tree(params, vectors, norms, heads, activation, tree)  # (T, E)
+                    features[part][tree.order] = found[tree.group]
+                    under_way.append((tree, computing.record()))
+                    if len(under_way) > CHUNKS:
+                        finish()
+            while under_way:
+                finish()
+        finally:
+            computing.synchronize()  # also of a call that is broken off, no kernel may still read its trees
     return features
+
+
+@functools.cache
+def stream_of(device):
+    """The stream on which a GPU gets its tokens; one for all calls, since CuPy keeps memory by stream."""
+    return cupy.cuda.Stream(non_blocking=True)
 
 
 def norms_of(vectors, layers):

@@ -26,7 +26,7 @@ SOURCE = Path(__file__).with_name("kernels.cu")
 
 
 def layer_norm(x, weight, bias):
-    weight, bias = (array.astype(np.float32, copy=False) for array in (weight, bias))
+    weight, bias = (cupy.ascontiguousarray(array, dtype=np.float32) for array in (weight, bias))
     return to_new("layer_norm", x, weight, bias, np.float32(EPS))
 
 
@@ -65,8 +65,9 @@ def matmul(a, b):
 def product(a, b, out, add=False):
     """a @ b written to out, or added to it, for stacks of float16 matrices [..., M, K] @ [..., K, N].
 
-    On the tensor cores: summed in float32 and rounded once, where out is float16. cuBLAS keeps matrices by
-    columns, so what it sees is each transposed, and what it is asked for is out.T = b.T @ a.T.
+    On the tensor cores: summed in float32 (of a long sum that cuBLAS splits, it may round the parts, as it
+    does for torch) and rounded once, where out is float16. cuBLAS keeps matrices by columns, so what it sees
+    is each transposed, and what it is asked for is out.T = b.T @ a.T.
     """
     if not out.size:
         return out

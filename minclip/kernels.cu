@@ -20,7 +20,7 @@ __device__ WIDE sum(WIDE x) {
     return x;
 }
 
-__device__ WIDE largest(WIDE x) {
+template <class T> __device__ T largest(T x) {
     for (int apart = 16; apart; apart /= 2) x = max(x, __shfl_xor_sync(0xffffffff, x, apart));
     return x;
 }
@@ -122,30 +122,29 @@ extern "C" __global__ void add_and_gelu(const NUMBER* x, NUMBER* y, const WIDE* 
 
 // Attention over the tree of `minclip.fast`: node n sees its ancestors and itself, which are the nodes
 // path[row[n]][0 .. position[n]], nodes being counted from `first_node` on. Eight threads take one head of one
-// node, each of them K / 8 neighbouring numbers. qkv comes without its bias: q gets its own here; v's is added
-// to what is found, whose weights have sum 1; k's would raise all scores of a node alike, which softmax does
-// not see.
+// node, each of them K / 8 neighbouring numbers; what is left of the last warp does the last head once more. qkv
+// comes without its bias: q gets its own here; v's is added to what is found, whose weights have sum 1; k's
+// would raise all scores of a node alike, which softmax does not see.
 extern "C" __global__ void attend(const NUMBER* qkv, const WIDE* bias, NUMBER* context, const int* path,
                                   const int* row, const int* position, int first_node, int nodes, int heads,
                                   int longest) {
     typedef Several<NUMBER, K / 8> Part;
     typedef Several<WIDE, K / 8> WidePart;
-    int task = this_row() * 4 + threadIdx.x / 8, n = task / heads, width = heads * K;
-    int part = task % heads * K + threadIdx.x % 8 * (K / 8);
-    unsigned together = 0xffu << threadIdx.x / 8 * 8;
-    if (n >= nodes) return;
+    int task = min(this_row() * 4 + int(threadIdx.x) / 8, nodes * heads - 1), n = task / heads;
+    int part = task % heads * K + threadIdx.x % 8 * (K / 8), width = heads * K;
+    int last = position[n], furthest = largest(last);  // all threads of a warp go on till its last is done
     path += (size_t)row[n] * longest;
     Part without_bias = *(const Part*)(qkv + (size_t)n * 3 * width + part);
     WidePart q = *(const WidePart*)(bias + part), found = {};
     for (int i = 0; i < K / 8; i++) q.x[i] += WIDE(without_bias.x[i]);
     WIDE top = -1e30, total = 0;
-    for (int at = 0; at <= position[n]; at++) {
-        const NUMBER* key = qkv + (size_t)(path[at] - first_node) * 3 * width + width + part;
+    for (int at = 0; at <= furthest; at++) {
+        const NUMBER* key = qkv + (size_t)(path[min(at, last)] - first_node) * 3 * width + width + part;
         Part k = *(const Part*)key, v = *(const Part*)(key + width);
         WIDE score = 0;
         for (int i = 0; i < K / 8; i++) score += q.x[i] * WIDE(k.x[i]);
-        for (int apart = 4; apart; apart /= 2) score += __shfl_xor_sync(together, score, apart);
-        score /= sqrt(WIDE(K));
+        for (int apart = 4; apart; apart /= 2) score += __shfl_xor_sync(0xffffffff, score, apart);
+        score = at > last ? WIDE(-1e30) : score / sqrt(WIDE(K));
         WIDE before = top;
         top = max(top, score);
         WIDE weight = exp(score - top), kept = exp(before - top);

@@ -165,7 +165,9 @@ class Fake(types.ModuleType):
     def __init__(self):
         super().__init__("cupy")
         self.cuda = types.ModuleType("cupy.cuda")
-        self.cuda.runtime = types.SimpleNamespace(getDeviceCount=lambda: 1, CUDA_R_32F=0, CUDA_R_16F=2)
+        self.cuda.runtime = types.SimpleNamespace(
+            getDeviceCount=lambda: 1, getDevice=lambda: 0, CUDA_R_32F=0, CUDA_R_16F=2
+        )
         self.cuda.device = types.SimpleNamespace(get_cublas_handle=lambda: 0)
         self.cuda.memory = types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError)
         self.cuda.Stream = self.cuda.get_current_stream = self.cuda.Event = Stream
