@@ -47,8 +47,10 @@ def only_when_whole(path):
     """Where to write a file that is to appear at path: it gets its name at the end, or leaves no trace."""
     partial = Path(f"{path}.{os.getpid()}.partial")
     partial.touch()  # a folder that is missing or forbidden is an OSError here, whoever writes
+    mode = partial.stat().st_mode
     try:
         yield partial
+        partial.chmod(mode)  # safetensors puts a file of its own there, which nobody else may read
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

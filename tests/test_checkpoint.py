@@ -104,6 +104,8 @@ def test_save_and_load_give_every_bit_back(tmp_path, dtype):
         n: a.tobytes() for n, a in params.items()
     }
     assert [path.name for path in tmp_path.iterdir()] == ["tower.safetensors"]
+    (tmp_path / "other").touch()
+    assert (tmp_path / "tower.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_a_plain_dict_is_saved_as_openais_only_under_openais_names(tmp_path):
