@@ -31,7 +31,7 @@ LEFT_OUT = {
     'pip install -e ".[test]"': "fetches torch; .ci/run does it",
     "pytest": "this is pytest",
     "pytest -m deep tests/test_corpus.py": "takes minutes, by its name",
-    "pytest -m gpu": "needs a GPU",
+    "pytest -m gpu tests/test_gpu.py": "needs a GPU",
     'pip install "minclip[cuda13]"': "fetches CuPy, for a GPU",
     'pip install "minclip[dask]"': "fetches Dask",
     "python tests/benchmarks/gpu.py": "needs a GPU; test_gpu.py runs it on a stand-in",
