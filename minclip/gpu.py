@@ -104,10 +104,12 @@ def by_rows(name, x, y, *others):
     """Run a kernel on the rows of x, of the last axis, a warp to each; all arrays are C-contiguous."""
     if not x.size:
         return
-    rows, length = np.int32(x.size // x.shape[-1]), np.int32(x.shape[-1])
+    length = x.shape[-1]
+    rows = x.size // length
     arrays = (array for array in (x, y, *others) if isinstance(array, cupy.ndarray))
     aligned = length % PACK == 0 and all(array.data.ptr % 16 == 0 for array in arrays)
-    launch(kernel(name, x.dtype.char, PACK if aligned else 1), int(rows), x, y, *others, rows, length)
+    made = kernel(name, x.dtype.char, PACK if aligned else 1)
+    launch(made, rows, x, y, *others, np.int32(rows), np.int32(length))
 
 
 def launch(kernel, warps, *arguments):

@@ -91,11 +91,13 @@ def test_the_kernels_float16_is_no_further_from_the_truth_than_torchs(fake):
     tokens = random_tokens([*range(3, 19)] * 2, context=19, vocabulary=97)
     truth = torch_encode_text({n: a.astype(float) for n, a in host.items()}, tokens, "float64")
     theirs = relative(torch_encode_text(host, tokens, "float16"), truth)
-    assert relative(minclip.encode_text(gpu, tokens).get(), truth) <= theirs
+    ours = relative(minclip.encode_text(gpu, tokens).get(), truth)
+    assert ours <= theirs
+    assert ours <= 1.05 * relative(minclip.encode_text(host, tokens), truth)
     assert relative(minclip.fast.encode_text(gpu, tokens).get(), truth) <= theirs
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 4, 33), (9, 512), (0, 5)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (33, 77), (2, 4, 33), (9, 512), (0, 5)])
 @pytest.mark.parametrize("step", ["layer_norm", "softmax", "quick_gelu", "gelu"])
 def test_each_kernel_does_what_the_model_says(cupy, step, shape):
     x = np.random.default_rng(0).normal(0, 4, shape).astype(np.float16)
@@ -104,7 +106,8 @@ def test_each_kernel_does_what_the_model_says(cupy, step, shape):
     if step == "layer_norm":
         others, given = [weight, bias[::2]], [cupy.asarray(weight), cupy.asarray(bias)[::2]]
     ours = getattr(model, step)(cupy.asarray(x), *given).get()
-    np.testing.assert_allclose(ours, getattr(model, step)(x, *others), rtol=2**-10, atol=2**-20)
+    rtol, atol = (2**-10, 2**-24) if isinstance(cupy, Fake) else (2**-9, 2**-23)  # a card's exp is another
+    np.testing.assert_allclose(ours, getattr(model, step)(x, *others), rtol=rtol, atol=atol)
 
 
 def test_products_take_any_layout(cupy):
@@ -316,9 +319,8 @@ def test_cuda_compiles_the_kernels():
         pytest.skip(f"nvidia-cuda-nvrtc is not installed: {error}")
     headers = [f"-I{path}/nvidia/cu13/include" for path in sys.path]
     source = (importlib.resources.files(minclip) / "kernels.cu").read_text()
-    for number, wide, pack in (
-        *(("__half", "float", 4), ("__half", "float", 1), ("float", "float", 4), ("double", "double", 4)),
-    ):
+    kinds = ("__half", "float", 4), ("__half", "float", 1), ("float", "float", 4), ("double", "double", 4)
+    for number, wide, pack in kinds:
         program = nvrtc.createProgram(source, "kernels.cu", (), ())
         options = [f"-DNUMBER={number}", f"-DWIDE={wide}", f"-DPACK={pack}", "-DK=64"]
         options += ["--gpu-architecture=compute_80", "--use_fast_math"]
