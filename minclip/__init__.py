@@ -6,14 +6,15 @@
 (1, 128)
 """
 
-from minclip import fast
+from minclip import corpus, fast
+from minclip.arrays import normalize
 from minclip.builtin import pictures
-from minclip.checkpoint import Params, available_models, from_state_dict, load, save
-from minclip.comparison import compare
-from minclip.diagnosis import diagnose
-from minclip.model import encode_text, normalize
+from minclip.checkpoint import available_models, from_state_dict, load, save
+from minclip.model import encode_text, hidden_states
+from minclip.params import Params
+from minclip.porting import compare, diagnose, probe_tokens, trace_torch
 from minclip.tokenizer import decode, tokenize
-from minclip.tracing import trace, trace_torch
+from minclip.tracing import trace
 
 __version__ = "0.1.0"
 
@@ -21,16 +22,24 @@ __all__ = [
     "Params",
     "available_models",
     "compare",
+    "corpus",
     "decode",
     "diagnose",
     "encode_text",
     "fast",
     "from_state_dict",
+    "hidden_states",
     "load",
     "normalize",
     "pictures",
+    "probe_tokens",
     "save",
     "tokenize",
     "trace",
     "trace_torch",
 ]
+
+
+def __dir__() -> list[str]:
+    """Return the public names alone."""
+    return [*__all__, "__version__"]

@@ -9,9 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from minclip import builtin, checkpoint, cluster, comparison, corpus, diagnosis, model, tokenizer, tracing
-from minclip.device import as_array
-from minclip.tensor_files import only_when_whole
+from minclip import arrays, builtin, checkpoint, corpus, model, tokenizer
+from minclip.arrays import as_array
+from minclip.checkpoint.tensor_files import only_when_whole
+from minclip.corpus import cluster
+from minclip.corpus.files import read_texts
+from minclip.params import architecture
+from minclip.porting import comparison, diagnosis, probe
 
 SHOWN = 12  # texts whose similarities fit an 80-column terminal side by side
 NEAREST = 3
@@ -65,10 +69,10 @@ def parser():
     inspect.set_defaults(run=run_inspect)
     inspect.add_argument("source", metavar="SOURCE", help="a model's name, or a file or folder of weights")
 
-    probe = commands.add_parser("probe", help="write what to run a port on", description=run_probe.__doc__)
-    probe.set_defaults(run=run_probe)
-    probe.add_argument("-o", dest="output", metavar="probe.npz", required=True, help="the file to write")
-    add_model(probe)
+    write = commands.add_parser("probe", help="write what to run a port on", description=run_probe.__doc__)
+    write.set_defaults(run=run_probe)
+    write.add_argument("-o", dest="output", metavar="probe.npz", required=True, help="the file to write")
+    add_model(write)
 
     diagnose = commands.add_parser(
         "diagnose", help="name the bug that a port has", description=run_diagnose.__doc__
@@ -110,19 +114,19 @@ def run_encode(args):
         print("minclip encode: --dask goes with --file and -o", file=sys.stderr)
         return 2
     with source(args.file) as file:
-        texts = args.texts or list(corpus.read_texts(file))
+        texts = args.texts or list(read_texts(file))
     params = checkpoint.load(args.model, device=args.device, dtype=working_dtype(args))
     context = len(params["positional_embedding"])
     tokens = tokenizer.tokenize(texts, context_length=context, truncate=args.truncate)
     features = model.encode_text(params, tokens)
     if args.output:
-        features = as_array(model.normalize(features) if args.normalize else features)
+        features = as_array(arrays.normalize(features) if args.normalize else features)
         features = features.astype(args.dtype or features.dtype, copy=False)
         with only_when_whole(args.output) as partial, open(partial, "wb") as file:
             np.save(file, features)
         print_written(args.output, features)
     else:
-        show(args.model, params, texts, tokens, as_array(model.normalize(features)))
+        show(args.model, params, texts, tokens, as_array(arrays.normalize(features)))
     return 0
 
 
@@ -134,7 +138,7 @@ def run_inspect(args):
 
 def run_probe(args):
     """Write probe tokens and every stage of the reference on them, for a port in any language to match."""
-    traced = tracing.write_probe(args.output, checkpoint.load(args.model))
+    traced = probe.write_probe(args.output, checkpoint.load(args.model))
     size = os.path.getsize(args.output) / 1e6
     print(f"{args.output}: tokens {list(traced.tokens.shape)} and {len(traced)} stages, {size:.1f} MB")
     return 0
@@ -155,7 +159,7 @@ def run_diagnose(args):
     The file is an .npz or .safetensors with `tokens` [B, L] and `text_features` [B, E], the port's for
     them, and, better still, other stages by their names in minclip.trace, Hugging Face or OpenCLIP.
     """
-    dump = tracing.read_dump(args.port)
+    dump = probe.read_dump(args.port)
     for name in ("tokens", "text_features"):
         if name not in dump:
             raise ValueError(f"{args.port} has no {name!r}: it needs the port's tokens and text_features")
@@ -219,7 +223,7 @@ def print_written(path, features):
 
 def show(name, params, texts, tokens, features):
     """Print texts, their similarities, and the built-in pictures nearest to each."""
-    layers, _, _ = model.architecture(params)
+    layers, _, _ = architecture(params)
     kind = "built-in, a small CLIP-style one, not CLIP" if name == "builtin" else name
     print(f"model: {kind} ({layers} layers, width {params['ln_final.weight'].size})\n")
     print("    tokens  text")

@@ -16,11 +16,15 @@ import gzip
 import heapq
 import html
 import itertools
+from collections.abc import Iterable
 from importlib import resources
 
 import ftfy
 import numpy as np
 import regex
+from numpy.typing import ArrayLike
+
+from minclip.params import Tokens
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
@@ -31,11 +35,14 @@ PIECES = regex.compile(
 SPACES = regex.compile(r"\s+")
 
 
-def tokenize(texts, context_length=77, truncate=False):
-    """Token ids of one text or of a list of texts: int32 [B, context_length], padded with 0.
+def tokenize(
+    texts: str | Iterable[str], context_length: int = 77, truncate: bool = False, pad: int = 0
+) -> Tokens:
+    """Return token ids of one text or of an iterable of texts: int32 [B, context_length], padded with pad.
 
-    Each row is the start id 49406, the text's ids, the end id 49407. A text too long for the context
-    raises ValueError; with truncate=True it loses its tail and keeps the end id.
+    Each row is the start id 49406, the ids of the text, the end id 49407, and padding: 0 as OpenAI pads,
+    pad=49407 as Hugging Face and Stable Diffusion pad. A text that is too long for the context raises
+    ValueError; with truncate=True it loses its tail and keeps the end id.
     Follows clip.tokenize and clip/simple_tokenizer.py of openai/CLIP.
 
     >>> tokenize("a photo of a cat")[0, :8].tolist()
@@ -46,7 +53,7 @@ def tokenize(texts, context_length=77, truncate=False):
     texts = [texts] if isinstance(texts, str) else list(texts)
     if context_length < 2:
         raise ValueError(f"context_length must hold at least a start and an end, not {context_length}")
-    tokens = np.zeros((len(texts), context_length), dtype=np.int32)
+    tokens = np.full((len(texts), context_length), pad, dtype=np.int32)
     start, end = vocabulary()[START], vocabulary()[END]
     for i, text in enumerate(texts):
         ids = [start, *encode(text, i), end]
@@ -62,7 +69,7 @@ def tokenize(texts, context_length=77, truncate=False):
     return tokens
 
 
-def decode(tokens):
+def decode(tokens: ArrayLike) -> list[str]:
     """The texts of token ids [L] or [B, L], as a list of str: the inverse of `tokenize`, up to its cleaning.
 
     Reads from the start id, if there is one, to the first end id. Bytes that are not UTF-8 become U+FFFD.

@@ -9,7 +9,7 @@ import difflib
 
 import numpy as np
 
-from minclip.model import ACTIVATIONS
+from minclip.params import ACTIVATIONS
 
 # OpenAI's name, {block} for transformer.resblocks.i and a dot: its shape, in the letters of model.py.
 SHAPES = {

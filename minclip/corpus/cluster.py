@@ -18,8 +18,8 @@ import threading
 import numpy as np
 
 from minclip import checkpoint
-from minclip.corpus import fingerprint
-from minclip.device import as_array
+from minclip.arrays import as_array
+from minclip.corpus.files import fingerprint
 from minclip.fast import encode_text
 
 LOADING = threading.Lock()

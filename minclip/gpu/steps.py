@@ -14,7 +14,7 @@ import numpy as np
 from cupy.cuda import device, runtime
 from cupy_backends.cuda.libs import cublas
 
-from minclip.model import EPS
+from minclip.params import EPS
 
 ROWS = 8  # rows that a block of threads takes, one warp of 32 threads to a row
 PACK = 4  # numbers that a thread takes at once, where a row's length and the arrays' places allow it
@@ -50,7 +50,7 @@ def linear(x, weight, bias, dtype=np.float16):
     return product(rows, weight.T, out, add=True).reshape(*x.shape[:-1], len(weight))
 
 
-def wide_linear(x, weight, bias):
+def unrounded_linear(x, weight, bias):
     return linear(x, weight, bias, np.float32)
 
 

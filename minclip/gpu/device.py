@@ -1,8 +1,6 @@
-"""Arrays onto the GPU, or one clear line that says why not; and back to the host."""
+"""Arrays onto the GPU, or one line that says what is missing."""
 
-import numpy as np
-
-REMEDY = "install minclip[cuda13] (NVIDIA driver 580 or newer) or minclip[cuda12]"
+REMEDY = 'in a clone of minclip, pip install ".[cuda13]" (NVIDIA driver 580 or newer) or ".[cuda12]"'
 NO_DEVICE = 100  # cudaErrorNoDevice
 
 
@@ -37,16 +35,3 @@ def working_cupy():
     if not found:
         raise ValueError('device="cuda": no NVIDIA GPU is visible here; use device="cpu"')
     return cupy
-
-
-def as_array(value):
-    """A torch tensor, a CuPy array or anything array-like, as a NumPy array on the host; no bfloat16."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        value = (value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy()
-    elif hasattr(value, "get"):
-        value = value.get()
-    elif hasattr(value, "numpy") and not hasattr(value, "__array__"):
-        value = value.numpy()
-    array = np.asarray(value)
-    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array  # ml_dtypes', as JAX has it

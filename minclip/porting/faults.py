@@ -20,9 +20,9 @@ import math
 
 import numpy as np
 
-from minclip import tracing
-from minclip.model import EPS, architecture, softmax
-from minclip.tracing import BLOCK, round_to
+from minclip.model import softmax
+from minclip.params import BLOCK, EPS, architecture
+from minclip.porting.rounding import round_to, run
 
 
 class Port(dict):
@@ -42,7 +42,7 @@ class Port(dict):
     def run(self, tap=None):
         """Features [B, E] of the changed encoder, by way of another tap if that calls this one's."""
         # In silence: faults may well overflow, or lose the end of text.
-        return tracing.run(self, self.tokens, tap or self.tap)
+        return run(self, self.tokens, tap or self.tap)
 
     # What a fault may do.
 

@@ -11,12 +11,12 @@ import dataclasses
 import numpy as np
 from tqdm import tqdm
 
-from minclip.alignment import align, unpack
-from minclip.checkpoint import Params
-from minclip.device import as_array
-from minclip.faults import CATALOGUE, NORMALISED, SCALED, SHUFFLED, Port, split
-from minclip.model import architecture, check_tokens, trim
-from minclip.tracing import BLOCK, TEXT_TOWER, entries, round_to, up_to_end
+from minclip.arrays import as_array
+from minclip.params import BLOCK, TEXT_TOWER, Params, architecture, check_tokens, trim
+from minclip.porting.alignment import align, unpack
+from minclip.porting.faults import CATALOGUE, NORMALISED, SCALED, SHUFFLED, Port, split
+from minclip.porting.rounding import round_to
+from minclip.porting.stages import entries, up_to_end
 from minclip.tracing import trace as record_trace
 
 SLACK = 4  # sums may run in any order
@@ -159,7 +159,7 @@ class Search:
         ]
         if self.unit:
             self.catalogue.remove(NORMALISED)  # it is in every comparison
-        self.place = {name: i for i, name in enumerate(record_trace(self.params, trim(self.tokens[:1])))}
+        self.place = {name: i for i, name in enumerate(record_trace(self.params, trim(self.params, self.tokens[:1])))}
         self.acts = {fault.id: first_place(fault, clean, self.place) for fault in self.catalogue}
         self.late = {id for id, place in self.acts.items() if place >= self.place["ln_final"]}
         self.streams = {}  # fault id, shape of tokens -> last block's output with that fault, features
@@ -170,7 +170,7 @@ class Search:
     def encode_all(self):
         """The reference's features [N, E] of every text, some at a time, in float64 arrays."""
         parts = [self.batch[i : i + ROWS] for i in range(0, len(self.batch), ROWS)]
-        return np.concatenate([Port(self.params, trim(part)).run() for part in parts]).astype(np.float64)
+        return np.concatenate([Port(self.params, trim(self.params, part)).run() for part in parts]).astype(np.float64)
 
     def select_rows(self):
         """Choose the texts to look at, and of them the one on which candidates are sought."""
@@ -206,7 +206,7 @@ class Search:
         if "batch" in needs:
             return self.tokens, rows
         tokens = self.tokens[rows]
-        return tokens if "padding" in needs else trim(tokens), slice(None)
+        return tokens if "padding" in needs else trim(self.params, tokens), slice(None)
 
     def run(self, faults, rows=None, precision="float32"):
         """Features [rows, E] of some rows, with faults."""

@@ -7,8 +7,9 @@ from collections import namedtuple
 
 import numpy as np
 
-from minclip.device import as_array
-from minclip.tracing import BLOCK, axes
+from minclip.arrays import as_array
+from minclip.params import BLOCK
+from minclip.porting.stages import axes
 
 # What a block's stages are called elsewhere, after the block's number: by OpenAI's and OpenCLIP's
 # modules, Hugging Face's, timm's. ".input" is what `minclip.trace_torch` calls a module's input.

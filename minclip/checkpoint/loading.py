@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
-from minclip import builtin, dialects
-from minclip.device import as_array, to_gpu, working_cupy
-from minclip.download import available_models, download
-from minclip.model import ACTIVATIONS
-from minclip.tensor_files import (
+from minclip import builtin
+from minclip.arrays import as_array
+from minclip.checkpoint import dialects
+from minclip.checkpoint.download import available_models, download
+from minclip.checkpoint.tensor_files import (
     FLOATS,
     Stored,
     map_file,
@@ -22,37 +22,9 @@ from minclip.tensor_files import (
     read_safetensors,
     zip_members,
 )
-from minclip.torch_archive import read_archive
-
-
-class Params(dict):
-    """A text tower: a dict from OpenAI's parameter names to arrays, and what shapes cannot tell.
-
-    activation   "quick_gelu" (OpenAI's own) or "gelu" (exact, as in most OpenCLIP models)
-    heads        the number of attention heads
-
-    >>> import minclip
-    >>> params = minclip.load()
-    >>> params.activation, params.heads, params["text_projection"].shape
-    ('quick_gelu', 2, (128, 128))
-    """
-
-    def __init__(self, arrays, *, activation, heads):
-        super().__init__(arrays)
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
-        self.activation = activation
-        self.heads = heads
-
-    def __repr__(self):
-        V, D = self["token_embedding.weight"].shape
-        layers = sum(name.endswith(".ln_1.weight") for name in self)
-        P = self.get("text_projection")
-        return (
-            f"Params({layers} layers, width {D}, {self.heads} heads, {self.activation}, "
-            f"context {len(self['positional_embedding'])}, vocabulary {V}, "
-            f"{'no projection' if P is None else f'embedding {P.shape[1]}'}, {self['ln_final.weight'].dtype})"
-        )
+from minclip.checkpoint.torch_archive import read_archive
+from minclip.gpu.device import to_gpu, working_cupy
+from minclip.params import ACTIVATIONS, Params
 
 
 def from_state_dict(state_dict, *, activation=None, heads=None):

@@ -14,7 +14,7 @@ import warnings
 
 import numpy as np
 
-from minclip.tensor_files import Stored, map_file, numbers, stored_bytes, zip_members
+from minclip.checkpoint.tensor_files import Stored, map_file, numbers, stored_bytes, zip_members
 
 # Far more than any CLIP needs, its optimizer included; these bound time and memory.
 MOST_INSTRUCTIONS = 1_000_000

@@ -29,10 +29,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from minclip import model, tokenizer
-from minclip.device import as_array
+from minclip import tokenizer
+from minclip.arrays import as_array
+from minclip.arrays import normalize as normalize_rows
 from minclip.fast import encode_text
-from minclip.tracing import TEXT_TOWER
+from minclip.params import TEXT_TOWER, architecture
 
 try:
     import fcntl
@@ -120,7 +121,7 @@ def encode_stream(params, texts, *, normalize=False, truncate=False, encode_chun
     else:
         chunks = encode_chunks(tokens)
     for features in chunks:
-        yield model.normalize(features) if normalize else features
+        yield normalize_rows(features) if normalize else features
 
 
 class Rows:
@@ -241,7 +242,7 @@ def npy_header(job):
 
 def fingerprint(params):
     """A SHA-256 of what the features depend on: the architecture and every array of the text tower."""
-    digest = hashlib.sha256(repr(model.architecture(params)).encode())
+    digest = hashlib.sha256(repr(architecture(params)).encode())
     for name in sorted(name for name in params if name.startswith(TEXT_TOWER)):
         array = np.ascontiguousarray(as_array(params[name]))
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
@@ -367,7 +368,8 @@ def tokenize_ahead(chunks, context, truncate):
 def tokenized(first, texts, context, truncate):
     """tokenizer.tokenize without the columns that hold only padding, which need not travel."""
     try:
-        return model.trim(tokenizer.tokenize(texts, context, truncate))
+        tokens = tokenizer.tokenize(texts, context, truncate)
+        return tokens[:, : 1 + tokens.argmax(axis=-1).max(initial=0)]
     except (TypeError, ValueError) as error:
         raise type(error)(f"from text {first} on: {error}") from None
 
@@ -375,9 +377,9 @@ def tokenized(first, texts, context, truncate):
 @contextlib.contextmanager
 def tokenizing_process():
     """A process that runs `answer_requests`. multiprocessing would run the caller's script anew as well."""
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)])
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
     child = subprocess.Popen(
-        [sys.executable, "-c", "from minclip.corpus import answer_requests; answer_requests()"],
+        [sys.executable, "-c", "from minclip.corpus.files import answer_requests; answer_requests()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": paths},

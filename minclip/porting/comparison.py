@@ -6,10 +6,14 @@ from collections import namedtuple
 
 import numpy as np
 
-from minclip import model, tracing
-from minclip.alignment import align, crop, rename, unpack
-from minclip.device import as_array
-from minclip.tracing import PRECISIONS, Trace, axes, block_of, entries, part_of, ratio
+from minclip.arrays import as_array
+from minclip.params import BLOCK, block_of, keep
+from minclip.porting.alignment import align, crop, rename, unpack
+from minclip.porting.probe import as_trace, read_dump, read_probe
+from minclip.porting.rounding import PRECISIONS, distances, ratio, round_to, rounding_of, run
+from minclip.porting.stages import axes, entries, part_of, up_to_end
+from minclip.tables import html_table, text_table
+from minclip.tracing import Trace
 
 # How much further than rounding moves the reference a port may be away, since it adds up in another
 # order, fuses, and rounds in other places.
@@ -67,18 +71,18 @@ def compare(reference, port, *, rtol=None):
     >>> compare(minclip.trace(params, tokens), port).first
     'ln_final'
     """
-    reference = reference if isinstance(reference, Trace) else tracing.as_trace(reference)
+    reference = reference if isinstance(reference, Trace) else as_trace(reference)
     arrays = unpack(port)
     check_tokens(reference, arrays)
     matches, misfits, unknown = align(reference, arrays)
     if not matches and not misfits:
         raise ValueError(f"no stage is called {listed(unknown)}: minclip.alignment.rename gives our names")
     pairs, tokens = crop_alike(reference, matches)
-    text = None if tokens is None else tracing.up_to_end(tokens)
+    text = None if tokens is None else up_to_end(tokens)
     added = {}
     if reference.params is not None:
         theirs = {name: port for name, (_, port) in pairs.items()}
-        added = tracing.distances(reference.params, tokens, theirs, shadow=True)
+        added = distances(reference.params, tokens, theirs, shadow=True)
     stages, precision = {}, PRECISIONS[0]
     for name in (name for name in reference if name in pairs or name in misfits):
         if name in misfits:
@@ -121,7 +125,7 @@ def tolerance(reference, name, precision, rtol):
         return 0.0, 0.0
     if rtol is not None:
         return rtol, rtol
-    measured = reference.rounding(precision)
+    measured = rounding_of(reference, precision)
     if measured is None or name not in measured:
         return UNMEASURED * UNIT[precision], UNMEASURED * UNIT[precision]
     return tuple(MARGIN * max(moved, UNIT[precision]) for moved in measured[name])
@@ -144,7 +148,7 @@ def holds(array):
     if len(np.unique(numbers)) < 8:  # a few numbers, 0 say, fit anywhere
         return str(array.dtype)
     with np.errstate(over="ignore"):
-        fits = (np.array_equal(tracing.round_to(numbers, precision), numbers) for precision in PRECISIONS)
+        fits = (np.array_equal(round_to(numbers, precision), numbers) for precision in PRECISIONS)
         return max((p for p, fit in zip(PRECISIONS, fits, strict=True) if fit), key=PRECISIONS.index)
 
 
@@ -179,7 +183,7 @@ def check_tokens(reference, arrays):
     ours, theirs = reference.tokens, given[0]
     if ours.shape != theirs.shape:
         raise ValueError(f"the port's tokens are {list(theirs.shape)}, the reference's {list(ours.shape)}")
-    other = (ours != theirs) & tracing.up_to_end(ours)
+    other = (ours != theirs) & up_to_end(ours)
     if other.any():
         row, position = map(int, np.argwhere(other)[0])
         found, expected = theirs[row, position], ours[row, position]
@@ -231,12 +235,12 @@ class Comparison:
         rows = [(f"{MARKS[self.stages[name].state]} {name}", *cells(self.stages[name])) for name in shown]
         hidden = len(self.stages) - len(shown)
         more = [f"... and {hidden} more stages of other blocks, in .stages"] if hidden else []
-        return "\n".join([self.verdict, *self.notes, "", tracing.text_table(TITLES, rows), *more, LEGEND])
+        return "\n".join([self.verdict, *self.notes, "", text_table(TITLES, rows), *more, LEGEND])
 
     def _repr_html_(self):
         notes = "".join(f"<div>{html.escape(note)}</div>" for note in self.notes)
         rows = [(f"{MARKS[self.stages[n].state]} {n}", *cells(self.stages[n])) for n in self.stages]
-        table = tracing.html_table(TITLES, rows)
+        table = html_table(TITLES, rows)
         return (
             f"<div><b>{html.escape(self.verdict)}</b></div>{notes}{picture(self)}"
             f"<details><summary>numbers</summary>{table}</details>"
@@ -416,7 +420,7 @@ def picture(comparison):
             for y, block in enumerate(blocks)
         )
     for y, block in enumerate(blocks):
-        label = f"block {block.removeprefix(tracing.BLOCK)}"
+        label = f"block {block.removeprefix(BLOCK)}"
         parts.append(f'<text x="{left - 18}" y="{top + CELL * y + 4}" text-anchor="end">{label}</text>')
     parts += strip(comparison, names[end + 1 :], bottom + 14)
     parts += legend(comparison, bottom + 38)
@@ -461,13 +465,13 @@ def compare_files(probe, port, *, names=None, params=None, rtol=None):
     params   the probe's own model, to tell new error from inherited
     Raises OSError or ValueError where a file cannot be read or params are another model's.
     """
-    reference = tracing.read_probe(probe)
+    reference = read_probe(probe)
     reference.params = params
     if params is not None:
-        features = as_array(tracing.run(params, reference.tokens, model.pass_on))
+        features = as_array(run(params, reference.tokens, keep))
         if (
             features.shape != reference["text_features"].shape
             or measure("text_features", reference["text_features"], features, None)[1] > 1e-2
         ):
             raise ValueError(f"{probe} was written with another model than the one given")
-    return compare(reference, rename(tracing.read_dump(port), names or {}), rtol=rtol)
+    return compare(reference, rename(read_dump(port), names or {}), rtol=rtol)

@@ -31,7 +31,9 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 from tqdm import tqdm
 
-from minclip.model import ACTIVATIONS, EPS, architecture, array_module, check_tokens, trim, widen
+from minclip.arrays import array_module, to_float32
+from minclip.model import ACTIVATIONS
+from minclip.params import EPS, architecture, check_projection, check_tokens, trim
 
 CHUNK = 4096  # nodes that make one tree: enough to share their beginnings, few enough for little memory
 TILE = 2048  # nodes that go through an MLP together: enough for BLAS at its best
@@ -72,12 +74,12 @@ def encode_text(params, tokens, *, progress=False):
     if len(tokens) == 0:
         return array_module(P).empty((*leading, P.shape[1]), P.dtype)
     if not isinstance(P, np.ndarray):
-        from minclip import fast_gpu
+        from minclip.fast import gpu as fast_gpu
 
-        features = fast_gpu.encode_corpus(params, trim(tokens), layers, heads, activation, progress)
+        features = fast_gpu.encode_corpus(params, trim(params, tokens), layers, heads, activation, progress)
         return features.reshape(*leading, P.shape[1])
     features = np.empty((len(tokens), P.shape[1]), P.dtype)  # (B, E)
-    corpus = sort(trim(tokens))
+    corpus = sort(trim(params, tokens))
 
     def encode_chunk(chunk):
         found = encode_rows(params, blocks, heads, activation, corpus, chunk)  # (T, E)
@@ -175,7 +177,7 @@ def fold(params, i, heads, activation):
     into the matrix that reads it; the scale of q and the 1.702 of the gate likewise. And since nothing
     reads the residual stream but through a layer norm, what is written to it is written without its mean.
     """
-    dtype = widen(params["text_projection"]).dtype
+    dtype = to_float32(params["text_projection"]).dtype
     block = f"transformer.resblocks.{i}."
     names = [name for name in params if name.startswith(block)]
     p = {name.removeprefix(block): params[name].astype(dtype, copy=False) for name in names}
@@ -213,7 +215,7 @@ def encode_rows(params, blocks, heads, activation, corpus, chunk):
 
 def encode_tree(params, blocks, heads, activation, tree):
     """Features [T, E] of the texts that make up the tree."""
-    P = widen(params["text_projection"])
+    P = to_float32(params["text_projection"])
     N, D, F = len(tree.ids), len(P), len(blocks[0].c_fc)
     x = centred(params["token_embedding.weight"][tree.ids].astype(P.dtype, copy=False))  # (N, D)
     h = np.ones((N, D + 1), P.dtype)  # the norm of x, then what its attention gathers; the last stays 1

@@ -16,8 +16,10 @@ import cupy
 import numpy as np
 from tqdm import tqdm
 
-from minclip import fast, gpu
-from minclip.model import EPS, matmul
+from minclip.fast import cpu as fast
+from minclip.gpu import steps as gpu
+from minclip.model import matmul
+from minclip.params import EPS
 
 NODES = 16384  # nodes computed at once. In float16 one takes about 20 bytes a unit of width: 170 MB at 512
 TEXTS = 2**17  # texts sorted at once, which takes about 32 bytes a position: 90 MB for texts of 22 tokens

@@ -1,0 +1,135 @@
+"""What the page needs besides plain array operations.
+
+This is which library an array belongs to, how float16 is computed, and functions that NumPy lacks.
+
+NumPy and CuPy arrays go through the same code. float16 is a storage format here: `float32_inside`
+converts a function's float16 arrays to float32 and rounds its result once. For float16 arrays on the GPU,
+`minclip.gpu.steps` has a function of the same name, which does that on the tensor cores.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+FEW_ROWS = 128  # the tokens of one or two texts
+
+
+def array_module(x: Any) -> Any:
+    """Return numpy, or cupy for an array on the GPU."""
+    return np if isinstance(x, np.ndarray) else sys.modules["cupy"]
+
+
+def float32_inside(step: Callable[..., Any], *, rounded: bool = True) -> Callable[..., Any]:
+    """Compute a step on float16 arrays in float32, and round its result to the dtype of its first array.
+
+    With rounded=False the result stays float32.
+    """
+
+    @functools.wraps(step)
+    def wrapper(x: Any, *others: Any) -> Any:
+        if x.dtype == np.float16 and not isinstance(x, np.ndarray):
+            from minclip.gpu import steps
+
+            return getattr(steps, step.__name__)(x, *others)
+        result = step(to_float32(x), *map(to_float32, others))
+        return result.astype(x.dtype, copy=False) if rounded else result
+
+    return wrapper
+
+
+def to_float32(x: Any) -> Any:
+    """Return a float16 array as float32, and any other array as it is."""
+    return x.astype(np.float32) if x.dtype == np.float16 else x
+
+
+def as_array(value: Any) -> Any:
+    """Return a torch tensor, a CuPy array or anything array-like as a NumPy array on the host.
+
+    NumPy has no bfloat16: such an array becomes float32.
+    """
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = (value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy()
+    elif hasattr(value, "get"):
+        value = value.get()
+    elif hasattr(value, "numpy") and not hasattr(value, "__array__"):
+        value = value.numpy()
+    array = np.asarray(value)
+    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array  # ml_dtypes', from JAX
+
+
+def matmul_transposed(x: Any, weight: Any) -> Any:
+    """Return x @ weight.T, as one product of two matrices: BLAS computes that faster than a stack of them."""
+    rows = x.reshape(-1, x.shape[-1])
+    # With few rows, BLAS computes the transposed product faster.
+    out = rows @ weight.T if len(rows) > FEW_ROWS else (weight @ rows.T).T
+    return out.reshape(*x.shape[:-1], len(weight))
+
+
+def with_leading(leading: tuple[int, ...], *arrays: Any) -> Any:
+    """Return arrays [B, ...] as [*leading, ...]: one array, or a tuple where several are given.
+
+    None stays None.
+    """
+    shaped = tuple(None if x is None else x.reshape(*leading, *x.shape[1:]) for x in arrays)
+    return shaped if len(shaped) > 1 else shaped[0]
+
+
+def normalize(features: Any) -> Any:
+    """Divide each row of features [..., E] by its length; a zero row stays zero. Same shape and dtype.
+
+    Raises ValueError where features is no array of floats.
+
+    >>> normalize(np.array([[3.0, 4.0], [0.0, 0.0]])).tolist()
+    [[0.6, 0.8], [0.0, 0.0]]
+    """
+    if not hasattr(features, "dtype") or features.dtype.kind != "f":
+        raise ValueError("features must be a floating-point array, such as encode_text returns")
+    x = to_float32(features)
+    x = x / nonzero(abs(x).max(axis=-1, keepdims=True))  # first, so that squares neither overflow nor vanish
+    x = x / nonzero((x * x).sum(axis=-1, keepdims=True) ** 0.5)
+    return x.astype(features.dtype, copy=False)
+
+
+def nonzero(x: Any) -> Any:
+    """Return x with 1 in place of 0, to divide by."""
+    return x + (x == 0)
+
+
+def sigmoid(x: Any) -> Any:
+    """Return 1 / (1 + exp(-x))."""
+    with np.errstate(over="ignore"):  # exp(-x) may overflow to infinity, and 1 / infinity is the right answer
+        return 1 / (1 + array_module(x).exp(-x))
+
+
+def normal_cdf(x: Any) -> Any:
+    """Return Phi(x) of the normal distribution, which NumPy lacks, to 5e-14; below 0 the error is relative.
+
+    1 - Phi(x) = erfc(y) / 2 with y = x / sqrt(2). (1 + 2 y) exp(y^2) erfc(y) is so smooth in
+    t = (y - 3) / (y + 3) that one polynomial approximates it from 0 to infinity (Shepherd and Laframboise,
+    Mathematics of Computation 36, 1981). This polynomial interpolates it at 19 Chebyshev points.
+    """
+    xp = array_module(x)
+    y = abs(x) * 0.5**0.5
+    t = (y - 3) / (y + 3)
+    polynomial = 0
+    for coefficient in reversed(ERFC):
+        polynomial = polynomial * t + coefficient
+    tail = xp.exp(-y * y) * polynomial / (2 + 4 * y)
+    return xp.where(x < 0, tail, 1 - tail)
+
+
+# fmt: off
+ERFC = (
+    1.2530080582697296, -0.1356211061208497, -0.047562294352507764, 0.12964515847824745,
+    -0.1192736634721992, 0.0683080313220015, -0.023770513904139614, 0.0025293596278562493,
+    0.0018886820608398581, -0.0007796903107536676, -0.00010512258573368832, 0.0001247281353066936,
+    4.8496923036467334e-06, -1.950471307214092e-05, -5.650045317455558e-07, 2.8869709884584873e-06,
+    1.8268338386983095e-07, -2.798421357795291e-07, -2.983942535318685e-08,
+)
+# fmt: on

@@ -1,0 +1,102 @@
+"""The probe: tokens that tell a wrong port from a right one, and the reference's stages on them."""
+
+import zipfile
+
+import numpy as np
+
+from minclip.arrays import as_array
+from minclip.checkpoint.tensor_files import only_when_whole, read_safetensors
+from minclip.porting.rounding import PRECISIONS, rounding_of
+from minclip.tracing import Trace, trace
+
+
+def probe_tokens(context_length=77, vocabulary=49408):
+    """Tokens that tell a wrong port from a right one: int32 [7, context_length].
+
+    Many bugs show only where texts are padded with the end-of-text id, hold id 0, or are longer than
+    41 tokens; a single short text, which many ports are checked with, sees few. The rows:
+
+        0  one ordinary id, padded with 0, as clip.tokenize pads
+        1  the ids at the edges of the vocabulary, padded with 0
+        2  padded with the end-of-text id, as Hugging Face pads
+        3  id 0 ("!") inside and at the end of the text, padded with 0
+        4  id 0 at its start, padded with the end-of-text id
+        5  more than 41 tokens, but not full
+        6  full: the end of text is the last position
+
+    Seven rows: a mask that only fits one row, or as many rows as there are heads, shows then.
+    Raises ValueError for a context or a vocabulary too small to hold them.
+    """
+    C, V = context_length, vocabulary
+    if C < 8 or V < 16:
+        raise ValueError(f"probe tokens need a context of 8 and a vocabulary of 16 at least, not {C} and {V}")
+    start, end = V - 2, V - 1
+    # Ordinary ids by a fixed rule, spread over the vocabulary: the same in any language and release.
+    ids = [1 + 7919 * (n + 1) % (V - 3) for n in range(C)]
+    texts = (
+        (ids[:1], 0),
+        ([1, V - 3, 2, V - 4], 0),
+        (ids[1:4], end),
+        ([ids[4], 0, ids[5], 0, 0], 0),
+        ([0, ids[6], 0, ids[7]], end),
+        (ids[C // 3 : C - 4], 0),
+        (ids[: C - 2][::-1], 0),
+    )
+    tokens = np.empty((len(texts), C), dtype=np.int32)
+    for row, (text, padding) in zip(tokens, texts, strict=True):
+        row[:] = padding
+        row[: len(text) + 2] = [start, *text, end]
+    return tokens
+
+
+def write_probe(path, params):
+    """Write what a port needs to be compared, to an .npz at path; returns its `Trace`.
+
+    tokens                 int32 [7, L], see `probe_tokens`: run the port on these
+    each stage by name     what the reference computed from them
+    rounding.{precision}   [stages, 2], how far rounding alone moves each stage, in their order
+                           (see `measure_rounding`), for float32, float16 and bfloat16
+
+    The file appears at path only when whole.
+    """
+    V, context = len(params["token_embedding.weight"]), len(params["positional_embedding"])
+    traced = trace(params, probe_tokens(context, V))
+    arrays = {"tokens": traced.tokens} | {name: as_array(array) for name, array in traced.items()}
+    for precision in PRECISIONS[1:]:
+        arrays[f"rounding.{precision}"] = np.array(list(rounding_of(traced, precision).values()))
+    with only_when_whole(path) as partial, open(partial, "wb") as file:
+        np.savez_compressed(file, **arrays)
+    return traced
+
+
+def read_probe(path):
+    """The `Trace` that `write_probe` wrote. Raises OSError or ValueError where it cannot be read."""
+    dump = read_dump(path)
+    if "tokens" not in dump or "text_features" not in dump:
+        raise ValueError(f"{path} is no probe: it has no tokens or no stages; `minclip probe` writes one")
+    return as_trace(dump)
+
+
+def as_trace(dump):
+    """A `Trace` of any mapping of stages, such as what `write_probe` wrote."""
+    stages = {name: array for name, array in dump.items() if name != "tokens" and name[:9] != "rounding."}
+    roundings = {
+        precision: dict(zip(stages, map(tuple, dump[f"rounding.{precision}"]), strict=True))
+        for precision in PRECISIONS
+        if f"rounding.{precision}" in dump
+    }
+    return Trace(stages, tokens=dump.get("tokens"), roundings=roundings)
+
+
+def read_dump(path):
+    """A port's arrays by name, from an .npz or a .safetensors file (bfloat16 becomes float32).
+
+    Raises OSError for a file that cannot be read, ValueError for one that is neither.
+    """
+    try:
+        if str(path).endswith(".safetensors"):
+            return {name: np.asarray(tensor) for name, tensor in read_safetensors(path)[0].items()}
+        with np.load(path) as file:
+            return {name: file[name] for name in file.files}
+    except (ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not an .npz or .safetensors file of plain arrays: {error}") from None
