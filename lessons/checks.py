@@ -26,7 +26,8 @@ import types
 import numpy as np
 
 import minclip
-from minclip import faults, tracing
+from minclip.params import BLOCK
+from minclip.porting import faults, probe
 
 
 class Wrong(Exception):
@@ -1183,11 +1184,11 @@ def check_first_divergence(first_divergence):
 
 @exercise
 def check_stages(stages):
-    order = [name.removeprefix(f"{tracing.BLOCK}0.") for name in minclip.trace(minclip.load(), [[END]])]
+    order = [name.removeprefix(f"{BLOCK}0.") for name in minclip.trace(minclip.load(), [[END]])]
     letters = letters_of(stages)
     for letter in letters:
-        said, wanted = str(stages[letter]).removeprefix(f"{tracing.BLOCK}0."), SIX[letter][1]
-        expect(said in order or letter != "E", "E: agrees on ordinary texts; try tracing.probe_tokens()")
+        said, wanted = str(stages[letter]).removeprefix(f"{BLOCK}0."), SIX[letter][1]
+        expect(said in order or letter != "E", "E: agrees on ordinary texts; try probe.probe_tokens()")
         expect(said in order, f"{letter}: no stage is called {said!r}; without the block, such as 'mlp.gelu'")
         expect(order.index(said) <= order.index(wanted), f"{letter}: an earlier stage than {said} is wrong")
         expect(said == wanted, f"{letter}: {said} still agrees; the first divergence is later")
@@ -1212,7 +1213,7 @@ def check_bugs(bugs):
 
 @exercise
 def check_mends(mends):
-    params, tokens = minclip.load(), tracing.probe_tokens()
+    params, tokens = minclip.load(), probe.probe_tokens()
     reference, mended = minclip.trace(params, tokens), []
     for letter in letters_of(mends):
         port, kept = broken(letter, params, tokens), {}

@@ -1,6 +1,6 @@
 """Would the tests notice? Each fault of the catalogue is put into encode_text, and the quick tests are run.
 
-    python tests/mutation_check.py [ID ...]
+    python -m tests.mutation_check [ID ...]
 
 A row for each fault: the first test that failed, or SURVIVED. The control, with nothing put in, must pass.
 Exit status 1 where a fault survives that is not said to be harmless here, or where the control fails.
@@ -17,10 +17,10 @@ import pytest
 
 import minclip
 from minclip import model
-from minclip.faults import CATALOGUE, Port
+from minclip.porting.faults import CATALOGUE, Port
 
 HERE = Path(__file__).parent
-TESTS = [str(HERE / f"test_{name}.py") for name in ("golden", "model", "parity")]
+TESTS = [str(HERE / "unit" / f"test_{name}.py") for name in ("golden", "model", "parity")]
 HARMLESS = {  # why no test of encode_text can fail
     "D1-end": "what pads a row comes after its end of text, where a causal encoder never looks",
     "D1-zero": "the same; it is what clip.tokenize does",

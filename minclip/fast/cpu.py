@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from minclip.arrays import array_module, to_float32
 from minclip.model import ACTIVATIONS
-from minclip.params import EPS, architecture, check_projection, check_tokens, trim
+from minclip.params import EPS, architecture, check_tokens, trim
 
 CHUNK = 4096  # nodes that make one tree: enough to share their beginnings, few enough for little memory
 TILE = 2048  # nodes that go through an MLP together: enough for BLAS at its best

@@ -159,7 +159,9 @@ class Search:
         ]
         if self.unit:
             self.catalogue.remove(NORMALISED)  # it is in every comparison
-        self.place = {name: i for i, name in enumerate(record_trace(self.params, trim(self.params, self.tokens[:1])))}
+        self.place = {
+            name: i for i, name in enumerate(record_trace(self.params, trim(self.params, self.tokens[:1])))
+        }
         self.acts = {fault.id: first_place(fault, clean, self.place) for fault in self.catalogue}
         self.late = {id for id, place in self.acts.items() if place >= self.place["ln_final"]}
         self.streams = {}  # fault id, shape of tokens -> last block's output with that fault, features
@@ -170,7 +172,9 @@ class Search:
     def encode_all(self):
         """The reference's features [N, E] of every text, some at a time, in float64 arrays."""
         parts = [self.batch[i : i + ROWS] for i in range(0, len(self.batch), ROWS)]
-        return np.concatenate([Port(self.params, trim(self.params, part)).run() for part in parts]).astype(np.float64)
+        return np.concatenate([Port(self.params, trim(self.params, part)).run() for part in parts]).astype(
+            np.float64
+        )
 
     def select_rows(self):
         """Choose the texts to look at, and of them the one on which candidates are sought."""

@@ -79,8 +79,6 @@ def distances(params, tokens, stages, *, shadow=False):
     return {name: ratio(apart**0.5, size**0.5) for name, (apart, size) in squares.items()}
 
 
-
-
 def like(name, recorded, array):
     """A recorded stage so that the reference can go on with it in place of its own array."""
     if name == "eot":

@@ -2,8 +2,6 @@
 
 import sys
 
-import numpy as np
-
 from minclip.arrays import as_array
 
 

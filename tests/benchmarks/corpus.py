@@ -1,6 +1,6 @@
 """Time `minclip encode --file` against its parts, and one and two Dask workers against the plain command.
 
-    python tests/benchmarks/corpus.py [--model NAME|PATH] [--texts 65536]
+    python -m tests.benchmarks.corpus [--model NAME|PATH] [--texts 65536]
 
 Prints texts/s of each, and as ratios to the plain command, all from the same captions and the same run.
 Workers have one BLAS thread each, as Dask's own do by default; the plain command has all of the machine's.

@@ -1,6 +1,6 @@
 """Try minclip.diagnose on broken ports and write the table of what it said.
 
-    python tests/benchmarks/diagnosis_table.py [-o tests/benchmarks/diagnosis.md]
+    python -m tests.benchmarks.diagnosis_table [-o tests/benchmarks/diagnosis.md]
 
 The ports are those of tests/broken_port.py, which shares no code with the catalogue. A bug counts as
 visible where it moves the features by more than VISIBLE, in float64; a pair, where each of its bugs does
@@ -14,7 +14,6 @@ import argparse
 import functools
 import multiprocessing
 import os
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -23,12 +22,9 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from broken_port import HARMLESS, SINGLES, BrokenPort
-from oracles import random_params
-
 import minclip
+from tests.support.broken_port import HARMLESS, SINGLES, BrokenPort
+from tests.support.oracles import random_params
 
 VISIBLE = 1e-4
 
@@ -249,7 +245,7 @@ def report(clean, singles, single_totals, pairs, pair_totals, large):
     lines = [
         "# What minclip.diagnose says of broken ports",
         "",
-        "Made by `python tests/benchmarks/diagnosis_table.py -o tests/benchmarks/diagnosis.md`; the script",
+        "Made by `python -m tests.benchmarks.diagnosis_table -o tests/benchmarks/diagnosis.md`; the script",
         f"says how. Small models have one BLAS thread each, {os.cpu_count()} at a time.",
         "",
         "| model | single bugs named first | pairs named first | most CPU for a single, a pair |",

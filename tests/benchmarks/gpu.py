@@ -1,6 +1,6 @@
 """Measure minclip on the GPU at hand against torch on the same GPU, and write what was measured as Markdown.
 
-    python tests/benchmarks/gpu.py [--open-clip WHEEL] [--record FILE.md]
+    python -m tests.benchmarks.gpu [--open-clip WHEEL] [--record FILE.md]
 
 Random float16 weights at the text sizes of ViT-B/32 and ViT-L/14. The corpus is ImageNet's 80,000 prompts,
 from open_clip_torch: installed, or a wheel of it. torch is OpenAI's own clip/model.py as clip.load makes it
@@ -15,13 +15,19 @@ import sys
 from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from oracles import SIZES, openai_model, random_params, random_tokens, relative, torch_encode_text
 from throughput import imagenet_prompts, needed_flops
 
 import minclip
-from minclip import device, fast, model
+from minclip import fast, model
+from minclip.gpu import device
+from tests.support.oracles import (
+    SIZES,
+    openai_model,
+    random_params,
+    random_tokens,
+    relative,
+    torch_encode_text,
+)
 
 try:
     cupy = device.working_cupy()

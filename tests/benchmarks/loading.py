@@ -1,6 +1,6 @@
 """Time and memory of loading an archive of ViT-B/32's full size, beside torch.jit.load.
 
-    python tests/benchmarks/loading.py [FILE.pt]
+    python -m tests.benchmarks.loading [FILE.pt]
 
 Without a file it makes OpenAI's CLIP at ViT-B/32's sizes, at random, in float16, traced and saved as
 OpenAI's archives are. Each load is a process of its own; the file is in the page cache for both. The
@@ -40,7 +40,7 @@ LOADERS = {
 
 def make(path):
     sys.path[:0] = [str(TESTS), str(TESTS.parent)]
-    from archives import openai_model, save_traced
+    from tests.support.archives import openai_model, save_traced
 
     sizes = {"embed_dim": 512, "image_resolution": 224, "vision_layers": 12, "vision_width": 768}
     sizes |= {"vision_patch_size": 32, "context_length": 77, "vocab_size": 49408}

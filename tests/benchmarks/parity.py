@@ -1,19 +1,17 @@
 """Print how near minclip, torch and transformers are to each other and to float64 truth.
 
-    python tests/benchmarks/parity.py
+    python -m tests.benchmarks.parity
 
 Random weights at the real sizes, 40 rows of 2 to 77 random ids. Figures are relative L2 distances. For
 float16 both start from the same float16 weights, and the truth is those in float64.
 """
 
 import platform
-import sys
-from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from oracles import (
+import minclip
+from tests.support.oracles import (
     SIZES,
     random_params,
     random_tokens,
@@ -21,8 +19,6 @@ from oracles import (
     torch_encode_text,
     transformers_encode_text,
 )
-
-import minclip
 
 
 def main():

@@ -1,6 +1,6 @@
 """minclip beside the others that give CLIP's text features: a Markdown table, every cell measured here.
 
-    python tests/benchmarks/peers.py [minclip] [openai] [open_clip] [transformers] [clippie] [onnxruntime]
+    python -m tests.benchmarks.peers [minclip] [openai] [open_clip] [transformers] [clippie] [onnxruntime]
 
 Run it where the test extra and onnx are installed. Each column is made in a fresh virtual environment that
 pip fills, and timed in processes of its own, on one text tower of ViT-B/32's size with random weights,
@@ -252,12 +252,12 @@ def prepare(folder, names):
     """Write the tower in each format, and the texts, to folder."""
     sys.path[:0] = [str(HERE), str(HERE.parent), str(ROOT)]
     import numpy
-    import oracles
     import test_tokenizer
     import throughput
 
     import minclip
     from minclip import tokenizer
+    from tests.support import oracles
 
     params = oracles.random_params(**throughput.SIZE)
     minclip.save(params, folder / "minclip.safetensors")

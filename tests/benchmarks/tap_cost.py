@@ -1,6 +1,6 @@
 """What the tap costs: encode_text without one, against the same encoder with every tap call cut out.
 
-    OPENBLAS_NUM_THREADS=1 python tests/benchmarks/tap_cost.py
+    OPENBLAS_NUM_THREADS=1 python -m tests.benchmarks.tap_cost
 
 The encoder without taps is made from model.py's own source: `tap("name", x)` becomes `x`. The two are
 run in turn, so that what else the machine does falls on both, and the ratio is of the medians. The
@@ -10,18 +10,13 @@ noise line is the same for the untapped encoder against itself.
 import ast
 import inspect
 import statistics
-import sys
 import time
 import types
-from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from oracles import random_params, random_tokens
-
 from minclip import model
+from tests.support.oracles import random_params, random_tokens
 
 ROUNDS = 60
 

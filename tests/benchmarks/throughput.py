@@ -1,6 +1,6 @@
 """Time minclip.fast on a CPU against torch, transformers, onnxruntime and the floor that matmul sets.
 
-    python tests/benchmarks/throughput.py [prompts] [captions] [one] [memory] [growth]
+    python -m tests.benchmarks.throughput [prompts] [captions] [one] [memory] [growth]
 
 Random weights at ViT-B/32's text size, float32. The prompts are ImageNet's, 1000 names in 80 templates,
 read from open_clip_torch: installed, or a wheel named by --open-clip (`pip download --no-deps
@@ -24,14 +24,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from threadpoolctl import threadpool_limits
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from oracles import SIZES, openai_model, random_params, transformers_model
 from peers import peak_memory
+from threadpoolctl import threadpool_limits
 
 import minclip
 from minclip import fast, tokenizer
+from tests.support.oracles import SIZES, openai_model, random_params, transformers_model
 
 SIZE = SIZES["ViT-B/32"]
 BATCH = 64  # texts a call of the peers

@@ -1,6 +1,6 @@
 """Time minclip.tokenize against OpenAI's own tokenizer on 100,000 captions, and what importing minclip adds.
 
-    python tests/benchmarks/tokenizing.py
+    python -m tests.benchmarks.tokenizing
 
 Captions are made of the vocabulary's own words, every tenth with an accent or a curly quote.
 """
@@ -10,12 +10,9 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from oracles import openai
 
 from minclip import tokenizer
+from tests.support.oracles import openai
 
 
 def captions(count=100_000, seed=0):

@@ -1,0 +1,111 @@
+"""Execute lessons and write their outputs: `python tests/refresh_lessons.py 03` or, for all, no number.
+
+With --pictures FOLDER each figure is also written there as a PNG, to be looked at.
+tests/test_lessons.py uses the same functions.
+"""
+
+import argparse
+import base64
+import os
+import re
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+import minclip
+
+LESSONS = Path(__file__).resolve().parents[2] / "lessons"
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+
+
+def lessons():
+    """The notebooks in order."""
+    return sorted(LESSONS.glob("[0-9][0-9]-*.ipynb"))
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def execute(notebook):
+    """notebook as a clean kernel in lessons/ leaves it, with nothing in it that differs from run to run."""
+    notebook = tidy(notebook)
+    package = Path(minclip.__file__).resolve().parent.parent
+    path = os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    env |= {"OPENBLAS_NUM_THREADS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    place = {"metadata": {"path": str(LESSONS)}}
+    options = {"timeout": 120, "kernel_name": "python3", "resources": place}
+    NotebookClient(notebook, coalesce_streams=True, **options).execute(env=env)
+    return tidy(notebook, outputs=True)
+
+
+def tidy(notebook, outputs=False):
+    """A copy with the lessons' metadata alone, its outputs kept or dropped."""
+    notebook = nbformat.from_dict(nbformat.reads(nbformat.writes(notebook), as_version=4))
+    notebook.metadata = nbformat.from_dict(METADATA)
+    count = 0
+    for cell in notebook.cells:
+        cell.metadata = nbformat.from_dict({})
+        if cell.cell_type == "code":
+            count += 1
+            cell.execution_count = count if outputs else None
+            cell.outputs = cell.outputs if outputs else []
+            for output in cell.outputs:
+                if "execution_count" in output:
+                    output.execution_count = count
+    return notebook
+
+
+def solution(notebook, exercise):
+    """The code in the folded Solution of one exercise, told by the cell's id."""
+    text = next(cell.source for cell in notebook.cells if cell.id == f"{exercise.id}-solution")
+    folded = text[text.index("<summary>Solution</summary>") :]
+    return re.search(r"```python\n(.*?)```", folded, re.DOTALL).group(1).strip()
+
+
+def exercises(notebook):
+    """The cells with a stub and, on the last line, its check."""
+    return [c for c in notebook.cells if c.cell_type == "code" and re.fullmatch(r"exercise-\d", c.id)]
+
+
+def solved(notebook):
+    """A copy with every stub replaced by its solution; the check on the last line stays."""
+    notebook = tidy(notebook)
+    for cell in exercises(notebook):
+        cell.source = f"{solution(notebook, cell)}\n\n{cell.source.splitlines()[-1]}"
+    return notebook
+
+
+def pictures(notebook):
+    """(cell id, PNG, height on the page) of every figure."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                png = base64.b64decode(output.data["image/png"])
+                yield cell.id, png, output.metadata["image/png"]["height"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("numbers", nargs="*", help="lessons by number, such as 03")
+    parser.add_argument("--pictures", type=Path, help="folder to write the figures into")
+    arguments = parser.parse_args()
+    for path in lessons():
+        if arguments.numbers and path.name[:2] not in arguments.numbers:
+            continue
+        notebook = execute(read(path))
+        nbformat.write(notebook, path)
+        print(f"{path.name}: {len(notebook.cells)} cells, {path.stat().st_size / 1000:.0f} kB")
+        if arguments.pictures:
+            arguments.pictures.mkdir(parents=True, exist_ok=True)
+            for name, png, _ in pictures(notebook):
+                (arguments.pictures / f"{path.name[:2]}-{name}.png").write_bytes(png)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""The lessons run, say what they said when they were committed, and their checks know right from wrong."""
+
+import io
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import combinations
+
+import checks
+import drawing
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.lessons.refresh import (
+    LESSONS,
+    METADATA,
+    execute,
+    exercises,
+    lessons,
+    pictures,
+    read,
+    solution,
+    solved,
+    tidy,
+)
+from tests.lessons.wrong_answers import WRONG
+
+each_lesson = pytest.mark.parametrize("path", lessons(), ids=lambda path: path.stem)
+TWO_AT_A_TIME = ThreadPoolExecutor(2)
+
+
+@cache
+def run(path, with_solutions):
+    """A future of the executed notebook."""
+    notebook = read(path)
+    return TWO_AT_A_TIME.submit(execute, solved(notebook) if with_solutions else notebook)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def started(request):
+    """Start every run that the selected tests will ask for, so that two are always going."""
+    for item in request.session.items:
+        if item.function in (test_committed_outputs_are_fresh, test_solutions_pass_their_checks):
+            run(item.callspec.params["path"], item.function is test_solutions_pass_their_checks)
+
+
+def text_of(output):
+    """What a reader reads of one output; figures are compared apart."""
+    data = {kind: value for kind, value in output.get("data", {}).items() if not kind.startswith("image/")}
+    return output.output_type, output.get("name"), output.get("text"), data
+
+
+def same_picture(a, b):
+    """Alike to the eye: fonts and image libraries may move an edge by a pixel from one machine to another."""
+    a, b = (Image.open(io.BytesIO(png)).convert("RGB").resize((190, 64)) for png in (a, b))
+    return abs(np.asarray(a, dtype=float) - np.asarray(b, dtype=float)).mean() < 2.5
+
+
+@each_lesson
+def test_committed_outputs_are_fresh(path):
+    committed, executed = read(path), run(path, False).result()
+    for old, new in zip(committed.cells, executed.cells, strict=True):
+        outputs = [text_of(output) for output in new.get("outputs", [])]
+        remedy = f"{path.name}, cell {new.id}: run `python tests/refresh_lessons.py {path.name[:2]}`"
+        assert [text_of(output) for output in old.get("outputs", [])] == outputs, remedy
+    for (name, a, tall), (_, b, high) in zip(pictures(committed), pictures(executed), strict=True):
+        assert tall == high, name
+        assert same_picture(a, b), f"{path.name}, figure of cell {name}: look at it, then refresh"
+    for cell in exercises(executed):
+        said = "".join(output.get("text", "") for output in cell.outputs)
+        assert "not attempted yet" in said, f"{cell.id} as shipped says {said!r}"
+
+
+@each_lesson
+def test_solutions_pass_their_checks(path):
+    for cell in exercises(run(path, True).result()):
+        said = "".join(output.get("text", "") for output in cell.outputs).strip().splitlines()
+        assert said[-1].startswith("✓"), f"{cell.id}: {said}"
+
+
+@each_lesson
+def test_lessons_are_small_and_leave_no_trace_of_a_machine(path):
+    raw, notebook = path.read_text(encoding="utf-8"), read(path)
+    assert len(raw.encode()) <= 300_000
+    assert len(notebook.cells) <= 45
+    assert notebook.metadata == METADATA
+    assert all(cell.metadata == {} for cell in notebook.cells)
+    for cell in notebook.cells:
+        assert re.fullmatch(r"[a-z][a-z0-9-]*", cell.id), cell.id
+        assert all(output.output_type != "error" for output in cell.get("outputs", []))
+    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1))
+    assert not any(
+        output.get("name") == "stderr" for cell in notebook.cells for output in cell.get("outputs", [])
+    )
+    said = json.dumps([[text_of(o) for o in cell.get("outputs", [])] for cell in notebook.cells])
+    for pattern in (
+        "Traceback",
+        "Warning",
+        "/home/|/root/|/tmp/|/Users/",
+        " at 0x[0-9a-f]{6}",
+        r"\d\d:\d\d:\d\d",
+    ):
+        assert not re.search(pattern, said), pattern
+    everything = "\n".join(cell.source for cell in notebook.cells) + said
+    for pattern in (
+        r"!\[",
+        r"<(img|script|iframe|link|video)\b",
+        "[%!]pip",
+        "ipywidgets",
+        r"https?://\S*\.(png|svg|gif)",
+    ):
+        assert not re.search(pattern, everything), pattern
+    for _, _, height in pictures(notebook):
+        assert 60 <= height <= 900
+    alts = re.findall(r'"alt": "([^"]*)"', raw)
+    assert len(alts) >= 2, "the strip and the key figure"
+    assert min(map(len, alts)) > 20
+
+
+def prose(notebook):
+    """The words a reader has to read: no code, tables, links' addresses or folded hints and solutions."""
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    text = re.sub(
+        r"<details>.*?</details>|```.*?```|^\|.*?$|\]\([^)]*\)", " ", text, flags=re.DOTALL | re.MULTILINE
+    )
+    return re.findall(r"[A-Za-z][\w'’-]*", text)
+
+
+@each_lesson
+def test_lessons_follow_the_template(path):
+    notebook = read(path)
+    text = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    whole = "\n".join(text)
+    assert re.match(rf"# {path.name[:2]} · [A-Z]", text[0]), "the title is `# NN · Verb …`"
+    for wanted in ("You will be able to", "You need", r"About \d+ minutes"):
+        assert re.search(wanted, text[0]), wanted
+    assert "pipeline(" in next(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    for heading in ("## Exercises", "## In the wild", "## Recap"):
+        assert whole.count(f"\n{heading}") + whole.startswith(heading) == 1, heading
+    assert re.search(r"https://github\.com/\S+/(issues|pull|blob)/", whole), "In the wild cites its source"
+    assert "|" in text[-1], "the recap has the shapes table"
+    code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    assert "getsource(" in code, "the package's code is shown from its source"
+    assert "agree(" in code, "and shown equal to what was done by hand"
+    assert len(prose(notebook)) <= 1500, f"{len(prose(notebook))} words"
+
+
+def contents():
+    """(number, title, file, minutes) of each row of the contents page."""
+    page = (LESSONS / "README.md").read_text(encoding="utf-8")
+    return re.findall(r"^\| (\d\d) \| \[([^\]]+)\]\(([^)]+)\) \| (\d+) \|", page, re.MULTILINE)
+
+
+def test_the_contents_page_lists_every_lesson():
+    assert [file for _, _, file, _ in contents()] == [path.name for path in lessons()]
+    for (number, title, file, minutes), path in zip(contents(), lessons(), strict=True):
+        first = read(path).cells[0].source
+        assert first.startswith(f"# {number} · {title}\n"), file
+        assert f"About {minutes} minutes" in first, file
+
+
+@each_lesson
+def test_navigation_and_links_are_whole(path):
+    order = [(number, file) for number, _, file, _ in contents()]
+    at = order.index((path.name[:2], path.name))
+    links = ["[← {}]({})".format(*order[at - 1])] if at else []
+    links += ["[contents](README.md)"]
+    links += ["[{} →]({})".format(*order[at + 1])] if at + 1 < len(order) else []
+    bar = " · ".join(links)
+    text = [cell.source for cell in read(path).cells if cell.cell_type == "markdown"]
+    assert bar in text[0].splitlines(), f"at the top: {bar}"
+    assert text[-1].splitlines()[-1] == bar, f"at the bottom: {bar}"
+    for target in re.findall(r"\]\(([^)#]+)\)", "\n".join(text)):
+        assert re.match(r"https://|README.md$", target) or target in [file for _, file in order], target
+
+
+@each_lesson
+def test_exercises_follow_the_protocol(path):
+    notebook = read(path)
+    assert 2 <= len(exercises(notebook)) <= 4
+    for cell in exercises(notebook):
+        assert re.fullmatch(r"check_\w+\(\w+\)", cell.source.splitlines()[-1]), cell.id
+        assert "raise NotImplementedError" in cell.source or "..." in cell.source, cell.id
+        folded = next(c.source for c in notebook.cells if c.id == f"{cell.id}-solution")
+        assert folded.count("<details>") == 2, f"{cell.id}: a Hint and a Solution, both folded"
+        assert "<summary>Hint</summary>" in folded, cell.id
+        assert solution(notebook, cell)
+
+
+def all_checks():
+    return {name: check for name, check in vars(checks).items() if name.startswith("check_")}
+
+
+def test_every_check_is_used_once_and_has_wrong_answers():
+    used = [c.source.splitlines()[-1].split("(")[0] for path in lessons() for c in exercises(read(path))]
+    assert sorted(used) == sorted(all_checks())
+    assert sorted(WRONG) == sorted(all_checks())
+    assert all(len(cases) >= 2 for cases in WRONG.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "i"), [(name, i) for name in sorted(WRONG) for i in range(len(WRONG[name]))], ids=str
+)
+def test_checks_turn_down_wrong_answers_and_name_the_cause(name, i):
+    answer, cause = WRONG[name][i]
+    said = all_checks()[name].verdict(answer)
+    assert said.startswith("✗")
+    assert cause in said
+
+
+@pytest.mark.parametrize("name", sorted(WRONG))
+def test_checks_say_when_nothing_was_attempted(name):
+    def stub(*inputs):
+        raise NotImplementedError
+
+    if callable(WRONG[name][0][0]):  # the others take a value
+        assert all_checks()[name].verdict(stub).endswith("not attempted yet")
+    assert all_checks()[name].verdict(...).endswith("not attempted yet")
+    assert len({all_checks()[name].verdict(answer) for answer, _ in WRONG[name]}) >= 2
+
+
+@each_lesson
+def test_reading_and_writing_a_lesson_changes_nothing(path):
+    assert tidy(read(path), outputs=True) == read(path)
+
+
+# What a red-, green- or blue-blind eye makes of linear RGB: Machado, Oliveira and Fernandes,
+# IEEE Transactions on Visualization and Computer Graphics 15 (2009), severity 1.0.
+EYES = {
+    "all colours": np.eye(3),
+    "no red": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "no green": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "no blue": [
+        [1.255528, -0.076749, -0.178779],
+        [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.303900],
+    ],
+}
+XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+
+
+def linear(color):
+    channels = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    return np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+
+
+def lab(rgb):
+    x, y, z = np.cbrt(np.maximum(XYZ @ rgb / [0.9505, 1, 1.089], 0.0089))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("palette", [drawing.AXIS.values(), drawing.SERIES], ids=["axes", "series"])
+@pytest.mark.parametrize("eye", EYES)
+def test_colours_can_be_told_apart_by_every_eye_and_read_on_the_card(palette, eye):
+    seen = [lab(np.clip(EYES[eye] @ linear(color), 0, 1)) for color in palette]
+    assert min(np.linalg.norm(a - b) for a, b in combinations(seen, 2)) > 15  # 2.3 is just noticeable
+    contrast = [
+        (XYZ[1] @ linear(drawing.GROUND) + 0.05) / (XYZ[1] @ linear(color) + 0.05) for color in palette
+    ]
+    assert min(contrast) > 2.8

@@ -1,0 +1,183 @@
+"""What the documentation shows is what happens: docstring examples, and the README from top to bottom."""
+
+import doctest
+import importlib
+import os
+import pkgutil
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import minclip
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+MODULES = [
+    "minclip",
+    *(f"minclip.{m.name}" for m in pkgutil.iter_modules(minclip.__path__) if m.name != "__main__"),
+]
+PROGRAMS = ("minclip ", "pip ", "pytest", "python ", "dask ")
+END = "\n--- end of a block of Python ---\n"
+
+# What of the README's commands the walk leaves out, and why.
+LEFT_OUT = {
+    "pip install .": "installs; test_a_newcomer_gets_this_far does it, in the deeper mode",
+    'pip install -e ".[test]"': "fetches torch; .ci/run does it",
+    "pytest": "this is pytest",
+    "pytest -m deep tests/test_corpus.py": "takes minutes, by its name",
+    "pytest -m gpu tests/test_gpu.py": "needs a GPU",
+    'pip install "minclip[cuda13]"': "fetches CuPy, for a GPU",
+    'pip install "minclip[dask]"': "fetches Dask",
+    "python -m tests.benchmarks.gpu": "needs a GPU; test_gpu.py runs it on a stand-in",
+    "python -m tests.benchmarks.throughput prompts --open-clip WHEEL": "a benchmark, with a download",
+    "python -m tests.benchmarks.corpus --model NAME": "a benchmark",
+    "python -m tests.benchmarks.peers": "a benchmark, with downloads",
+    "python -m tests.benchmarks.parity": "computes three full-size towers in float64, a minute",
+    "dask scheduler": "runs until it is stopped; test_dask.py starts such a cluster",
+    "dask worker tcp://HOST:8786 --nworkers 2 --nthreads 1": "the same",
+    "minclip encode --file captions.txt -o features.npy --dask tcp://HOST:8786": "the same",
+}
+# What a reader would put in, or what stands for a download.
+STAND_INS = {"--model ViT-B/32": "--model builtin", "inspect SOURCE": "inspect builtin"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_are_true(name):
+    if name in ("minclip.gpu", "minclip.fast.gpu"):
+        pytest.importorskip("cupy", reason="imports CuPy, as the modules of the GPU alone do")
+    failed, _ = doctest.testmod(importlib.import_module(name))
+    assert failed == 0
+
+
+@pytest.mark.parametrize("name", sorted({*minclip.__all__} - {"fast"} | {"fast.encode_text"}))
+def test_every_public_function_has_an_example(name):
+    public = minclip
+    for part in name.split("."):
+        public = getattr(public, part)
+    assert doctest.DocTestFinder(recurse=False).find(public, name)[0].examples
+
+
+def commands():
+    """Every command of the README in its order: those of blocks, line by line, and those in a sentence."""
+    places = r"^```\w*\n(.*?)^```|`((?:minclip|python|pytest|pip|dask) [^`]*)`"
+    for block, sentence in re.findall(places, README, flags=re.DOTALL | re.MULTILINE):
+        lines = (block or sentence).splitlines()
+        if lines[0].startswith(PROGRAMS):
+            for line in lines:
+                yield from (part.strip() for part in line.partition("  #")[0].split("&&"))
+
+
+def walk(folder, environment, skip=()):
+    """What the README's commands and its Python print, run in a folder: {index of the block: its output}."""
+
+    def run(*command):
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=300,
+        )
+        assert done.returncode == 0, (command, done.stdout, done.stderr)
+        return done.stdout
+
+    (folder / "captions.txt").write_text("a photo of a cat\ntwo dogs\n", encoding="utf-8")
+    printed = {}
+    for command in commands():
+        if command in LEFT_OUT:
+            continue
+        for shown, used in STAND_INS.items():
+            command = command.replace(shown, used)
+        output = run("bash", "-ec", command)
+        if not printed:
+            printed[1] = output
+        if command.startswith("minclip probe"):  # the reader's part: a port, run on the probe
+            with np.load(folder / "probe.npz") as probe:
+                np.savez(folder / "port.npz", **probe)
+    if "python" not in skip:
+        code = [(i, block) for i, (language, block) in enumerate(BLOCKS) if language == "python"]
+        outputs = run("python", "-c", f"print({END!r})\n".join(block for _, block in code)).split(f"{END}\n")
+        printed |= {i: output for (i, _), output in zip(code, outputs, strict=True)}
+    return printed
+
+
+def shown_lines(block):
+    """A block of output as regular expressions, line by line: "..." is anything, 3.1e-07 any such number."""
+    for line in block.splitlines():
+        line = re.sub(r"\\\.\\\.\\\.$", ".*", re.escape(line.rstrip()))
+        yield re.sub(r"\d\\\.\de(\\[-+]|\+)\d\d", r"(\\d\\.\\de[-+]\\d\\d)", line)
+
+
+def assert_shown(index, printed):
+    """Each line that the block shows is printed, in this order; rounding may differ fourfold."""
+    lines = iter(printed.splitlines())
+    for shown, pattern in zip(BLOCKS[index][1].splitlines(), shown_lines(BLOCKS[index][1]), strict=True):
+        found = next((match for line in lines if (match := re.fullmatch(pattern, line.rstrip()))), None)
+        assert found, f"README shows {shown!r}, which is not printed there:\n{printed}"
+        for ours, theirs in zip(re.fullmatch(pattern, shown.rstrip()).groups(), found.groups(), strict=True):
+            assert 1 / 4 < float(ours) / float(theirs) < 4, (shown, found.group())
+
+
+def environment(folder):
+    """One in which `minclip` and `python` are this interpreter's and this copy's, with warnings as errors."""
+    for name, arguments in {"minclip": "-W error -m minclip", "python": ""}.items():
+        (folder / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n')
+        (folder / name).chmod(0o755)
+    path = os.pathsep.join([str(folder), os.environ["PATH"]])
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="the README's commands are bash's")
+def test_the_readme_from_top_to_bottom_prints_what_it_shows(tmp_path):
+    """In a fresh folder, each command and all the Python in a process of its own."""
+    for folder in ("bin", "here"):
+        (tmp_path / folder).mkdir()
+    printed = walk(tmp_path / "here", environment(tmp_path / "bin"))
+    assert printed[1] == BLOCKS[1][1]
+    checked = {1}
+    for i, (language, block) in enumerate(BLOCKS):
+        if not language and not block.startswith(PROGRAMS) and i > 1:
+            source = max(python for python in printed if python < i)
+            assert_shown(i, printed[source])
+            checked.add(i)
+    assert len(checked) >= 3
+    array = np.load(tmp_path / "here" / "features.npy")
+    assert (array.shape, array.dtype) == ((2, 128), np.float16)
+
+
+def test_what_the_walk_leaves_out_is_still_in_the_readme():
+    assert set(LEFT_OUT) <= set(commands())
+    assert all(any(shown in command for command in commands()) for shown in STAND_INS)
+
+
+@pytest.mark.deep
+def test_a_newcomer_gets_this_far(tmp_path):
+    """A fresh clone, a fresh environment with nothing but minclip: all of the README that needs no torch."""
+    venv, clone = tmp_path / "venv", tmp_path / "minclip"
+    subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
+    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    clean["PATH"] = os.pathsep.join([str(venv / "bin"), clean["PATH"]])
+    pip = [venv / "bin" / "python", "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "install", "."], cwd=clone, check=True, env=clean)
+    clean["PYTHONWARNINGS"] = "error"
+    (tmp_path / "here").mkdir()
+    assert walk(tmp_path / "here", clean, skip=["python"])[1] == BLOCKS[1][1]
+    code = "".join(block for language, block in BLOCKS if language == "python" and "torch" not in block)
+    subprocess.run([venv / "bin" / "python", "-c", code], cwd=tmp_path / "here", check=True, env=clean)
+    count = "from importlib.metadata import distributions; print(*sorted(d.name for d in distributions()))"
+    run = subprocess.run([venv / "bin" / "python", "-c", count], check=True, env=clean, capture_output=True)
+    assert len({*run.stdout.decode().split()} - {"pip", "setuptools"}) == 8  # as the README says
+
+
+def test_the_readmes_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
