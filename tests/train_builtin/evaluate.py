@@ -1,6 +1,6 @@
 """Print the built-in model's held-out figures against their bars, from an int8 file.
 
-    python -m tests.train_builtin.evaluate --work DIR [--model FILE] [--clip-refs FILE] [--sample held_out.json]
+    python -m tests.train_builtin.evaluate --work DIR [--model FILE] [--clip-refs FILE] [--sample FILE]
 
 Needs what `train.py fetch` and `train.py prepare` left under DIR; neither torch nor the teacher.
 --clip-refs names an .npz with `coco_prompts` [80] and `coco_fp16` [80, 512]: ViT-B/32 text features of "a"

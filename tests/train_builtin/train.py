@@ -2,8 +2,8 @@ r"""Train the built-in model. A development tool: it needs torch, transformers, 
 
     python -m tests.train_builtin.train fetch   --work DIR     packages by pinned name and version
     python -m tests.train_builtin.train prepare --work DIR     texts and teacher vectors, 10 minutes
-    python -m tests.train_builtin.train train   --work DIR --seed 0 --clip-vectors FILE --out first.safetensors
-    python -m tests.train_builtin.train train   --work DIR --seed 0 --clip-vectors FILE --out model.safetensors \
+    python -m tests.train_builtin.train train   --work DIR --seed 0 --clip-vectors F --out first.safetensors
+    python -m tests.train_builtin.train train   --work DIR --seed 0 --clip-vectors F --out model.safetensors \
         --start first.pt --steps 350 --rate 6e-4
 
 --clip-vectors names an .npz with `prompts` [n] and `fp16` [n, 512]: ViT-B/32 text features of "a {name}".
