@@ -44,7 +44,7 @@ def encode_text(params: Mapping[str, Any], tokens: Any, *, tap: Tap | None = Non
     """
     layers, _, _ = architecture(params)
     # Without a tap, positions after the last end of text are left out: no earlier position sees them.
-    tokens, leading, tap = check_inputs(params, tokens, tap)  # (B, L)
+    tokens, leading, tap = check_inputs(params, tokens, tap)
     x = transformer(embed(tokens, params, tap), params, range(layers), tap)  # (B, L, D)
     pooled, features = read_out(x, tokens, params, tap)  # (B, D), (B, E)
     return with_leading(leading, pooled if features is None else features)
@@ -73,7 +73,7 @@ def hidden_states(
     layers, _, _ = architecture(params)
     if not 0 <= skip <= layers:
         raise ValueError(f"skip must be from 0 to {layers}, the number of blocks, not {skip}")
-    tokens, leading, tap = check_inputs(params, tokens, keep)  # (B, L)
+    tokens, leading, tap = check_inputs(params, tokens, keep)
     x = transformer(embed(tokens, params, tap), params, range(layers - skip), tap)  # (B, L, D)
     states = layer_norm(x, *weight_and_bias(params, "ln_final")) if norm else x  # (B, L, D)
     if not pooled:

@@ -1,4 +1,4 @@
-"""Encoding on many machines, with Dask: `pip install "minclip[dask]"`.
+"""Encoding on many machines, with Dask: `pip install ".[dask]"` in a clone of minclip.
 
     dask scheduler                                                    # on one machine
     dask worker tcp://HOST:8786 --nworkers 2 --nthreads 1             # on each machine
@@ -97,5 +97,5 @@ def import_client():
     try:
         from distributed import Client
     except ImportError:
-        raise ValueError('Dask is not installed: pip install "minclip[dask]"') from None
+        raise ValueError('Dask is not installed: in a clone of minclip, pip install ".[dask]"') from None
     return Client

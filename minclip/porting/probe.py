@@ -26,6 +26,9 @@ def probe_tokens(context_length=77, vocabulary=49408):
 
     Seven rows: a mask that only fits one row, or as many rows as there are heads, shows then.
     Raises ValueError for a context or a vocabulary too small to hold them.
+
+    >>> probe_tokens().shape
+    (7, 77)
     """
     C, V = context_length, vocabulary
     if C < 8 or V < 16:

@@ -17,7 +17,7 @@ def trace_torch(torch_model, tokens):
     The hooks are taken away again, and minclip itself never imports torch.
 
     >>> from torch.nn import Embedding, Linear, Sequential
-    >>> stages = trace_torch(Sequential(Embedding(9, 4), Linear(4, 3)), np.array([[1, 2]]))
+    >>> stages = trace_torch(Sequential(Embedding(9, 4), Linear(4, 3)), [[1, 2]])
     >>> stages["0"].shape, stages["1"].shape
     ((1, 2, 4), (1, 2, 3))
     """

@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
 MODULES = [
     "minclip",
-    *(f"minclip.{m.name}" for m in pkgutil.iter_modules(minclip.__path__) if m.name != "__main__"),
+    *(m.name for m in pkgutil.walk_packages(minclip.__path__, "minclip.") if m.name != "minclip.__main__"),
 ]
 PROGRAMS = ("minclip ", "pip ", "pytest", "python ", "dask ")
 END = "\n--- end of a block of Python ---\n"
@@ -30,10 +30,12 @@ LEFT_OUT = {
     "pip install .": "installs; test_a_newcomer_gets_this_far does it, in the deeper mode",
     'pip install -e ".[test]"': "fetches torch; .ci/run does it",
     "pytest": "this is pytest",
-    "pytest -m deep tests/test_corpus.py": "takes minutes, by its name",
-    "pytest -m gpu tests/test_gpu.py": "needs a GPU",
-    'pip install "minclip[cuda13]"': "fetches CuPy, for a GPU",
-    'pip install "minclip[dask]"': "fetches Dask",
+    "pytest -m deep tests/unit/corpus": "takes minutes, by its name",
+    "pytest -m gpu tests/unit/gpu": "needs a GPU",
+    'pip install ".[cuda13]"': "fetches CuPy, for a GPU",
+    'pip install ".[dask]"': "fetches Dask",
+    'pip install ".[lessons]"': "fetches JupyterLab",
+    "jupyter lab lessons": "opens a browser",
     "python -m tests.benchmarks.gpu": "needs a GPU; test_gpu.py runs it on a stand-in",
     "python -m tests.benchmarks.throughput prompts --open-clip WHEEL": "a benchmark, with a download",
     "python -m tests.benchmarks.corpus --model NAME": "a benchmark",
@@ -49,13 +51,13 @@ STAND_INS = {"--model ViT-B/32": "--model builtin", "inspect SOURCE": "inspect b
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples_are_true(name):
-    if name in ("minclip.gpu", "minclip.fast.gpu"):
+    if name in ("minclip.gpu.steps", "minclip.fast.gpu"):
         pytest.importorskip("cupy", reason="imports CuPy, as the modules of the GPU alone do")
     failed, _ = doctest.testmod(importlib.import_module(name))
     assert failed == 0
 
 
-@pytest.mark.parametrize("name", sorted({*minclip.__all__} - {"fast"} | {"fast.encode_text"}))
+@pytest.mark.parametrize("name", sorted({*minclip.__all__} - {"corpus", "fast"} | {"fast.encode_text"}))
 def test_every_public_function_has_an_example(name):
     public = minclip
     for part in name.split("."):
