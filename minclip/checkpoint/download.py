@@ -1,5 +1,8 @@
-"""OpenAI's own files, fetched once: resumed when broken off, verified before use, never half written."""
+"""Download OpenAI's files: resume interrupted downloads, check the sha256, leave no half-written file."""
 
+from __future__ import annotations
+
+import difflib
 import hashlib
 import http.client
 import os
@@ -11,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 BASE = "https://openaipublic.azureedge.net/clip/models"
-MODELS = {  # name: sha256 and file, from openai/CLIP's clip/clip.py
+MODELS = {  # name: sha256 and file name, from openai/CLIP's clip/clip.py
     "RN50": ("afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762", "RN50.pt"),
     "RN101": ("8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599", "RN101.pt"),
     "RN50x4": ("7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd", "RN50x4.pt"),
@@ -29,8 +32,8 @@ CHUNK = 2**20
 TIMEOUT = 30  # seconds without a byte
 
 
-def available_models():
-    """The names of OpenAI's models, as `clip.available_models()` gives them.
+def available_models() -> list[str]:
+    """Return the names of OpenAI's models, as `clip.available_models()` does.
 
     >>> available_models()[:2]
     ['RN50', 'RN101']
@@ -38,20 +41,20 @@ def available_models():
     return list(MODELS)
 
 
-def download(name, *, cache=None):
-    """Path of the file of one of `available_models()`, verified by its sha256; fetched if it is not there.
+def download(name: str, *, cache: str | os.PathLike[str] | None = None) -> Path:
+    """Return the path of a model's file, after checking its sha256. Download the file if it is not there.
 
-    cache   the folder to keep it in: by default $MINCLIP_CACHE, or ~/.cache/clip, where OpenAI's own
-            `clip` keeps the same file
-    What has come of a file stays beside it as FILE.part, and the next call goes on from there.
-    Raises OSError where the file cannot be had, ValueError where it is not OpenAI's.
+    name    one of `available_models()`
+    cache   folder to keep the file in. The default is $MINCLIP_CACHE, or else ~/.cache/clip, where
+            OpenAI's own `clip` keeps the same file
+
+    An interrupted download stays beside the file as FILE.part, and the next call resumes from there.
+    Raises ValueError for an unknown name or a wrong sha256, OSError if the file cannot be downloaded.
     """
-    if name not in MODELS:
-        raise ValueError(f"no model {name!r}; there are {', '.join(MODELS)}")
-    digest, filename = MODELS[name]
-    folder = Path(cache or os.environ.get("MINCLIP_CACHE") or "~/.cache/clip").expanduser()
+    digest, filename = find_model(name)
+    folder = cache_folder(cache)
     path, part = folder / filename, folder / f"{filename}.part"
-    if path.is_file() and sha256(path).hexdigest() == digest:
+    if path.is_file() and sha256(path) == digest:
         return path
     url = f"{BASE}/{digest}/{filename}"
     try:
@@ -59,30 +62,50 @@ def download(name, *, cache=None):
         fetch(url, part)
     except (OSError, http.client.HTTPException) as error:
         raise OSError(
-            f"{url} cannot be fetched: {error}; run it again to go on, or put the file at {path}"
+            f"cannot download {url}: {error}; run it again to resume, or put the file at {path}"
         ) from None
-    if sha256(part).hexdigest() != digest:
+    if sha256(part) != digest:
         part.unlink()
         raise ValueError(
-            f"{url} gave a file of another sha256, now removed; try again, or put the right one at {path}"
+            f"{url} has the wrong sha256 and was deleted: try again, or put the right file at {path}"
         )
     os.replace(part, path)
     return path
 
 
-def fetch(url, part):
-    """Bring part to the length that the server announces, going on from what is there already."""
-    with tqdm(desc=part.stem, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+def find_model(name: str) -> tuple[str, str]:
+    """Return the sha256 and the file name of one of OpenAI's models.
+
+    Raises ValueError for any other name, and suggests the nearest one.
+    """
+    if name in MODELS:
+        return MODELS[name]
+    near = difflib.get_close_matches(name, MODELS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"the models are {', '.join(MODELS)}"
+    raise ValueError(f"no model {name!r:.80}: {hint}")
+
+
+def cache_folder(cache: str | os.PathLike[str] | None = None) -> Path:
+    """Return the folder of downloaded files: cache, or $MINCLIP_CACHE, or ~/.cache/clip."""
+    return Path(cache or os.environ.get("MINCLIP_CACHE") or "~/.cache/clip").expanduser()
+
+
+def fetch(url: str, part: Path) -> None:
+    """Download url to part, resuming from the bytes that part already holds.
+
+    Raises OSError if the server sends no further bytes.
+    """
+    with progress_bar(part.stem) as bar:
         while True:
             before = part.stat().st_size if part.exists() else 0
             if fetch_rest(url, part, before, bar):
                 return
             if part.stat().st_size <= before:
-                raise OSError(f"the connection breaks off at {before} bytes")
+                raise OSError(f"the connection broke at {before} bytes")
 
 
-def fetch_rest(url, part, have, bar):
-    """Append what is missing to part; False where the connection broke off before the end."""
+def fetch_rest(url: str, part: Path, have: int, bar: tqdm) -> bool:
+    """Append the missing bytes to part. Return whether part is complete."""
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         response = urllib.request.urlopen(request, timeout=TIMEOUT)
@@ -90,15 +113,15 @@ def fetch_rest(url, part, have, bar):
         if error.code != 416 or not have:
             raise
         if error.headers.get("Content-Range", f"bytes */{have}") == f"bytes */{have}":
-            return True  # nothing comes after what is there: it is whole
+            return True  # no byte comes after the ones in part
         part.unlink()
         return fetch_rest(url, part, 0, bar)
     with response:
         if response.headers["Content-Length"] is None:
-            raise OSError("the server does not say how long the file is")
+            raise OSError("the server does not announce the file's length")
         resumed = response.status == 206
         if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            raise OSError(f"the server sends another range than the one from {have} on")
+            raise OSError(f"the server sent another range than the bytes from {have} on")
         size = int(response.headers["Content-Length"]) + (have if resumed else 0)
         bar.reset(total=size)
         bar.update(have if resumed else 0)
@@ -108,11 +131,11 @@ def fetch_rest(url, part, have, bar):
 
 
 def copy(response, file, bar):
-    """Write the response's bytes, as many as come."""
+    """Write the bytes of the response to file until it ends or the connection breaks."""
     while True:
         try:
             chunk = response.read(CHUNK)
-        except (OSError, http.client.HTTPException):  # what came so far is good
+        except (OSError, http.client.HTTPException):  # the bytes received so far are good
             return
         if not chunk:
             return
@@ -120,6 +143,12 @@ def copy(response, file, bar):
         bar.update(len(chunk))
 
 
-def sha256(path):
+def progress_bar(name: str) -> tqdm:
+    """Return a progress bar in bytes, shown only on a terminal."""
+    return tqdm(desc=name, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
+
+
+def sha256(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256")
+        return hashlib.file_digest(file, "sha256").hexdigest()
