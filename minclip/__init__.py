@@ -16,7 +16,7 @@ from minclip.porting import compare, diagnose, probe_tokens, trace_torch
 from minclip.tokenizer import decode, tokenize
 from minclip.tracing import trace
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "Params",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minclip import arrays, builtin, checkpoint, corpus, model, tokenizer
+from minclip import __version__, arrays, builtin, checkpoint, corpus, model, tokenizer
 from minclip.arrays import as_array
 from minclip.checkpoint.tensor_files import only_when_whole
 from minclip.corpus import cluster
@@ -40,6 +40,7 @@ def main(argv=None):
 
 def parser():
     top = argparse.ArgumentParser(prog="minclip", description="CLIP's text encoder on NumPy or CuPy.")
+    top.add_argument("--version", action="version", version=f"minclip {__version__}")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
 
     encode = commands.add_parser("encode", help="turn texts into features", description=run_encode.__doc__)

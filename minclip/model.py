@@ -120,7 +120,7 @@ def residual_block(x, params, name, heads, activation, mask, tap):
 
 
 def attention(x, params, name, heads, mask, tap):
-    """Masked multi-head self-attention: each position gathers from itself and earlier ones."""
+    """Let each position gather from itself and earlier ones, by masked multi-head self-attention."""
     B, L, D = x.shape
     K = D // heads
     qkv = linear(x, params[f"{name}.in_proj_weight"], params[f"{name}.in_proj_bias"])  # (B, L, 3D)
@@ -136,7 +136,7 @@ def attention(x, params, name, heads, mask, tap):
 
 
 def mlp(x, params, name, activation, tap):
-    """Each position by itself: out to F, a soft gate, back to D."""
+    """Transform each position by itself: out to F, a soft gate, back to D."""
     h = tap(f"{name}.c_fc", linear(x, *weight_and_bias(params, f"{name}.c_fc")))  # (B, L, F)
     h = tap(f"{name}.gelu", ACTIVATIONS[activation](h))  # (B, L, F)
     return tap(name, unrounded_linear(h, *weight_and_bias(params, f"{name}.c_proj")))
@@ -152,13 +152,13 @@ def layer_norm(x, weight, bias):
 
 @functools.partial(float32_inside, rounded=False)
 def unrounded_linear(x, weight, bias):
-    """x @ weight.T + bias. For float16 arrays the result stays float32: `add` rounds it with the sum."""
+    """Return x @ weight.T + bias. With float16 arrays it stays float32: `add` rounds it with the sum."""
     return matmul_transposed(x, weight) + bias
 
 
 @float32_inside
 def linear(x, weight, bias):
-    """x @ weight.T + bias"""
+    """Return x @ weight.T + bias."""
     return unrounded_linear(x, weight, bias)
 
 
@@ -174,20 +174,20 @@ def matmul(a, b):
 
 @float32_inside
 def softmax(x):
-    """Positive, and of sum 1 over the last axis. Subtracting the maximum first keeps exp from overflowing."""
+    """Make x positive and of sum 1 over the last axis. Subtracting the maximum keeps exp from overflowing."""
     e = array_module(x).exp(x - x.max(axis=-1, keepdims=True))
     return e / e.sum(axis=-1, keepdims=True)
 
 
 @float32_inside
 def quick_gelu(x):
-    """The approximation of the GELU that OpenAI trained CLIP with."""
+    """Return x * sigmoid(1.702 x), the approximation of the GELU that OpenAI trained CLIP with."""
     return x * sigmoid(1.702 * x)
 
 
 @float32_inside
 def gelu(x):
-    """The exact GELU (with erf, not tanh) of most OpenCLIP models."""
+    """Return x * Phi(x), the exact GELU (with erf, not tanh) of most OpenCLIP models."""
     return x * normal_cdf(x)
 
 

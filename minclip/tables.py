@@ -4,7 +4,7 @@ import html
 
 
 def text_table(titles, rows):
-    """Lines of aligned columns, the first to the left and the others to the right."""
+    """Return lines of aligned columns: the first is left-aligned, the others right-aligned."""
     rows = [titles, *rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
@@ -15,7 +15,7 @@ def text_table(titles, rows):
 
 
 def html_table(titles, rows):
-    """The same for Jupyter."""
+    """Return the same table as HTML, for Jupyter."""
 
     def line(cells, tag):
         style = 'style="text-align:left"', 'style="text-align:right"'

@@ -75,8 +75,8 @@ INSIDE = sorted(name for name in MODULES if name not in ("minclip", "minclip.__m
 def test_imports_go_one_way(name):
     for imported, _ in imports(name):
         here, there = room(name), room(imported)
-        assert there, f"{name} imports the package itself"
-        assert here == there or there in MAY_IMPORT[here], f"{name} must not import {imported}"
+        assert there or here == "cli", f"{name} imports the package itself"  # cli prints its version
+        assert not there or here == there or there in MAY_IMPORT[here], f"{name} must not import {imported}"
 
 
 def test_no_circle_of_imports():
