@@ -1,14 +1,16 @@
-"""CLIP's tokenizer: text to ids by byte-pair encoding, id for id what clip.tokenize gives.
+"""CLIP's tokenizer: text to ids by byte-pair encoding, with the same ids as clip.tokenize.
 
-clean      mend broken Unicode (ftfy), undo HTML entities, one space between words, lower case
-split      words, contractions, single digits and runs of anything else, by a regular expression
-bytes      a word's UTF-8 bytes, each written as a printable character; the last one ends in </w>
-merge      the two neighbours that come first in the list of merges, again and again
-number     each piece by its place in the vocabulary: 256 bytes, 256 bytes with </w>,
+A text becomes ids in five steps:
+
+clean      repair broken Unicode (ftfy), unescape HTML, collapse white space, lower-case
+split      find words, contractions, single digits and runs of other characters, with a regular expression
+bytes      write each byte of a word's UTF-8 as a printable character, and append </w> to the last one
+merge      join the two neighbors that come first in the list of merges, until no neighbors are in the list
+number     look up each piece in the vocabulary: 256 bytes, 256 bytes with </w>,
            48,894 merges, start of text (49406), end of text (49407)
 
-The merges are OpenAI's (bpe_simple_vocab_16e6.txt.gz, of which CLIP uses lines 2 to 48,895).
-Parity is with ftfy 6.3: what becomes of mojibake depends on ftfy's version, upstream too.
+The merges are OpenAI's: lines 2 to 48,895 of bpe_simple_vocab_16e6.txt.gz.
+Ids of mojibake depend on the version of ftfy, in OpenAI's tokenizer too. minclip requires ftfy 6.3.
 """
 
 import functools
@@ -28,22 +30,30 @@ from minclip.params import Tokens
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
-# regex and not re: \p{L} and \p{N}, and its \s and its IGNORECASE (ſ is an s) are the reference's.
+# The regex module, not re: the reference relies on its \p{L} and \p{N}, its \s, and its IGNORECASE, for which
+# ſ is an s.
 PIECES = regex.compile(
     r"<\|(?:start|end)oftext\|>|'(?:[stmd]|re|ve|ll)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE
 )
 SPACES = regex.compile(r"\s+")
+LONGEST_REMEMBERED = 32  # characters; longer words rarely repeat
 
 
 def tokenize(
     texts: str | Iterable[str], context_length: int = 77, truncate: bool = False, pad: int = 0
 ) -> Tokens:
-    """Return token ids of one text or of an iterable of texts: int32 [B, context_length], padded with pad.
+    """Return the token ids of one text or of several: int32 [B, context_length].
 
-    Each row is the start id 49406, the ids of the text, the end id 49407, and padding: 0 as OpenAI pads,
-    pad=49407 as Hugging Face and Stable Diffusion pad. A text that is too long for the context raises
-    ValueError; with truncate=True it loses its tail and keeps the end id.
-    Follows clip.tokenize and clip/simple_tokenizer.py of openai/CLIP.
+    Each row holds the start id 49406, the ids of the text, the end id 49407, and padding.
+
+    texts            a str, or an iterable of str
+    context_length   the length of a row; 77 in OpenAI's models
+    truncate         whether to cut a text that is too long. Its row then still ends with the end id
+    pad              the id of padding: 0 as in clip.tokenize, or 49407 as in Hugging Face's tokenizer and
+                     Stable Diffusion
+
+    Raises TypeError for anything but str, and ValueError for a text that is too long, with the remedy.
+    Follows `tokenize` of clip/clip.py and clip/simple_tokenizer.py of openai/CLIP.
 
     >>> tokenize("a photo of a cat")[0, :8].tolist()
     [49406, 320, 1125, 539, 320, 2368, 49407, 0]
@@ -52,7 +62,9 @@ def tokenize(
         raise TypeError(f"texts must be a str or a list of str, not {type(texts).__name__}")
     texts = [texts] if isinstance(texts, str) else list(texts)
     if context_length < 2:
-        raise ValueError(f"context_length must hold at least a start and an end, not {context_length}")
+        raise ValueError(
+            f"context_length must be at least 2, for the start and end ids, not {context_length}"
+        )
     tokens = np.full((len(texts), context_length), pad, dtype=np.int32)
     start, end = vocabulary()[START], vocabulary()[END]
     for i, text in enumerate(texts):
@@ -61,7 +73,7 @@ def tokenize(
             if not truncate:
                 shown = text if len(text) <= 60 else text[:57] + "..."
                 raise ValueError(
-                    f"text {i} is {len(ids)} tokens long, start and end included, and the context holds "
+                    f"text {i} is {len(ids)} tokens long, start and end included, but the context holds "
                     f"{context_length}: shorten it or pass truncate=True: {shown!r}"
                 )
             ids[context_length - 1 :] = [end]
@@ -70,9 +82,11 @@ def tokenize(
 
 
 def decode(tokens: ArrayLike) -> list[str]:
-    """The texts of token ids [L] or [B, L], as a list of str: the inverse of `tokenize`, up to its cleaning.
+    """Return the texts of token ids [L] or [B, L].
 
-    Reads from the start id, if there is one, to the first end id. Bytes that are not UTF-8 become U+FFFD.
+    The inverse of `tokenize`, except for cleaning: texts come back in lower case, with a space after each
+    piece. Each row is read up to its first end id. Bytes that are not UTF-8 become U+FFFD.
+    Raises ValueError for an id outside the vocabulary.
 
     >>> decode(tokenize(["A photo", "of a cat!"]))
     ['a photo', 'of a cat !']
@@ -91,27 +105,46 @@ def decode(tokens: ArrayLike) -> list[str]:
 
 
 def encode(text, position=0):
-    """The ids of one text, without start and end. position is its place in the batch, for the error."""
+    """Return the ids of one text, without start and end, as a list.
+
+    position is the place of the text in its batch. The TypeError for anything but a str names it.
+    """
     if not isinstance(text, str):
         raise TypeError(f"text {position} must be a str, not {type(text).__name__}")
-    return [id for word in PIECES.findall(clean(text)) for id in known_ids(word)]
+    ids = []
+    for run in clean(text).split(" "):  # no piece contains white space, so each run has ids of its own
+        ids += remembered_ids(run) if len(run) <= LONGEST_REMEMBERED else run_ids(run)
+    return ids
 
 
 def clean(text):
-    """text as the reference sees it: mended, unescaped, single-spaced, lower case."""
-    # ftfy is most of the time spent here, and leaves plain printable ASCII as it is.
-    if not (text.isascii() and text.isprintable() and "&" not in text):
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return SPACES.sub(" ", text.strip()).strip().lower()
+    """Return text as the reference cleans it: repaired, unescaped, single-spaced and in lower case.
+
+    >>> clean("  It\u2019s  AT&amp;T ")
+    "it's at&t"
+    """
+    # ftfy takes most of the time. It leaves printable ASCII without "&" unchanged, where the only white space
+    # is the space itself.
+    if text.isascii() and text.isprintable() and "&" not in text:
+        return " ".join(text.split()).lower()
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return SPACES.sub(" ", text).strip().lower()
 
 
-def known_ids(word):
-    """The ids of one piece of text, remembered if it is of a length that comes again."""
-    return remembered_ids(word) if len(word) <= 32 else word_ids(word)
+def run_ids(run):
+    """Return the ids of a run of characters without white space, as a tuple."""
+    return tuple(id for word in PIECES.findall(run) for id in word_ids(word))
+
+
+remembered_ids = functools.lru_cache(maxsize=2**16)(run_ids)
 
 
 def word_ids(word):
-    """The ids of one piece of text: its bytes, merged."""
+    """Return the ids of one match of PIECES, as a tuple: its bytes, merged.
+
+    >>> word_ids("hatbox")
+    (3447, 2063)
+    """
     ids = vocabulary()
     if word in (START, END):
         return (ids[word],)
@@ -121,13 +154,11 @@ def word_ids(word):
     return tuple(ids[symbol] for symbol in merge(symbols))
 
 
-remembered_ids = functools.lru_cache(maxsize=2**16)(word_ids)
-
-
 def merge(symbols):
-    """Join neighbours by rank, the lowest first and of equals the leftmost, until no pair has a rank.
+    """Return symbols with neighbors joined, in the order of the list of merges, until no neighbors are in it.
 
-    A joined pair only ever makes pairs of higher rank, so one heap of candidates does it in n log n steps.
+    Of equal pairs the leftmost is joined first. Joining a pair only creates pairs that come later in the
+    list, so a heap of candidates merges n symbols in n log n steps.
 
     >>> merge(["c", "a", "t</w>"])
     ['cat</w>']
@@ -141,7 +172,7 @@ def merge(symbols):
         _, i, pair = heapq.heappop(heap)
         j = right[i]
         if j == n or (symbols[i], symbols[j]) != pair:
-            continue  # one of the two has been joined to something else since
+            continue  # one of the two has since been joined to another neighbor
         symbols[i], symbols[j] = symbols[i] + symbols[j], None
         right[i] = right[j]
         if right[j] < n:
@@ -155,7 +186,10 @@ def merge(symbols):
 
 @functools.cache
 def byte_characters():
-    """A printable character for each of the 256 bytes: Latin-1's where it is one, else from U+0100 on."""
+    """Return the printable character of each of the 256 bytes, as a dict.
+
+    A byte that is a printable character of Latin-1 is that character. The others are U+0100 and following.
+    """
     own = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in own]
     return {b: chr(b) for b in own} | {b: chr(256 + i) for i, b in enumerate(others)}
@@ -163,7 +197,7 @@ def byte_characters():
 
 @functools.cache
 def ranks():
-    """Each pair of the list of merges, by its place in it."""
+    """Return the position of each pair in the list of merges, as a dict."""
     packed = resources.files(__package__).joinpath("merges.txt.gz").read_bytes()
     lines = gzip.decompress(packed).decode("utf-8").splitlines()
     return {tuple(line.split(" ")): i for i, line in enumerate(lines)}
@@ -171,7 +205,7 @@ def ranks():
 
 @functools.cache
 def spellings():
-    """The vocabulary, id by id: 49,408 strings."""
+    """Return the vocabulary in the order of its ids, as a list of 49,408 strings."""
     letters = list(byte_characters().values())
     merged = [a + b for a, b in ranks()]
     return [*letters, *(c + WORD_END for c in letters), *merged, START, END]
@@ -179,5 +213,5 @@ def spellings():
 
 @functools.cache
 def vocabulary():
-    """The id of each spelling."""
+    """Return the id of each string of the vocabulary, as a dict."""
     return {spelling: id for id, spelling in enumerate(spellings())}
