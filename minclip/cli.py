@@ -13,7 +13,7 @@ from minclip import __version__, arrays, builtin, checkpoint, corpus, model, tok
 from minclip.arrays import as_array
 from minclip.checkpoint.tensor_files import only_when_whole
 from minclip.corpus import cluster
-from minclip.corpus.files import read_texts
+from minclip.corpus.lines import read_texts
 from minclip.params import architecture
 from minclip.porting import comparison, diagnosis, probe
 
@@ -53,7 +53,7 @@ def parser():
         "-o",
         dest="output",
         metavar="features.npy",
-        help="write the features [texts, E] there; stopped half way, the same command goes on",
+        help="write the features [texts, E] there; if interrupted, the same command resumes",
     )
     add_model(encode)
     encode.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -110,7 +110,7 @@ def run_encode(args):
         print("minclip encode: give texts or --file, one of the two", file=sys.stderr)
         return 2
     if args.file and args.output:
-        return encode_corpus(args)
+        return run_encode_file(args)
     if args.dask:
         print("minclip encode: --dask goes with --file and -o", file=sys.stderr)
         return 2
@@ -181,8 +181,8 @@ def read_names(path):
     return names
 
 
-def encode_corpus(args):
-    """Write the features of each line of a file, however many, going on where an earlier run stopped."""
+def run_encode_file(args):
+    """Write the features of each line of a file, and resume a run that was interrupted."""
     # With Dask it is the workers that have the device.
     device = "cpu" if args.dask else args.device
     params = checkpoint.load(args.model, device=device, dtype=working_dtype(args))

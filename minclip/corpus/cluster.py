@@ -1,38 +1,53 @@
-"""Encoding on many machines, with Dask: `pip install ".[dask]"` in a clone of minclip.
+"""Encoding on many machines with Dask: in a clone of minclip, `pip install ".[dask]"`.
 
     dask scheduler                                                    # on one machine
     dask worker tcp://HOST:8786 --nworkers 2 --nthreads 1             # on each machine
-    dask cuda worker tcp://HOST:8786                                  # one a GPU, of the package dask-cuda
+    dask cuda worker tcp://HOST:8786                                  # one per GPU; the package dask-cuda
     minclip encode --file captions.txt -o features.npy --dask tcp://HOST:8786
 
-Token ids travel to the workers and features back; parameters do not: each worker loads them once, by
-the model's name or path, and refuses if its file is not ours. What a lost worker had is done again by
-the others.
+Token ids travel to the workers, and features travel back. Parameters do not travel: each worker loads them
+once, by the model's name or path, and refuses to work if its file differs from the caller's. If a worker is
+lost, the others repeat its chunks.
 """
+
+from __future__ import annotations
 
 import collections
 import contextlib
 import functools
 import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
 from minclip import checkpoint
 from minclip.arrays import as_array
-from minclip.corpus.files import fingerprint
+from minclip.corpus.encoding import fingerprint
 from minclip.fast import encode_text
+from minclip.params import Floats, Params, Tokens, check_projection
 
 LOADING = threading.Lock()
 
 
-def encode_array(tokens, source="builtin", *, device="cpu", dtype=None):
-    """The features [N, E] of a dask.array of token ids [N, L], as a dask.array with the same chunks of rows.
+def encode_array(tokens: Any, source: str = "builtin", *, device: str = "cpu", dtype: Any = None) -> Any:
+    """Return the features [N, E] of a dask.array of token ids [N, L], as a dask.array with the same chunks.
 
-    source, device, dtype are those of `minclip.load`; each worker loads them once. A path must lead to the
-    same file on each. Features are NumPy arrays on either device. Nothing is encoded until the
-    result is computed; store it by chunks, with `dask.array.to_zarr` or `to_npy_stack`.
+    tokens                  a dask.array of integers
+    source, device, dtype   as `minclip.load` takes them. Each worker loads the model once; a path must lead
+                            to the same file on each
+
+    The features are NumPy arrays on either device. Nothing is encoded before the result is computed. Store a
+    large result chunk by chunk, with `dask.array.to_zarr` or `to_npy_stack`.
+    Raises ValueError and OSError as `minclip.load` does.
+
+    >>> import dask.array, minclip
+    >>> tokens = dask.array.from_array(minclip.tokenize(["a cat", "two dogs"]), chunks=(1, -1))
+    >>> encode_array(tokens).compute(scheduler="threads").shape
+    (2, 128)
     """
     params = checkpoint.load(source, dtype=dtype or ("float16" if device == "cuda" else None))
+    check_projection(params)
     P = params["text_projection"]
     tokens = tokens.rechunk({1: -1})
     return tokens.map_blocks(
@@ -43,12 +58,20 @@ def encode_array(tokens, source="builtin", *, device="cpu", dtype=None):
 
 
 @contextlib.contextmanager
-def encoder(address, params, source="builtin", *, device="cpu"):
-    """A function that encodes on the workers of the scheduler at address, for `minclip.corpus.encode_file`.
+def encoder(
+    address: str, params: Mapping[str, Any], source: str = "builtin", *, device: str = "cpu"
+) -> Iterator[Callable[[Iterable[Tokens]], Iterator[Floats]]]:
+    """Yield a function that encodes on a scheduler's workers, for `minclip.corpus.encode_file`.
 
-    It turns an iterator of tokens [n, L] into one of features [n, E], in the same order, and keeps no more
-    of them under way than the workers need to stay busy. params are what source holds, in the dtype that
-    the workers are to use on device.
+    address   of the scheduler, such as "tcp://HOST:8786"
+    params    the parameters that source holds, in the dtype that the workers are to use
+    source    the model's name, or a path that is valid on every worker
+    device    "cpu" or "cuda", of the workers
+
+    The function turns an iterator of tokens [n, L] into an iterator of features [n, E], in the same order. It
+    submits only as many chunks ahead as the workers need to stay busy.
+    Raises ValueError where Dask is not installed or where a worker has another model, OSError where the
+    scheduler or all workers are lost.
     """
     Client = import_client()
     with Client(address, set_as_default=False) as client:
@@ -57,6 +80,7 @@ def encoder(address, params, source="builtin", *, device="cpu"):
 
 
 def encode_chunks(client, how, chunks):
+    """Yield the features of chunks of tokens, computed by the client's workers, in order."""
     from distributed import CancelledError, KilledWorker
 
     under_way = collections.deque()
@@ -72,28 +96,31 @@ def encode_chunks(client, how, chunks):
 
 
 def encode_block(tokens, source, device, dtype, expected):
-    """Features [n, E] of tokens [n, L] as a NumPy array, by this worker's own parameters."""
-    with LOADING:  # a worker's threads start together, and one of them is to load
+    """Return the features [n, E] of tokens [n, L] as a NumPy array, by this worker's own parameters."""
+    with LOADING:  # the threads of a worker start together, and only one of them is to load
         params, found = parameters(source, device, dtype)
     if found != expected:
-        raise ValueError(f"the model {source} of a worker is not the one of who asked it: copy it to all")
+        raise ValueError(
+            f"the model {source} of a worker differs from the caller's: copy the file to every worker"
+        )
     return as_array(encode_text(params, tokens))
 
 
 @functools.lru_cache(maxsize=1)
-def parameters(source, device, dtype):
-    """The parameters a worker keeps from block to block, and their fingerprint."""
+def parameters(source: str, device: str, dtype: str) -> tuple[Params, str]:
+    """Return the parameters that a worker keeps from block to block, and their fingerprint."""
     params = checkpoint.load(source, device=device, dtype=dtype)
     return params, fingerprint(params)
 
 
 def recipe(params, source, device):
-    """What a worker needs to know to have the same parameters."""
+    """Return the arguments with which a worker loads the same parameters."""
     dtype = params["text_projection"].dtype.name
     return {"source": source, "device": device, "dtype": dtype, "expected": fingerprint(params)}
 
 
 def import_client():
+    """Return distributed.Client. Raise ValueError where Dask is not installed."""
     try:
         from distributed import Client
     except ImportError:

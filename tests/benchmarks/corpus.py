@@ -16,10 +16,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from tokenizing import captions, seconds
-
 import minclip
-from minclip import cluster, corpus
+from minclip import corpus
+from minclip.corpus import cluster
+from minclip.corpus.lines import check_lines
+from tests.benchmarks.tokenizing import captions, seconds
 
 
 def main():
@@ -43,11 +44,9 @@ def main():
             show(f"command with --dask, workers: {count}", with_workers(folder, texts, args.model, count))
         show("check the lines", check(path, params))
         show("tokenize in one process", rate(texts, minclip.tokenize, texts))
-        show("encode tokens", rate(texts, corpus.encode_text, params, minclip.tokenize(texts)))
-        shipped = corpus.CHUNK
-        for corpus.CHUNK in (1024, 8192, 16384):
-            show(f"encode_file, {corpus.CHUNK} texts at once", encode(path, params))
-        corpus.CHUNK = shipped
+        show("encode tokens", rate(texts, minclip.fast.encode_text, params, minclip.tokenize(texts)))
+        for chunk in (1024, 8192, 16384):
+            show(f"encode_file, {chunk} texts at once", encode(path, params, chunk))
 
 
 def rate(texts, function, *args):
@@ -57,14 +56,14 @@ def rate(texts, function, *args):
 def check(path, params):
     with open(path, "rb") as file:
         start = time.perf_counter()
-        count, _ = corpus.check_lines(file, len(params["positional_embedding"]), False, False)
+        count, _ = check_lines(file, len(params["positional_embedding"]), False, False)
         return count / (time.perf_counter() - start)
 
 
-def encode(path, params):
+def encode(path, params, chunk):
     output = path.with_suffix(".npy")
     start = time.perf_counter()
-    return len(corpus.encode_file(params, path, output)) / (time.perf_counter() - start)
+    return len(corpus.encode_file(params, path, output, chunk=chunk)) / (time.perf_counter() - start)
 
 
 def command(folder, texts, model, *more):

@@ -1,4 +1,4 @@
-"""A corpus on a real scheduler with two worker processes, one of which is lost half way."""
+"""A corpus on a real scheduler with two worker processes, one of which dies half way."""
 
 import itertools
 import json
@@ -14,8 +14,8 @@ import pytest
 from distributed import Client
 
 import minclip
-from minclip import checkpoint, corpus
-from minclip.corpus import cluster
+from minclip.corpus import cluster, encode_file
+from tests.support.corpora import count_encoded
 from tests.support.oracles import random_params
 
 TEXTS = [f"a photo of {n} cats" for n in range(400)]
@@ -25,12 +25,12 @@ TEXTS = [f"a photo of {n} cats" for n in range(400)]
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "small.safetensors"
     arrays = random_params(width=64, layers=1, embed=16)
-    minclip.save(checkpoint.from_state_dict(arrays, activation="gelu", heads=2), path)
+    minclip.save(minclip.from_state_dict(arrays, activation="gelu", heads=2), path)
     return str(path)
 
 
 def dask(folder, *args):
-    """A command of Dask's in a process of its own, which `with` ends."""
+    """Start a command of Dask in a process of its own."""
     log = open(folder / f"{args[0]}-{time.monotonic_ns()}.log", "w")
     command = [sys.executable, "-m", "dask", *args, "--no-dashboard"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -39,7 +39,7 @@ def dask(folder, *args):
 
 @pytest.fixture
 def scheduler(tmp_path):
-    """(address, workers): a scheduler, and two worker processes that nobody starts anew."""
+    """(address, workers): a scheduler, and two worker processes that nobody restarts."""
     folder = tmp_path / "dask"
     folder.mkdir()
     with ExitStack() as stack:
@@ -66,8 +66,7 @@ def expected(model, texts=TEXTS):
     return minclip.encode_text(minclip.load(model), minclip.tokenize(texts))
 
 
-def test_a_lost_workers_chunks_are_done_by_the_other(scheduler, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "CHUNK", 4)
+def test_a_lost_workers_chunks_are_done_by_the_other(scheduler, model, tmp_path):
     address, workers = scheduler
     (tmp_path / "captions.txt").write_text("\n".join(TEXTS))
     params = minclip.load(model)
@@ -80,8 +79,8 @@ def test_a_lost_workers_chunks_are_done_by_the_other(scheduler, model, tmp_path,
                     workers[0].kill()
                 yield features
 
-        features = corpus.encode_file(
-            params, tmp_path / "captions.txt", tmp_path / "features.npy", encode_chunks=killing
+        features = encode_file(
+            params, tmp_path / "captions.txt", tmp_path / "features.npy", encode_chunks=killing, chunk=4
         )
     np.testing.assert_allclose(features, expected(model), atol=1e-5)
     assert workers[0].wait() != 0
@@ -113,8 +112,7 @@ def test_the_command_line_encodes_on_the_workers(scheduler, model, tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "features.npy"), truth, atol=1e-3)
 
 
-def test_a_job_begun_on_workers_goes_on_without_them(scheduler, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "CHUNK", 40)
+def test_a_job_begun_on_workers_resumes_without_them(scheduler, model, tmp_path, monkeypatch):
     (tmp_path / "captions.txt").write_text("\n".join(TEXTS))
     job = minclip.load(model), tmp_path / "captions.txt", tmp_path / "features.npy"
     with cluster.encoder(scheduler[0], job[0], model) as encode_chunks:
@@ -124,13 +122,9 @@ def test_a_job_begun_on_workers_goes_on_without_them(scheduler, model, tmp_path,
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            corpus.encode_file(*job, encode_chunks=stopping)
-    left = []
-    encode_text = corpus.encode_text
-    monkeypatch.setattr(
-        corpus, "encode_text", lambda p, tokens: left.append(len(tokens)) or encode_text(p, tokens)
-    )
-    np.testing.assert_allclose(corpus.encode_file(*job), expected(model), atol=1e-5)
+            encode_file(*job, encode_chunks=stopping, chunk=40)
+    left = count_encoded(monkeypatch)
+    np.testing.assert_allclose(encode_file(*job, chunk=40), expected(model), atol=1e-5)
     assert left == [40] * 6
 
 
@@ -138,9 +132,9 @@ def test_a_worker_whose_model_is_another_refuses(scheduler, model, tmp_path):
     path = tmp_path / "model.safetensors"
     params = minclip.load(model)
     minclip.save(params, path)
-    other = checkpoint.Params(params, activation="quick_gelu", heads=2)
+    other = minclip.Params(params, activation="quick_gelu", heads=2)
     with cluster.encoder(scheduler[0], other, str(path)) as encode_chunks:
-        with pytest.raises(ValueError, match="is not the one of"):
+        with pytest.raises(ValueError, match="differs from the caller's"):
             list(encode_chunks([minclip.tokenize("a cat")]))
 
 

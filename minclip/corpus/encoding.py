@@ -1,0 +1,147 @@
+"""The features of a corpus, in bounded memory.
+
+`encode_file` reads a file twice. The first pass checks every line, because a line that is too long must be
+reported in the first minutes: a later fix would change the input that the finished rows belong to. In the
+second pass, other processes tokenize a chunk or more ahead of this process, which encodes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import os
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from minclip.arrays import as_array
+from minclip.arrays import normalize as normalize_rows
+from minclip.corpus.lines import check_lines, file_stamp, name_of, read_texts, readable_twice
+from minclip.corpus.progress import reporting
+from minclip.corpus.resumable_npy import ResumableNpy
+from minclip.corpus.workers import in_chunks, tokenize_ahead
+from minclip.fast import encode_text
+from minclip.params import TEXT_TOWER, Floats, Tokens, architecture, check_projection, text_dtype
+
+EncodeChunks = Callable[[Iterator[Tokens]], Iterable[Floats]]
+CHUNK = 8192  # texts encoded together
+
+
+def encode_file(
+    params: Mapping[str, Any],
+    source: str | os.PathLike[str] | BinaryIO,
+    output: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    normalize: bool = False,
+    truncate: bool = False,
+    progress: bool = False,
+    encode_chunks: EncodeChunks | None = None,
+    chunk: int = CHUNK,
+) -> np.ndarray:
+    r"""Write the features of a text file's lines to a .npy, resuming an earlier call that was interrupted.
+
+    params         as `encode_text` takes them
+    source         path of a UTF-8 file, one text a line; an empty line is an empty text. Or an open binary
+                   file. A source that cannot be read twice, such as a pipe, is first copied to the output's
+                   folder
+    output         path of the features [texts, E]. It appears only once it is complete. If the call is
+                   interrupted, the same call resumes from output.partial and computes no finished row again
+    dtype          of the features written: "float16", "float32"; by default that of params
+    normalize      write rows of length 1
+    truncate       truncate texts that are too long for the model
+    progress       show a bar on a terminal; elsewhere, write one line a minute to standard error
+    encode_chunks  a function from an iterator of tokens [n, L] to an iterator of features [n, E], in the same
+                   order; `minclip.corpus.cluster.encoder` gives one. By default, this process encodes
+    chunk          how many texts are encoded together, between two entries of the journal. More texts share
+                   more beginnings; an interruption loses at most one chunk
+
+    Returns the features as `numpy.load(output, mmap_mode="r")` does.
+    Raises ValueError, before anything is encoded, with the line's number where a line is not UTF-8, or is too
+    long and truncate is False. Raises ValueError where output.partial belongs to another input, model or
+    options; OSError where a file cannot be read or written, or the disk has no room for the features.
+
+    >>> import minclip, pathlib, tempfile
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> _ = (folder / "captions.txt").write_text("a cat\ntwo dogs\n")
+    >>> encode_file(minclip.load(), folder / "captions.txt", folder / "features.npy").shape
+    (2, 128)
+    """
+    check_projection(params)
+    options = {"normalize": normalize, "truncate": truncate}
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(readable_twice(source, output))
+        before = file_stamp(file)
+        texts, digest = check_lines(file, len(params["positional_embedding"]), truncate, progress)
+        written = float_dtype(dtype or text_dtype(params))
+        job = {
+            "input": digest,
+            "model": fingerprint(params),
+            "dtype": written.name,
+            "shape": [texts, params["text_projection"].shape[1]],
+            **options,
+        }
+        rows = stack.enter_context(contextlib.closing(ResumableNpy(output, job)))
+        left = itertools.islice(read_texts(file), rows.done, None)
+        stream = encode_stream(params, left, **options, encode_chunks=encode_chunks, chunk=chunk)
+        stack.enter_context(contextlib.closing(stream))
+        advance = stack.enter_context(reporting(progress, texts, rows.done, "texts"))
+        for features in stream:
+            if file_stamp(file) != before:
+                raise ValueError(f"{name_of(file)} changed while it was being encoded")
+            rows.append(as_array(features.astype(written, copy=False)))
+            advance(len(features))
+        rows.finish()
+    return np.load(output, mmap_mode="r")
+
+
+def encode_stream(
+    params: Mapping[str, Any],
+    texts: Iterable[str],
+    *,
+    normalize: bool = False,
+    truncate: bool = False,
+    encode_chunks: EncodeChunks | None = None,
+    chunk: int = CHUNK,
+) -> Generator[Floats, None, None]:
+    """Yield the features of any iterable of str as arrays [n, E], in order.
+
+    For a corpus that is no file, or for features that are not to be written to one file. Memory is bounded:
+    texts are taken when they are needed, a few chunks ahead. Arrays are in the dtype and on the device of
+    params; the other arguments are those of `encode_file`. A text that is too long for the model raises
+    ValueError when its chunk is reached, unless truncate is True.
+
+    >>> import minclip
+    >>> texts = (f"{n} cats" for n in range(5000))
+    >>> sum(len(features) for features in encode_stream(minclip.load(), texts))
+    5000
+    """
+    tokens = tokenize_ahead(in_chunks(texts, chunk), len(params["positional_embedding"]), truncate)
+    encode = encode_chunks or functools.partial(map, functools.partial(encode_text, params))
+    for features in encode(tokens):
+        yield normalize_rows(features) if normalize else features
+
+
+def float_dtype(dtype: Any) -> np.dtype:
+    """Return dtype as a NumPy dtype. Raise ValueError where it is no floating-point one."""
+    dtype = np.dtype(dtype)
+    if dtype.kind != "f":
+        raise ValueError(f"features are float16, float32 or float64, not {dtype}")
+    return dtype
+
+
+def fingerprint(params: Mapping[str, Any]) -> str:
+    """Return a SHA-256 of everything in params that features depend on.
+
+    This is the architecture, the end-of-text id where there is one, and every array of the text tower.
+    """
+    eot = getattr(params, "eot", None)
+    digest = hashlib.sha256(repr(architecture(params) + (() if eot is None else (eot,))).encode())
+    for name in sorted(name for name in params if name.startswith(TEXT_TOWER)):
+        array = np.ascontiguousarray(as_array(params[name]))
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
