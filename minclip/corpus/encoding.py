@@ -65,9 +65,10 @@ def encode_file(
     options; OSError where a file cannot be read or written, or the disk has no room for the features.
 
     >>> import minclip, pathlib, tempfile
-    >>> folder = pathlib.Path(tempfile.mkdtemp())
-    >>> _ = (folder / "captions.txt").write_text("a cat\ntwo dogs\n")
-    >>> encode_file(minclip.load(), folder / "captions.txt", folder / "features.npy").shape
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     captions = pathlib.Path(folder, "captions.txt")
+    ...     _ = captions.write_text("a cat\ntwo dogs\n")
+    ...     encode_file(minclip.load(), captions, captions.with_suffix(".npy")).shape
     (2, 128)
     """
     check_projection(params)
