@@ -1188,7 +1188,7 @@ def check_stages(stages):
     letters = letters_of(stages)
     for letter in letters:
         said, wanted = str(stages[letter]).removeprefix(f"{BLOCK}0."), SIX[letter][1]
-        expect(said in order or letter != "E", "E: agrees on ordinary texts; try probe.probe_tokens()")
+        expect(said in order or letter != "E", "E: agrees on ordinary texts; try minclip.probe_tokens()")
         expect(said in order, f"{letter}: no stage is called {said!r}; without the block, such as 'mlp.gelu'")
         expect(order.index(said) <= order.index(wanted), f"{letter}: an earlier stage than {said} is wrong")
         expect(said == wanted, f"{letter}: {said} still agrees; the first divergence is later")

@@ -1,7 +1,7 @@
-"""Execute lessons and write their outputs: `python tests/refresh_lessons.py 03` or, for all, no number.
+"""Execute lessons and write their outputs: `python -m tests.lessons.refresh 03` or, for all, no number.
 
 With --pictures FOLDER each figure is also written there as a PNG, to be looked at.
-tests/test_lessons.py uses the same functions.
+tests/lessons/test_lessons.py uses the same functions.
 """
 
 import argparse

@@ -622,7 +622,7 @@ WRONG["check_first_divergence"] = [
 WRONG["check_stages"] = [
     ({**SIX_STAGES, "A": "mlp"}, "an earlier stage than mlp"),
     ({**SIX_STAGES, "B": "attn.context"}, "attn.context still agrees"),
-    ({**SIX_STAGES, "E": None}, "try tracing.probe_tokens"),
+    ({**SIX_STAGES, "E": None}, "try minclip.probe_tokens"),
     ({**SIX_STAGES, "C": "mask"}, "no stage is called"),
     ({"A": "mlp.gelu", "B": "attn"}, "still to do: C, D, E, F"),
     (["mlp.gelu"], "a dict"),
