@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from minclip.params import Floats
+
 FEW_ROWS = 128  # the tokens of one or two texts
 
 
@@ -80,7 +82,7 @@ def with_leading(leading: tuple[int, ...], *arrays: Any) -> Any:
     return shaped if len(shaped) > 1 else shaped[0]
 
 
-def normalize(features: Any) -> Any:
+def normalize(features: Floats) -> Floats:
     """Divide each row of features [..., E] by its length; a zero row stays zero. Same shape and dtype.
 
     Raises ValueError where features is no array of floats.
