@@ -1,4 +1,4 @@
-"""tokenize is clip.tokenize, id for id."""
+"""tokenize gives the ids of clip.tokenize for every string."""
 
 import functools
 import gzip
@@ -19,7 +19,7 @@ import minclip
 from minclip import tokenizer
 from tests.support.oracles import openai
 
-# Published or well-known sequences, each run again with OpenAI's tokenizer; start and end left out.
+# Published or well-known sequences without start and end. Each was run again with OpenAI's tokenizer.
 KNOWN = {
     "a diagram": [320, 22697],
     "Hello World!": [3306, 1002, 256],
@@ -45,9 +45,9 @@ KNOWN = {
     "A picture of a puppy.": [320, 1674, 539, 320, 6829, 269],
 }
 
-# Each tells a known mistake of ports from the reference: no </w>, greedy matching, no lower case, lost
-# contractions, grouped digits, \w for letters, no byte encoder, no ftfy, no unescaping, specials taken
-# apart, case folding, IGNORECASE dropped, NFKC, separators that only `re` calls space, and more.
+# Each string shows a known mistake of ports: no </w>, greedy matching, no lower-casing, contractions split,
+# digits grouped, \w for letters, no byte encoder, no ftfy, no unescaping, special tokens split, case
+# folding, IGNORECASE dropped, NFKC, separators that only `re` takes for white space, and more.
 KILLERS = [
     "electroencephalography supercalifragilistic",
     "A photo of a Cat!",
@@ -80,7 +80,7 @@ KILLERS = [
 
 @functools.cache
 def reference_tokenizer():
-    """OpenAI's own tokenizer."""
+    """Return OpenAI's own tokenizer."""
     return openai("simple_tokenizer").SimpleTokenizer()
 
 
@@ -90,7 +90,7 @@ def reference():
 
 
 @pytest.mark.parametrize("text", KNOWN)
-def test_known_sequences(text):
+def test_published_sequences(text):
     ids = KNOWN[text]
     expected = [49406, *ids, 49407] + [0] * (75 - len(ids))
     assert minclip.tokenize(text).tolist() == [expected]
@@ -114,6 +114,12 @@ fragments = st.one_of(
 )
 
 
+@pytest.mark.parametrize("spaces", ["  ", "\t", "\x1c", "\u3000", " \x85 "])
+def test_words_that_repeat_keep_their_ids_whatever_separates_them(spaces, reference):
+    text = spaces.join(["Cats'", "don't", "cats'", "<|endoftext|>", "don't", "x" * 40, "A1", ""] * 2)
+    assert tokenizer.encode(text) == reference.encode(text)
+
+
 @given(st.lists(fragments, max_size=8).map("".join))
 def test_any_text_gives_the_references_ids(text):
     assert tokenizer.encode(text) == reference_tokenizer().encode(text)
@@ -129,7 +135,7 @@ ODD = [*ENTITIES.split(), *WRECKS.split(), *"\0 \t \x1c \x85 \u2028 \u200d \ufef
 
 @functools.cache
 def categories():
-    """{general category: its characters}, unassigned, private and surrogate ones too."""
+    """Return the characters of each general category, unassigned, private and surrogate ones included."""
     found = {}
     for code in range(sys.maxunicode + 1):
         found.setdefault(unicodedata.category(chr(code)), []).append(chr(code))
@@ -137,7 +143,7 @@ def categories():
 
 
 def hostile(draw):
-    """A string made to break tokenizers, of up to six parts."""
+    """Return a random string of up to six parts, each of a kind that breaks tokenizers."""
     kinds, marks = list(categories()), categories()["Mn"]
     parts = []
     for _ in range(draw.randrange(1, 7)):
@@ -152,14 +158,14 @@ def hostile(draw):
                 parts += [draw.choice(categories()[draw.choice(kinds)]) for _ in some]
             case 3:
                 parts.append("".join(c + draw.choice(marks) for c in words))
-            case 4:  # UTF-8 read as another encoding, once or twice
+            case 4:  # UTF-8 decoded as another encoding, once or twice
                 wreck = "".join(chr(draw.randrange(0xA0, 0x2100)) for _ in some)
                 for _ in range(draw.randrange(1, 3)):
                     wreck = wreck.encode("utf-8").decode(
                         draw.choice(["latin-1", "cp1252", "cp1251"]), "replace"
                     )
                 parts.append(wreck)
-            case 5:  # a surrogate alone, or a pair that Python keeps apart
+            case 5:  # a lone surrogate, or a pair that Python keeps as two characters
                 parts.append(chr(draw.randrange(0xD800, 0xE000)) + draw.choice(["", "\udc36"]))
             case 6:
                 parts += [chr(draw.randrange(draw.choice([128, 0x250, 0x3000, 0x110000]))) for _ in some]
@@ -185,9 +191,9 @@ def test_a_million_hostile_strings_give_the_references_ids(seed):
     fuzz(50_000, seed)
 
 
-def test_every_category_and_every_single_character_of_the_first_plane_is_tried(reference):
+def test_single_characters_of_the_first_plane_give_the_references_ids(reference):
     assert len(categories()) == 30
-    for code in range(0, 0x10000, 7):  # every seventh; the deeper run has them all
+    for code in range(0, 0x10000, 7):  # every seventh; the deep test tries all
         assert tokenizer.encode(chr(code)) == reference.encode(chr(code)), hex(code)
 
 
@@ -217,13 +223,13 @@ def test_a_megabyte_of_hostile_strings_gives_the_references_ids(reference):
 
 
 @pytest.mark.parametrize("text", ["\ud800", "a\udcffb", "\ud83d\udc36 dog", "&#xD83D;", "&amp;#55357;x"])
-def test_a_lone_surrogate_is_the_replacement_character_as_in_the_reference(text, reference):
-    """ftfy and html.unescape make it U+FFFD, so UTF-8 never meets it; a pair becomes its character."""
+def test_a_lone_surrogate_becomes_the_replacement_character_as_in_the_reference(text, reference):
+    """ftfy and html.unescape replace a lone surrogate by U+FFFD, and a pair by its character."""
     assert tokenizer.encode(text) == reference.encode(text)
     assert ("\ufffd" in minclip.decode(minclip.tokenize(text))[0]) == ("dog" not in text)
 
 
-def test_merging_is_the_references_on_long_words(reference):
+def test_long_words_are_merged_as_in_the_reference(reference):
     draw = random.Random(1)
     for letters in ("ab", "aeinrst", "abcdefghijklmnopqrstuvwxyz"):
         word = "".join(draw.choices(letters, k=2000))
@@ -267,12 +273,12 @@ def test_truncation_keeps_the_start_of_the_text_and_the_end_id():
         (3, "texts must be a str or a list of str, not int"),
     ],
 )
-def test_what_is_no_text_says_where(texts, message):
+def test_an_argument_that_is_not_text_raises_and_names_its_position(texts, message):
     with pytest.raises(TypeError, match=message):
         minclip.tokenize(texts)
 
 
-def test_a_text_that_is_too_long_is_named_before_any_is_returned():
+def test_the_error_for_a_long_text_quotes_only_its_beginning():
     with pytest.raises(ValueError, match="text 2 is 1048578 tokens long") as raised:
         minclip.tokenize(["a", "b", "1" * 2**20])
     assert len(str(raised.value)) < 250
@@ -293,13 +299,13 @@ def test_decode_is_the_inverse(text):
 def test_decoding_and_tokenizing_again_gives_the_same_text(texts):
     tokens = minclip.tokenize(texts, context_length=300)
     again = minclip.decode(tokens)
-    assume(all(ftfy.fix_text(a) == a for a in again))  # the space after a word can complete mojibake
+    assume(all(ftfy.fix_text(a) == a for a in again))  # the space after a word can turn it into mojibake
     assert [a.split() for a in minclip.decode(minclip.tokenize(again, context_length=300))] == [
         a.split() for a in again
     ]
 
 
-def test_decode_reads_to_the_first_end_and_mends_broken_bytes():
+def test_decode_stops_at_the_first_end_id_and_replaces_broken_bytes():
     assert minclip.decode([[49406, 320, 49407, 2368, 49407], [320, 2368, 0, 0, 0]]) == ["a", "a cat !!!"]
     half = minclip.tokenize("東")[0, 1]
     assert "\ufffd" in minclip.decode([[half]])[0]
