@@ -12,7 +12,7 @@ from minclip.builtin import pictures
 from minclip.checkpoint import available_models, from_state_dict, load, save
 from minclip.model import encode_text, hidden_states
 from minclip.params import Params
-from minclip.porting import compare, diagnose, probe_tokens, trace_torch
+from minclip.porting import compare, diagnose, probe_texts, probe_tokens, trace_torch
 from minclip.tokenizer import decode, tokenize
 from minclip.tracing import trace
 
@@ -32,6 +32,7 @@ __all__ = [
     "load",
     "normalize",
     "pictures",
+    "probe_texts",
     "probe_tokens",
     "save",
     "tokenize",

@@ -8,6 +8,7 @@ model), rounding (what a correct port may differ by), alignment (read foreign ar
 from minclip.porting.comparison import compare
 from minclip.porting.diagnosis import diagnose
 from minclip.porting.probe import probe_tokens
+from minclip.porting.probe_texts import probe_texts
 from minclip.porting.torch_hooks import trace_torch
 
-__all__ = ["compare", "diagnose", "probe_tokens", "trace_torch"]
+__all__ = ["compare", "diagnose", "probe_texts", "probe_tokens", "trace_torch"]
