@@ -10,6 +10,7 @@ from minclip import corpus, fast
 from minclip.arrays import normalize
 from minclip.builtin import pictures
 from minclip.checkpoint import available_models, from_state_dict, load, save
+from minclip.explorer import show
 from minclip.model import encode_text, hidden_states
 from minclip.params import Params
 from minclip.porting import compare, diagnose, probe_texts, probe_tokens, trace_torch
@@ -35,6 +36,7 @@ __all__ = [
     "probe_texts",
     "probe_tokens",
     "save",
+    "show",
     "tokenize",
     "trace",
     "trace_torch",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minclip import __version__, arrays, builtin, checkpoint, corpus, model, tokenizer
+from minclip import __version__, arrays, builtin, checkpoint, corpus, explorer, model, tokenizer
 from minclip.arrays import as_array
 from minclip.checkpoint.tensor_files import only_when_whole
 from minclip.corpus import cluster
@@ -19,6 +19,7 @@ from minclip.porting import comparison, diagnosis, probe
 
 SHOWN = 12  # texts whose similarities fit an 80-column terminal side by side
 NEAREST = 3
+BUILTIN_IN_WORDS = "built-in, a small CLIP-style one, not CLIP"
 
 
 def main(argv=None):
@@ -95,7 +96,18 @@ def parser():
     compare.add_argument(
         "--model", metavar="NAME|PATH", help="the probe's model, to tell new error from inherited"
     )
+    add_show(commands)
     return top
+
+
+def add_show(commands):
+    page = commands.add_parser(
+        "show", help="write a page to explore the encoder's run", description=run_show.__doc__
+    )
+    page.set_defaults(run=run_show)
+    page.add_argument("texts", nargs="+", metavar="TEXT", help="the first two are shown side by side")
+    page.add_argument("-o", dest="output", metavar="page.html", required=True, help="the file to write")
+    add_model(page)
 
 
 def add_model(command):
@@ -128,6 +140,16 @@ def run_encode(args):
         print_written(args.output, features)
     else:
         show(args.model, params, texts, tokens, as_array(arrays.normalize(features)))
+    return 0
+
+
+def run_show(args):
+    """Run the encoder on each TEXT and write every stage to one HTML page, which opens in any browser."""
+    params = checkpoint.load(args.model)
+    tokens = tokenizer.tokenize(args.texts, context_length=len(params["positional_embedding"]))
+    name = BUILTIN_IN_WORDS if args.model == "builtin" else Path(args.model).name
+    explorer.show(params, tokens, model=name).save(args.output)
+    print(f"{args.output}: {os.path.getsize(args.output) / 1e6:.1f} MB, open it in a browser")
     return 0
 
 
@@ -225,7 +247,7 @@ def print_written(path, features):
 def show(name, params, texts, tokens, features):
     """Print texts, their similarities, and the built-in pictures nearest to each."""
     layers, _, _ = architecture(params)
-    kind = "built-in, a small CLIP-style one, not CLIP" if name == "builtin" else name
+    kind = BUILTIN_IN_WORDS if name == "builtin" else name
     print(f"model: {kind} ({layers} layers, width {params['ln_final.weight'].size})\n")
     print("    tokens  text")
     for i, text in enumerate(texts, 1):
