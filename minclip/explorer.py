@@ -98,7 +98,7 @@ def show(params: Mapping[str, Any], tokens: Any, *, model: str = "") -> Page:
                 "words": words_of(ids[i], V),
                 "eot": len(ids[i]) - 1,
                 "stages": {n: packed(n, array, part_of(n) in kept) for n, array in traces[i].items()},
-                "value_norms": value_norms(traces[i]),
+                "lengths": {part: lengths(traces[i], part) for part in ("attn.v", "attn", "mlp")},
                 "read_out": nearest(read[i], candidates),
             }
             for i in range(min(len(texts), SIDE_BY_SIDE))
@@ -159,12 +159,10 @@ def packed_array(array: Any) -> str:
         return base64.b64encode(np.ascontiguousarray(array, dtype="<f2").tobytes()).decode()
 
 
-def value_norms(stages: Trace) -> list[str]:
-    """Return, for each block, the lengths of the values [H, L]."""
-    values = (
-        as_array(array)[0].astype(np.float32) for name, array in stages.items() if name.endswith("attn.v")
-    )
-    return [packed_array(np.linalg.norm(array, axis=-1)) for array in values]
+def lengths(stages: Trace, part: str) -> list[str]:
+    """Return, for each block, the lengths of the vectors of one part: [L], or [H, L] where it has heads."""
+    found = (as_array(array)[0].astype(np.float32) for name, array in stages.items() if part_of(name) == part)
+    return [packed_array(np.linalg.norm(array, axis=-1)) for array in found]
 
 
 def chosen_stages(traces: Sequence[Trace]) -> set[str]:

@@ -2,7 +2,8 @@
 
 Read in this order: stages (names and axes), probe (what to run a port on), torch_hooks (record a torch
 model), rounding (what a correct port may differ by), alignment (read foreign arrays as stages), comparison
-(which stage diverges first), faults (the catalogue of known bugs), diagnosis (which of them explains a port).
+(which stage diverges first), faults (the catalogue of known bugs), diagnosis (which of them explains a port),
+probe_texts (texts that tell tokenizers apart).
 """
 
 from minclip.porting.comparison import compare
