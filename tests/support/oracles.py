@@ -150,16 +150,16 @@ def renamed(params, prefix="", text="text_model."):
 
 
 def transformers_model(params, dtype="float32", activation="quick_gelu", heads=None):
-    """A transformers.CLIPTextModelWithProjection of params."""
+    """A transformers.CLIPTextModelWithProjection of params, a CLIPTextModel where they have no projection."""
     import torch
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     V, D = params["token_embedding.weight"].shape
     config = CLIPTextConfig(
         vocab_size=V,
         hidden_size=D,
         intermediate_size=4 * D,
-        projection_dim=params["text_projection"].shape[1],
+        projection_dim=params["text_projection"].shape[1] if "text_projection" in params else 1,
         num_hidden_layers=sum(name.endswith(".ln_1.weight") for name in params),
         num_attention_heads=heads or D // 64,
         max_position_embeddings=len(params["positional_embedding"]),
@@ -167,7 +167,8 @@ def transformers_model(params, dtype="float32", activation="quick_gelu", heads=N
         bos_token_id=V - 2,
         eos_token_id=V - 1,
     )
-    model = CLIPTextModelWithProjection(config).to(getattr(torch, dtype)).eval()
+    kind = CLIPTextModelWithProjection if "text_projection" in params else CLIPTextModel
+    model = kind(config).to(getattr(torch, dtype)).eval()
     prefixed = any(name.startswith("text_model.") for name in model.state_dict())
     state = renamed(params, text="text_model." if prefixed else "")
     state = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in state.items()}

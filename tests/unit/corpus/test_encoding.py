@@ -90,7 +90,7 @@ def test_a_stream_of_texts_is_taken_as_it_is_needed(params):
     [
         (b"word " * 76, "78 tokens long, start and end included, and the context holds 77"),
         ("é̂".encode() * 70, "tokens long"),
-        (b"caf\xe9", "not UTF-8 at byte 3"),
+        (b"pi\xf1ata", "not UTF-8 at byte 2"),
         (b"x" * 2**19, "longer than"),
     ],
 )
