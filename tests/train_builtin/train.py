@@ -20,14 +20,12 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pack
-import phrases
-import sources
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import minclip  # from this checkout
+from tests.train_builtin import pack, phrases, sources
 from tests.train_builtin.pictures import PictureTower, augment, read_pictures
 
 VOCABULARY, CONTEXT, WIDTH, LAYERS, EMBED = 49408, 77, 128, 4, 128
@@ -148,7 +146,7 @@ def ragged(texts):
 
 def prepare(work):
     """Write texts.json, teacher.npz (vectors in the order of its texts) under work."""
-    import teacher
+    from tests.train_builtin import teacher
 
     strings, words = phrases.vocabulary_words(minclip.decode, minclip.tokenize)
     data = phrases.build(work / "sources", words)

@@ -1,0 +1,363 @@
+"""Train the built-in model on order: scenes, swapped scenes, shuffled words and typed emoji, besides meaning.
+
+    python -m tests.train_builtin.order --work DIR --clip-vectors F --start model.safetensors --out order.pt
+
+It starts from an int8 file of `train`, puts new blocks in front of its blocks, and goes on with all losses of
+`train` but the pictures: their features are the table in the file. It writes --out every 50 steps; the same
+command resumes. --rows is the last phase: only the rows of emoji tokens learn. --pack writes the int8 file.
+"""
+
+import argparse
+import itertools
+import json
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+from torch import nn
+from torch.nn import functional as F
+
+from minclip.builtin import pictures
+from tests.train_builtin import scenes as grammar
+from tests.train_builtin import train as base
+from tests.train_builtin.scene_tower import SceneTower
+
+WIDTH, EMBED, CONTEXT, VOCABULARY = base.WIDTH, base.EMBED, base.CONTEXT, base.VOCABULARY
+KNOWN = 48  # scenes a step, and as many swapped fellows
+
+
+class Tower(nn.Module):
+    """The text tower of an int8 file, with new blocks in front that change nothing yet."""
+
+    def __init__(self, file, records, new_blocks=2, waves=0.05):
+        super().__init__()
+        stored = load_file(file)
+
+        def read(name):
+            scale = stored.get(f"{name}.scale", np.float32(1))
+            return torch.from_numpy(stored[name].astype(np.float32) * np.asarray(scale, np.float32))
+
+        self.read_table(stored, read, records)
+        self.positional_embedding = nn.Parameter(read("positional_embedding"))
+        old = len({name.split(".")[2] for name in stored if name.startswith("transformer.")})
+        self.transformer = nn.Module()
+        self.transformer.resblocks = nn.ModuleList(base.Block() for _ in range(new_blocks + old))
+        for i, block in enumerate(self.transformer.resblocks):
+            if i < new_blocks:
+                self.start_new(block)
+            else:
+                prefix = f"transformer.resblocks.{i - new_blocks}."
+                block.load_state_dict({name: read(prefix + name) for name in block.state_dict()})
+        self.ln_final = nn.LayerNorm(WIDTH)
+        self.ln_final.load_state_dict({n: read(f"ln_final.{n}") for n in ("weight", "bias")})
+        self.text_projection = nn.Parameter(read("text_projection"))
+        if waves and new_blocks:
+            self.look_back(waves)
+
+    def read_table(self, stored, read, records):
+        """Set up coordinates, basis and residual; every emoji token gets a row of its own."""
+        kept = torch.from_numpy(stored["token_embedding.full_ids"].astype(np.int64))
+        basis = read("token_embedding.basis")
+        rest = torch.ones(VOCABULARY, dtype=torch.bool)
+        rest[kept] = False
+        coordinates, table = torch.empty(VOCABULARY, len(basis)), torch.empty(VOCABULARY, WIDTH)
+        coordinates[rest], table[kept] = read("token_embedding.coordinates"), read("token_embedding.full")
+        coordinates[kept] = torch.linalg.lstsq(basis.T, table[kept].T).solution.T
+        table[rest] = coordinates[rest] @ basis
+        typed = base.ragged([r["emoji"] for r in records])
+        for record, ids in zip(records, typed, strict=True):
+            if len(ids) == 3:  # an emoji of one token starts from its name
+                table[ids[1]] = table[base.ragged([record["name"]])[0][1:-1]].mean(0)
+        full = torch.unique(torch.cat([kept, *(ids[1:-1] for ids in typed)]))
+        slots = torch.full((VOCABULARY,), len(full))
+        slots[full] = torch.arange(len(full))
+        self.register_buffer("full_ids", full)
+        self.register_buffer("slots", slots)
+        self.coordinates, self.basis = nn.Parameter(coordinates), nn.Parameter(basis)
+        residual = torch.cat([table[full] - coordinates[full] @ basis, torch.zeros(1, WIDTH)])
+        self.residual = nn.Parameter(residual)
+
+    @staticmethod
+    def start_new(block):
+        nn.init.normal_(block.attn.in_proj_weight, std=WIDTH**-0.5)
+        nn.init.zeros_(block.attn.in_proj_bias)
+        nn.init.normal_(block.mlp["c_fc"].weight, std=(2 * WIDTH) ** -0.5)
+        nn.init.zeros_(block.mlp["c_fc"].bias)
+        for layer in (block.attn.out_proj, block.mlp["c_proj"]):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    @torch.no_grad()
+    def look_back(self, rms, pairs=16, sharpness=1.5):
+        """Add waves to the positions, and set block 0's heads to look one and two tokens back.
+
+        In the plane of each wave one step is a rotation, so a query is the key of the step before, turned.
+        """
+        angles = torch.pi / torch.logspace(0, 1.7, pairs)  # of one step, for each wave
+        turns = torch.arange(CONTEXT)[:, None] * angles
+        waves = torch.stack([turns.cos(), turns.sin()], -1).flatten(1) * rms * (WIDTH / pairs) ** 0.5
+        axes = torch.linalg.qr(torch.randn(WIDTH, 2 * pairs, generator=torch.Generator().manual_seed(5)))[0]
+        self.positional_embedding += waves @ axes.T
+        weight = self.transformer.resblocks[0].attn.in_proj_weight
+        for head in (0, 1):
+            back = torch.zeros(2 * pairs, 2 * pairs)
+            for k, angle in enumerate(-(head + 1) * angles):
+                c, s = angle.cos(), angle.sin()
+                back[2 * k : 2 * k + 2, 2 * k : 2 * k + 2] = torch.tensor([[c, -s], [s, c]])
+            query, key = 64 * head, WIDTH + 64 * head
+            weight[query : query + 64] *= 0.1
+            weight[key : key + 64] *= 0.1
+            weight[query : query + 2 * pairs] = sharpness**0.5 * back @ axes.T
+            weight[key : key + 2 * pairs] = sharpness**0.5 * axes.T
+
+    rows = base.TextTower.rows
+    parameters_by_name = base.TextTower.parameters_by_name
+
+    def features(self, ids, drop=0.0):
+        """Return unit features [B, EMBED] of padded token ids [B, L]."""
+        x = self.rows(ids, drop) + self.positional_embedding[: ids.shape[1]]
+        for block in self.transformer.resblocks:
+            x = block(x)
+        x = self.ln_final(x[torch.arange(len(ids)), ids.argmax(1)])
+        return F.normalize(x @ self.text_projection, dim=-1)
+
+    def forward(self, texts, drop=0.0):
+        """Return unit features [n, EMBED] of ragged texts, computed in groups of similar length."""
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        cuts = [0, *(int(len(order) * part) for part in (0.35, 0.6, 0.8, 0.93, 0.985)), len(order)]
+        groups = [order[a:b] for a, b in itertools.pairwise(cuts) if b > a]
+        pad = nn.utils.rnn.pad_sequence
+        out = [self.features(pad([texts[i] for i in g], batch_first=True), drop) for g in groups]
+        places = torch.empty(len(texts), dtype=torch.long)
+        places[torch.tensor([i for g in groups for i in g])] = torch.arange(len(texts))
+        return torch.cat(out)[places]
+
+
+def scene_losses(said, mixed, disorder, shown, scale):
+    """Return (contrast, swap, hinge) of scenes: said and shown [2 K, E], the fellows second.
+
+    mixed [K / 2, E]     the first scenes' words shuffled
+    disorder (a, b)      ordinary sentences, and their words shuffled
+    """
+    goal = torch.arange(len(said))
+    fellow = goal.roll(len(said) // 2)
+    logits = scale * said @ shown.T
+    back = scale * shown @ torch.cat([said, mixed]).T
+    contrast = (F.cross_entropy(logits, goal) + F.cross_entropy(back, goal)) / 2
+    right = (said * shown).sum(1)
+    wrong, crossed = (said * shown[fellow]).sum(1), (said[fellow] * shown).sum(1)
+    swap = F.softplus(-20 * (right - wrong)).mean() + F.softplus(-20 * (right - crossed)).mean()
+    half = len(said) // 2
+    near = torch.cat([(said[:half] * said[half:]).sum(1), (said[: len(mixed)] * mixed).sum(1)])
+    hinge = F.relu(near - 0.5).mean() + F.relu((disorder[0] * disorder[1]).sum(1) - 0.55).mean()
+    return contrast, swap, hinge, (right > wrong).float().mean().item()
+
+
+class Data:
+    """Everything that a step draws from."""
+
+    def __init__(self, work, clip_vectors):
+        data = json.loads((work / "texts.json").read_text(encoding="utf-8"))
+        self.records = data["emoji"]
+        self.texts = base.Texts(data, np.load(work / "teacher.npy"))
+        self.captions = base.Captions(self.records, self.texts.row_of)
+        self.sentences = [p for p in data["phrases"] if 5 <= len(p.split()) <= 14 and len(p) < 80]
+        self.typed = base.ragged([r["emoji"] for r in self.records])
+        self.world = grammar.World(self.records)
+        with np.load(clip_vectors) as file:
+            self.clip_texts = base.ragged(file["prompts"].tolist())
+            self.clip_features = torch.from_numpy(file["fp16"]).float()
+        emoji, _, table = pictures()
+        assert emoji == [r["emoji"] for r in self.records], "the picture table is of other emoji"
+        self.table = torch.from_numpy(table)
+
+    def scenes(self, rng):
+        """Return (scenes, fellows, their sentences, the first ones' words shuffled)."""
+        weights = [
+            3 if family.startswith(("colors", "sizes", "counts", "with")) else 2
+            for family in grammar.FAMILIES
+        ]
+        first, fellows, said, other = [], [], [], []
+        for family in rng.choices(grammar.FAMILIES, weights, k=KNOWN):
+            scene, fellow = self.world.draw(rng, family)
+            form = rng.choice(grammar.forms_of(scene.relation))
+            same = scene.relation == fellow.relation and rng.random() < 0.6
+            first.append(scene)
+            fellows.append(fellow)
+            said.append(grammar.say(scene, rng, self.world, form))
+            other.append(grammar.say(fellow, rng, self.world, form if same else None))
+        return first + fellows, said + other, [grammar.shuffled(text, rng) for text in said[: KNOWN // 2]]
+
+
+def step_loss(text, scene_tower, head, temperature, warmth, data, rng, numpy_rng, weights):
+    """Return (loss, figures) of one step."""
+    texts, captions = data.texts, data.captions
+    rows, target = texts.draw(numpy_rng)
+    emoji = numpy_rng.permutation(len(data.table))[:64].tolist()
+    caption_rows, caption_goals = captions.draw(numpy_rng, emoji)
+    pair_texts, pair_goals = captions.pairs(numpy_rng, emoji[:32])
+    keyed = numpy_rng.permutation(len(data.table))[:48].tolist()
+    some = torch.from_numpy(numpy_rng.permutation(len(data.clip_texts))[:160])
+    scenes, said_texts, mixed_texts = data.scenes(rng)
+    ordinary = rng.sample(data.sentences, 12)
+    disorder = [grammar.shuffled(t, rng) for t in ordinary]
+    groups = [
+        [texts.tokens[i] for i in rows + caption_rows],
+        pair_texts,
+        [data.typed[i] for i in keyed],
+        [data.clip_texts[i] for i in some],
+        base.ragged(said_texts + mixed_texts + ordinary + disorder),
+    ]
+    features = text([ids for group in groups for ids in group], drop=0.05)
+    meaning, paired, keys, geometry, order = features.split([len(group) for group in groups])
+    target = torch.cat([target, texts.vectors[caption_rows].float()])
+    scale = temperature.exp().clamp(max=50)
+    goals = torch.cat([caption_goals, pair_goals])
+    finding = (
+        -(goals * F.log_softmax(scale * torch.cat([meaning[len(rows) :], paired]) @ data.table.T, 1))
+        .sum(1)
+        .mean()
+    )
+    typed = F.cross_entropy(25 * keys @ data.table.T, torch.tensor(keyed))
+    said, mixed, plain, shuffled = order.split([len(said_texts), len(mixed_texts), 12, 12])
+    shown = scene_tower(scenes, data.world, data.table)
+    contrast, swap, hinge, told = scene_losses(
+        said, mixed, (plain, shuffled), shown, warmth.exp().clamp(max=50)
+    )
+    parts = {
+        "teach": base.teaching_loss(meaning, target, head),
+        "find": finding,
+        "typed": typed,
+        "geometry": base.geometry_loss(geometry, data.clip_features[some]),
+        "scene": contrast,
+        "swap": swap,
+        "hinge": hinge,
+    }
+    loss = sum(weights[name] * value for name, value in parts.items())
+    return loss, {name: round(float(value), 3) for name, value in parts.items()} | {"told": round(told, 3)}
+
+
+WEIGHTS = {"teach": 1.0, "find": 0.5, "typed": 0.3, "geometry": 3.0, "scene": 1.0, "swap": 1.0, "hinge": 1.0}
+
+
+def train(options):
+    """Train, or go on from options.out, until options.steps."""
+    torch.manual_seed(options.seed)
+    rng, numpy_rng = random.Random(options.seed), np.random.default_rng(options.seed)
+    data = Data(options.work, options.clip_vectors)
+    text = Tower(options.start, data.records, options.new_blocks, options.waves)
+    scene_tower = SceneTower(EMBED)
+    head = base.fit_head(text, data.texts, numpy_rng)
+    temperature, warmth = nn.Parameter(torch.tensor(3.0)), nn.Parameter(torch.tensor(3.0))
+    modules = {"text": text, "scenes": scene_tower, "head": head}
+    optimizer, schedule = base.optimizer_and_schedule(
+        modules.values(), temperature, options.steps, options.rate
+    )
+    optimizer.param_groups[1]["params"].append(warmth)
+    done = 0
+    if options.out.exists():
+        state = torch.load(options.out, weights_only=False)
+        for name, module in modules.items():
+            module.load_state_dict(state[name])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        temperature.data, warmth.data = state["temperature"], state["warmth"]
+        done = state["step"]
+        rng.seed(options.seed + done)
+        numpy_rng = np.random.default_rng(options.seed + done)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    began = time.time()
+    for step in range(done, options.steps):
+        loss, figures = step_loss(text, scene_tower, head, temperature, warmth, data, rng, numpy_rng, WEIGHTS)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 10 == 0:
+            print(f"step {step} {time.time() - began:.0f} s {json.dumps(figures)}", flush=True)
+        if (step + 1) % 50 == 0 or step + 1 == options.steps:
+            state = {name: module.state_dict() for name, module in modules.items()}
+            state |= {
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+                "step": step + 1,
+            }
+            state |= {"temperature": temperature.data, "warmth": warmth.data}
+            state |= {"new_blocks": options.new_blocks}
+            torch.save(state, options.out.with_suffix(".writing"))
+            options.out.with_suffix(".writing").replace(options.out)
+        if (step + 1) % 200 == 0:
+            text.eval()
+            print(
+                "development", json.dumps(told_apart(text, scene_tower, data, "development", 40)), flush=True
+            )
+            text.train()
+
+
+@torch.no_grad()
+def encode(text, strings):
+    return torch.cat([text(base.ragged(strings[i : i + 512])) for i in range(0, len(strings), 512)])
+
+
+@torch.no_grad()
+def told_apart(text, scene_tower, data, part, count):
+    """Return figures on held-out scenes: swapped pairs told apart, by family, and cosines."""
+    rows = grammar.examples(data.world, part, count)
+    said, other = encode(text, [r[3] for r in rows]), encode(text, [r[4] for r in rows])
+    shown, fellows = (scene_tower([r[k] for r in rows], data.world, data.table) for k in (1, 2))
+    right = ((said * shown).sum(1) > (said * fellows).sum(1)).float()
+    near = (said * other).sum(1)
+    family = [r[0] for r in rows]
+    found = {}
+    for name in grammar.FAMILIES:
+        mine = torch.tensor([f == name for f in family])
+        found[name] = [round(right[mine].mean().item(), 3), round(near[mine].median().item(), 3)]
+    rng = random.Random(3)
+    mixed = (said * encode(text, [grammar.shuffled(r[3], rng) for r in rows])).sum(1)
+    fresh = grammar.fresh_sentences(data.world, part, 2 * count)
+    first, second = (encode(text, [pair[k] for pair in fresh]) for k in (0, 1))
+    nearest = (said @ torch.cat([shown, fellows]).T).argmax(1)
+    keys = encode(text, [r["emoji"] for r in data.records])
+    names = encode(text, [f"a picture of a {r['name']}" for r in data.records])
+    every = torch.arange(len(data.records))
+    return {
+        "told apart": round(right.mean().item(), 3),
+        "families [told apart, median cosine]": found,
+        "swapped, median cosine": round(near.median().item(), 3),
+        "shuffled, median cosine": round(mixed.median().item(), 3),
+        "new verbs, median cosine": round((first * second).sum(1).median().item(), 3),
+        f"scene R@1 of {2 * len(rows)}": round((nearest == torch.arange(len(rows))).float().mean().item(), 3),
+        "typed emoji R@1": round(((keys @ data.table.T).argmax(1) == every).float().mean().item(), 3),
+        "names R@1": round(((names @ data.table.T).argmax(1) == every).float().mean().item(), 3),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work", type=Path, required=True, help="the folder that `train fetch` and `prepare` filled"
+    )
+    parser.add_argument(
+        "--clip-vectors", type=Path, required=True, help="real ViT-B/32 vectors, see train.py"
+    )
+    parser.add_argument("--start", type=Path, required=True, help="an int8 file of `train`")
+    parser.add_argument("--out", type=Path, required=True, help="the state to write, and to resume from")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--new-blocks", type=int, default=2)
+    parser.add_argument("--waves", type=float, default=0.05, help="rms of the waves added to the positions")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    train(options)
+
+
+if __name__ == "__main__":
+    main()
