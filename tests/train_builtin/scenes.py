@@ -17,19 +17,19 @@ SIZE_WORDS = {"big": ("big", "big", "large", "huge"), "small": ("small", "small"
 COUNTS = ("one", "two", "three", "four", "five")
 SHAPES = ("cube", "sphere", "cone", "cylinder", "pyramid", "circle", "square", "triangle")
 
-BEINGS = """monkey gorilla dog wolf fox raccoon cat lion tiger leopard horse zebra cow pig goat camel llama giraffe
-elephant mouse rat rabbit hamster hedgehog bat bear koala panda otter kangaroo turkey chicken penguin
-dove eagle duck swan owl flamingo peacock parrot frog crocodile turtle lizard snake dragon whale dolphin
-seal shark octopus crab lobster squid snail butterfly ant beetle spider baby boy girl man woman child
-farmer cook teacher artist pilot astronaut firefighter detective guard ninja""".split()
-OBJECTS = """bouquet rose sunflower tulip cactus mushroom melon lemon banana pineapple mango pear coconut avocado
-potato carrot cucumber onion bagel waffle hamburger pizza sandwich taco egg doughnut cookie cupcake pie
-candy teapot spoon jar compass tent castle fountain bus taxi tractor motorcycle bicycle ship canoe
-airplane helicopter rocket watch umbrella snowman balloon trophy baseball basketball kite crown ring
-bell radio saxophone trumpet guitar violin drum flute harp telephone battery laptop printer television
-camera candle flashlight scroll newspaper envelope package pencil pen key hammer axe dagger bomb shield
-magnet ladder shovel microscope syringe door mirror bed chair razor broom basket bucket sponge bench
-hook gear""".split()
+BEINGS = """monkey gorilla dog wolf fox raccoon cat lion tiger leopard horse zebra cow pig goat camel
+llama giraffe elephant mouse rat rabbit hamster hedgehog bat bear koala panda otter kangaroo turkey
+chicken penguin dove eagle duck swan owl flamingo peacock parrot frog crocodile turtle lizard snake
+dragon whale dolphin seal shark octopus crab lobster squid snail butterfly ant beetle spider baby boy
+girl man woman child farmer cook teacher artist pilot astronaut firefighter detective guard ninja""".split()
+OBJECTS = """bouquet rose sunflower tulip cactus mushroom melon lemon banana pineapple mango pear
+coconut avocado potato carrot cucumber onion bagel waffle hamburger pizza sandwich taco egg doughnut
+cookie cupcake pie candy teapot spoon jar compass tent castle fountain bus taxi tractor motorcycle
+bicycle ship canoe airplane helicopter rocket watch umbrella snowman balloon trophy baseball basketball
+kite crown ring bell radio saxophone trumpet guitar violin drum flute harp telephone battery laptop
+printer television camera candle flashlight scroll newspaper envelope package pencil pen key hammer axe
+dagger bomb shield magnet ladder shovel microscope syringe door mirror bed chair razor broom basket
+bucket sponge bench hook gear""".split()
 CONTAINERS = "jar basket bucket teapot tent castle bus ship bed fountain canoe taxi package".split()
 
 # Each verb: -ing form, third person, participle.
