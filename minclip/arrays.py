@@ -18,6 +18,7 @@ import numpy as np
 
 from minclip.params import Floats
 
+LACKING = ("bfloat16", "float8")  # dtypes that NumPy lacks, as their names begin
 FEW_ROWS = 128  # the tokens of one or two texts
 
 
@@ -52,17 +53,17 @@ def to_float32(x: Any) -> Any:
 def as_array(value: Any) -> Any:
     """Return a torch tensor, a CuPy array or anything array-like as a NumPy array on the host.
 
-    NumPy has no bfloat16: such an array becomes float32.
+    NumPy lacks bfloat16 and float8: such an array becomes float32.
     """
     if hasattr(value, "detach"):
         value = value.detach().cpu()
-        value = (value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy()
+        value = (value.float() if str(value.dtype)[6:].startswith(LACKING) else value).numpy()
     elif hasattr(value, "get"):
         value = value.get()
     elif hasattr(value, "numpy") and not hasattr(value, "__array__"):
         value = value.numpy()
     array = np.asarray(value)
-    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array  # ml_dtypes', from JAX
+    return array.astype(np.float32) if array.dtype.name.startswith(LACKING) else array  # ml_dtypes', from JAX
 
 
 def matmul_transposed(x: Any, weight: Any) -> Any:

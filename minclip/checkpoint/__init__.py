@@ -1,11 +1,14 @@
-"""Checkpoints in and out: whatever a file or a state_dict holds, as `Params`.
+"""Checkpoints: `Params` from whatever a file, folder or state_dict holds, and back into a file.
 
-Read in this order: loading (load, from_state_dict, save, inspect), dialects (the names of OpenAI, OpenCLIP
-and Hugging Face), tensor_files (safetensors, .npz), torch_archive (.pt, without torch), download.
-Nothing in a file is ever run, and a tensor's numbers are read only once they are needed.
+A .pt is read in torch_archive (its zip archive) and pickle_machine (its pickle, of which nothing is run);
+tensor_files, zip_archive and gguf_file read the other formats. Read in this order: loading, saving and
+inspecting; sources (which file a name means) and formats (refusals); dialects (names of parameters),
+recompose (weights stored in parts) and configs; then the readers of formats; download (OpenAI's files).
 """
 
 from minclip.checkpoint.download import available_models
-from minclip.checkpoint.loading import from_state_dict, inspect, load, save
+from minclip.checkpoint.inspecting import inspect
+from minclip.checkpoint.loading import from_state_dict, load
+from minclip.checkpoint.saving import save
 
 __all__ = ["available_models", "from_state_dict", "inspect", "load", "save"]

@@ -1,15 +1,20 @@
-"""What other people call the parameters of CLIP's text tower, and what their configs say of it.
+"""Dialects: the names that other people give to the parameters of CLIP's text tower.
 
-A dialect is a table from OpenAI's names to its own. Whatever else a model is wrapped in ("module.",
-"text.", "cond_stage_model.transformer." ...) is found as a prefix, since only a text tower has a name
-that ends in token_embedding.weight.
+A dialect is a table from OpenAI's names to its own. A model may be wrapped in others ("module.", "text.",
+"cond_stage_model.transformer." ...): the wrappers are found as a prefix, since only a text tower has a name
+that ends in token_embedding.weight. Other tensors beside the tower, such as a classifier's, are ignored.
 """
 
+from __future__ import annotations
+
 import difflib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from minclip.params import ACTIVATIONS
+from minclip.params import BLOCK
 
 # OpenAI's name, {block} for transformer.resblocks.i and a dot: its shape, in the letters of model.py.
 SHAPES = {
@@ -32,297 +37,318 @@ SHAPES = {
     "text_projection": "D E",
 }
 
-OPENAI = {name: name for name in SHAPES}  # OpenCLIP's names too
-OPENAI_BLOCK = "transformer.resblocks."
 
-# Hugging Face keeps q, k and v apart, and the projection as a linear layer, [E, D].
-HUGGING_FACE = {
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "{block}ln_1.weight": "{block}layer_norm1.weight",
-    "{block}ln_1.bias": "{block}layer_norm1.bias",
-    "{block}attn.in_proj_weight": "{block}self_attn.{qkv}_proj.weight",
-    "{block}attn.in_proj_bias": "{block}self_attn.{qkv}_proj.bias",
-    "{block}attn.out_proj.weight": "{block}self_attn.out_proj.weight",
-    "{block}attn.out_proj.bias": "{block}self_attn.out_proj.bias",
-    "{block}ln_2.weight": "{block}layer_norm2.weight",
-    "{block}ln_2.bias": "{block}layer_norm2.bias",
-    "{block}mlp.c_fc.weight": "{block}mlp.fc1.weight",
-    "{block}mlp.c_fc.bias": "{block}mlp.fc1.bias",
-    "{block}mlp.c_proj.weight": "{block}mlp.fc2.weight",
-    "{block}mlp.c_proj.bias": "{block}mlp.fc2.bias",
-    "ln_final.weight": "text_model.final_layer_norm.weight",
-    "ln_final.bias": "text_model.final_layer_norm.bias",
-    "text_projection": "text_projection.weight",
-}
-HUGGING_FACE_BLOCK = "text_model.encoder.layers."
+class Dialect(NamedTuple):
+    """A way to name the parameters.
 
-# Neighbours of the text tower that are no part of it.
-BESIDE = ("visual.", "vision_model.", "visual_projection.", "logit_scale", "logit_bias")
-BESIDE += ("input_resolution", "context_length", "vocab_size")
+    names   OpenAI's name -> this dialect's, with {qkv} where query, key and value are kept apart
+    block   the prefix of the blocks
+    own     the prefixes of all its names: another tensor behind the same prefix belongs to another module
+    """
+
+    title: str
+    names: dict[str, str]
+    block: str
+    own: tuple[str, ...]
+
+    @property
+    def separate(self) -> bool:
+        """Whether query, key and value are kept apart, and the projection as a linear layer, [E, D]."""
+        return "{qkv}" in self.names["{block}attn.in_proj_weight"]
+
+
+def dialect_like(title: str, block: str, words: Mapping[str, str], own: tuple[str, ...]) -> Dialect:
+    """Return the dialect whose names are OpenAI's with the words replaced."""
+    names = {}
+    for ours in SHAPES:
+        theirs = ours
+        for word, other in words.items():
+            theirs = theirs.replace(word, other)
+        names[ours] = theirs
+    return Dialect(title, names, block, own)
+
+
+TOWER = ("token_embedding.", "positional_embedding", "ln_final.", "text_projection")
+OPENAI = dialect_like("OpenAI", BLOCK, {}, (*TOWER, "transformer."))  # OpenCLIP's names too
+OPENCLIP = OPENAI._replace(title="OpenCLIP")
+SEPARATE = {"attn.in_proj_": "self_attn.{qkv}_proj.", "attn.out_proj": "self_attn.out_proj"}
+SEPARATE |= {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+SEPARATE |= {"token_embedding": "embeddings.token_embedding", "ln_final": "final_layer_norm"}
+SEPARATE |= {"positional_embedding": "embeddings.position_embedding.weight"}
+SEPARATE |= {"text_projection": "text_projection.weight"}
+SHORT_OWN = ("embeddings.", "encoder.", "final_layer_norm.", "text_projection")
+HUGGING_FACE_SHORT = dialect_like("Hugging Face", "encoder.layers.", SEPARATE, SHORT_OWN)
+HUGGING_FACE = Dialect(
+    "Hugging Face",
+    {
+        ours: theirs if theirs.startswith(("text_projection", "{block}")) else f"text_model.{theirs}"
+        for ours, theirs in HUGGING_FACE_SHORT.names.items()
+    },
+    "text_model.encoder.layers.",
+    ("text_model.", "text_projection"),
+)
+# clip.cpp's GGUF files: models/convert_hf_to_gguf.py in github.com/monatis/clip.cpp. fc1 is "down" there.
+CLIP_CPP_WORDS = {"attn.in_proj_": "attn_{qkv}.", "attn.out_proj": "attn_out", "ln_1": "ln1", "ln_2": "ln2"}
+CLIP_CPP_WORDS |= {"mlp.c_fc": "ffn_down", "mlp.c_proj": "ffn_up", "token_embedding": "t.token_embd"}
+CLIP_CPP_WORDS |= {"positional_embedding": "t.position_embd.weight", "ln_final": "t.post_ln"}
+CLIP_CPP_WORDS |= {"text_projection": "text_projection.weight"}
+CLIP_CPP = dialect_like("clip.cpp", "t.blk.", CLIP_CPP_WORDS, ("t.", "text_projection"))
+
+IMAGE_TOWER = ("visual.", "vision_model.", "visual_projection.", "v.")
 BUFFERS = ("attn_mask", "position_ids")  # computed, not learned
+LONG_CLIP = "positional_embedding_res"
 
-# What a tensor's name gives away about a tower that only looks like CLIP's.
-FOREIGN = {
+# A tensor's name may show that a tower only looks like CLIP's. Behind the tower's prefix, in any module:
+FOREIGN_BESIDE = {
     "cls_emb": "CoCa's class token: this tower pools there, not at the end of text",
+    "prompts_generator.": "X-CLIP's: it changes the text features by the video's",
+}
+FOREIGN = {  # and in the tower itself
+    **FOREIGN_BESIDE,
     "text_projection.bias": "a projection with a bias, as SigLIP has",
+    "text_projection.0.": "a projection of several layers, as GroupViT has",
     "head.": "SigLIP's head: it attends both ways and pools at the last position",
     "ls_1.": "layer scale",
     "ls_2.": "layer scale",
     "attn.ln_": "a layer norm inside attention",
-    "attn.q_norm": "normalised queries",
-    "attn.k_norm": "normalised keys",
+    "attn.q_norm": "normalized queries",
+    "attn.k_norm": "normalized keys",
     "ln_attn.": "a layer norm after attention",
     "mlp.ln.": "a layer norm inside the MLP",
     "attn.logit_scale": "cosine attention",
     "attn.head_scale": "scaled heads",
+    "lora_": "part of a LoRA: merge it into its tower before saving (PEFT: model.merge_and_unload())",
 }
-OTHERS = {
+OTHERS = {  # how names end in files without CLIP's text tower
     "word_embeddings.weight": "a BERT-like text tower",
     "relative_attention_bias.weight": "a T5 text tower",
     "patch_embedding.weight": "an image tower alone",
     "visual.conv1.weight": "an image tower alone",
 }
+ADAPTERS = {  # and the words in the names of adapters
+    "lora_": "a LoRA",
+    "lokr_": "a LoKr adapter",
+    "hada_": "a LoHa adapter",
+    "oft_": "an OFT adapter",
+}
+EMBEDDINGS = {"clip_l", "clip_g", "string_to_param", "emb_params"}  # the keys of textual inversion files
+# Prefixes of Stable Diffusion's and Flux's files, and the short name of the tower behind each.
+SHORT_NAMES = {
+    "cond_stage_model.transformer.": "clip_l",
+    "conditioner.embedders.0.transformer.": "clip_l",
+    "conditioner.embedders.0.model.": "clip_g",
+    "conditioner.embedders.1.model.": "clip_g",
+    "cond_stage_model.model.": "clip_h",
+}
 
 
 class Tower:
-    """A text tower among tensors: where it lies, in which dialect, how big it is. Nothing is read yet.
+    """A text tower among tensors: its prefix, dialect and sizes. No number is read yet.
 
-    dialect   "OpenAI", "OpenCLIP" (only where it differs from OpenAI's) or "Hugging Face"
-    prefix    what stands before all its names
-    sources   OpenAI's name -> the names of the tensors it is made from, one or q, k and v
+    prefix    the beginning of all its names
+    dialect   its table of names
+    sources   OpenAI's name -> the names of the tensors that it is made from: one, or query, key and value
     sizes     V, L, D, E as in minclip/model.py, and layers
-    Raises ValueError for a tensor that is missing, of another shape, or not a text tower's.
+    projection   whether it has a text projection
+
+    Raises ValueError for a tensor that is missing, has another shape, or belongs to another architecture.
     """
 
-    def __init__(self, tensors, prefix, *, projection=None):
+    def __init__(self, tensors: Mapping[str, Any], prefix: str, *, projection: bool | None = None):
         self.tensors, self.prefix = tensors, prefix
-        self.names = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
-        if "token_embedding.weight" in self.names:
-            self.dialect = "OpenCLIP" if prefix.endswith("text.") else "OpenAI"
-            self.table, self.block = OPENAI, OPENAI_BLOCK
-        else:
-            self.dialect, self.table, self.block = "Hugging Face", HUGGING_FACE, HUGGING_FACE_BLOCK
-            if "embeddings.token_embedding.weight" in self.names:
-                self.table = {ours: theirs.removeprefix("text_model.") for ours, theirs in self.table.items()}
-                self.block = self.block.removeprefix("text_model.")
-        if projection is None:  # Hugging Face's CLIPTextModel has none; a model with an image tower must
-            alone = not any(name.startswith(BESIDE) for name in self.names)
-            projection = self.dialect != "Hugging Face" or not alone or "text_projection.weight" in self.names
+        behind = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
+        self.dialect = find_dialect(set(behind), prefix)
+        self.names = [name for name in behind if name.startswith(self.dialect.own)]
+        if projection is None:
+            # Hugging Face's CLIPTextModel has none. OpenAI's models do, and models with an image tower do.
+            alone = not any(name.startswith(IMAGE_TOWER) for name in behind)
+            projection = not (self.dialect.separate and alone) or "text_projection.weight" in self.names
         self.projection = projection
-        self.sizes = self.measure()
+        self.sizes = self.find_sizes()
         self.sources = self.expected()
-        self.check_names()
+        self.check_names(behind)
         self.check_shapes()
 
-    def measure(self):
-        """Sizes by letter. Of the width, what most tensors say, so that a wrong one is found out."""
-        numbers = {n.removeprefix(self.block).split(".")[0] for n in self.names if n.startswith(self.block)}
-        layers = len({number for number in numbers if number.isascii() and number.isdecimal()})
-        own = [name for name in self.names if not name.startswith(BESIDE)]
-        shapes = {name: self.tensors[self.prefix + name].shape for name in own}
-        widths = [
-            shape[-1]
-            for name, shape in shapes.items()
-            if len(shape) == 1 and ("ln_" in name or "norm" in name)
-        ]
-        for ours in ("token_embedding.weight", "positional_embedding"):
-            widths += shapes.get(self.table[ours], ())[1:]
-        V, L = (
-            next(iter(shapes.get(self.table[ours], ())), 0)
-            for ours in ("token_embedding.weight", "positional_embedding")
+    def find_sizes(self) -> dict[str, int]:
+        """Return the sizes by letter. The width is that of most tensors, so that a wrong one is found out."""
+        names, block = self.dialect.names, self.dialect.block
+        numbers = {n.removeprefix(block).partition(".")[0] for n in self.names if n.startswith(block)}
+        layers = sum(number.isascii() and number.isdecimal() for number in numbers)
+        shapes = {name: tuple(self.tensors[self.prefix + name].shape) for name in self.names}
+        tokens, positions = (
+            shapes.get(names[ours], ()) for ours in ("token_embedding.weight", "positional_embedding")
         )
-        P = shapes.get(self.table["text_projection"], ())
-        E = P[0 if self.dialect == "Hugging Face" else -1] if P else 0
-        return {"V": V, "L": L, "D": max(widths, key=widths.count, default=0), "E": E, "layers": layers}
+        norms = [shape for name, shape in shapes.items() if len(shape) == 1 and is_norm(name)]
+        widths = Counter([*(shape[0] for shape in norms), *tokens[1:2], *positions[1:2]])
+        P = shapes.get(names["text_projection"], ())
+        return {
+            "V": tokens[0] if tokens else 0,
+            "L": positions[0] if positions else 0,
+            "D": widths.most_common(1)[0][0] if widths else 0,
+            "E": P[0 if self.dialect.separate else -1] if P else 0,
+            "layers": layers,
+        }
 
-    def expected(self):
-        """OpenAI's name -> the names of what it is made from here."""
+    def expected(self) -> dict[str, list[str]]:
+        """Return OpenAI's name -> the names of its sources in this dialect."""
         sources = {}
-        for ours, theirs in self.table.items():
+        for ours, theirs in self.dialect.names.items():
             names = [theirs.replace("{qkv}", letter) for letter in ("qkv" if "{qkv}" in theirs else "q")]
             for i in range(self.sizes["layers"]) if "{block}" in ours else (0,):
-                name = ours.replace("{block}", f"{OPENAI_BLOCK}{i}.")
-                sources[name] = [theirs.replace("{block}", f"{self.block}{i}.") for theirs in names]
+                name = ours.replace("{block}", f"{BLOCK}{i}.")
+                sources[name] = [theirs.replace("{block}", f"{self.dialect.block}{i}.") for theirs in names]
         if not self.projection:
             del sources["text_projection"]
         return sources
 
-    def check_names(self):
-        """Raise ValueError for a tensor that is missing, or one that is left over."""
+    def check_names(self, behind: list[str]) -> None:
+        """Raise ValueError for a tensor that is missing, left over, or another architecture's."""
         expected = {name for names in self.sources.values() for name in names}
-        present = set(self.names)
-        spare = [
-            name
-            for name in self.names
-            if name not in expected and not name.startswith(BESIDE) and not name.endswith(BUFFERS)
-        ]
-        spare = [name for name in spare if not (name == "positional_embedding_res" and self.table is OPENAI)]
-        for name in spare:
-            for sign, meaning in FOREIGN.items():
+        own = set(self.names)
+        known = expected | ({LONG_CLIP} if self.dialect.names is OPENAI.names else set())
+        spare = [name for name in self.names if name not in known and not name.endswith(BUFFERS)]
+        for name in behind:
+            signs = FOREIGN_BESIDE if name not in own else FOREIGN if name not in expected else {}
+            for sign, meaning in signs.items():
                 if sign in name:
                     raise ValueError(f"{shown(self.prefix + name)} is {meaning}: no CLIP text tower")
         for ours, names in self.sources.items():
             for name in names:
-                if name not in present:
+                if name not in own:
                     shape = list(self.shape_of(ours))
                     raise ValueError(f"{self.prefix}{name}, {shape}, is missing{self.nearest(name, spare)}")
         if spare:
-            what = shown(self.prefix + spare[0])
-            raise ValueError(f"{what} is no parameter of CLIP's text tower{self.nearest(spare[0], expected)}")
+            name = shown(self.prefix + spare[0])
+            raise ValueError(f"{name} is no parameter of CLIP's text tower{self.nearest(spare[0], expected)}")
 
-    def nearest(self, name, names):
-        near = difflib.get_close_matches(name[:200], [n[:200] for n in list(names)[:2000]], n=1)
-        return f"; the nearest name is {self.prefix}{near[0]}" if near else ""
+    def nearest(self, name: str, names: Iterable[str]) -> str:
+        """Return words that suggest the nearest name. Long names and lists are cut, to bound the time."""
+        candidates = {other[-100:]: other for other in list(names)[:500]}
+        near = difflib.get_close_matches(name[-100:], candidates, n=1)
+        return f"; the nearest name is {shown(self.prefix + candidates[near[0]])}" if near else ""
 
-    def check_shapes(self):
+    def check_shapes(self) -> None:
         for ours, names in self.sources.items():
+            expected = self.shape_of(ours)
             for name in names:
-                shape, expected = tuple(self.tensors[self.prefix + name].shape), self.shape_of(ours)
+                shape = tuple(self.tensors[self.prefix + name].shape)
                 if shape != expected:
                     raise ValueError(f"{self.prefix}{name} is {list(shape)}, expected {list(expected)}")
 
-    def shape_of(self, ours):
-        """The shape that each source of one of OpenAI's parameters must have."""
-        if ours.startswith(OPENAI_BLOCK):
-            ours = "{block}" + ours.removeprefix(OPENAI_BLOCK).partition(".")[2]
-        letters = SHAPES[ours].replace("3D", "D") if "{qkv}" in self.table[ours] else SHAPES[ours]
+    def shape_of(self, ours: str) -> tuple[int, ...]:
+        """Return the shape that each source of one of OpenAI's parameters must have."""
+        if ours.startswith(BLOCK):
+            ours = "{block}" + ours.removeprefix(BLOCK).partition(".")[2]
+        separate = "{qkv}" in self.dialect.names[ours]
+        letters = SHAPES[ours].replace("3D", "D") if separate else SHAPES[ours]
         shape = tuple(int(letter[:-1] or 1) * self.sizes[letter[-1]] for letter in letters.split())
-        return shape[::-1] if self.table is not OPENAI and ours == "text_projection" else shape
+        return shape[::-1] if self.dialect.separate and ours == "text_projection" else shape
 
-    def full(self, names):
-        """Those names with the prefix, as the file has them."""
-        return [self.prefix + name for name in names]
+    def tensor_names(self) -> list[str]:
+        """Return the complete names of all tensors that the parameters are made from."""
+        names = [self.prefix + name for names in self.sources.values() for name in names]
+        return names + [self.prefix + LONG_CLIP] * (LONG_CLIP in self.names)
 
-    def arrays(self, as_floats):
-        """OpenAI's parameters, each read with as_floats from the tensor or tensors it is made from."""
-        for ours, names in self.sources.items():
-            read = [as_floats(self.tensors[self.prefix + name], self.prefix + name) for name in names]
-            array = np.concatenate(read) if len(read) > 1 else read[0]
-            if ours == "text_projection" and self.table is not OPENAI:
-                array = np.ascontiguousarray(array.T)
-            if ours == "positional_embedding" and "positional_embedding_res" in self.names:
-                array = self.long_clip(array, as_floats)
-            yield ours, array
+    def array(self, ours: str, read: Callable[[Any, str], np.ndarray]) -> np.ndarray:
+        """Return one of OpenAI's parameters, read with read(tensor, name) from its sources."""
+        arrays = [read(self.tensors[self.prefix + name], self.prefix + name) for name in self.sources[ours]]
+        array = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+        if ours == "text_projection" and self.dialect.separate:
+            array = np.ascontiguousarray(array.T)
+        if ours == "positional_embedding" and LONG_CLIP in self.names:
+            array = self.long_clip(array, read)
+        return array
 
-    def long_clip(self, positions, as_floats):
-        """Long-CLIP's own files keep CLIP's first 20 positions, and learned the others beside them."""
-        name = f"{self.prefix}positional_embedding_res"
-        learned = as_floats(self.tensors[name], name)
+    def long_clip(self, positions: np.ndarray, read: Callable[[Any, str], np.ndarray]) -> np.ndarray:
+        """Return Long-CLIP's positions: CLIP's first 20, and the others from the tensor beside them."""
+        name = self.prefix + LONG_CLIP
+        learned = read(self.tensors[name], name)
         if learned.shape != positions.shape:
             raise ValueError(f"{name} is {list(learned.shape)}, expected {list(positions.shape)}")
         return np.concatenate([positions[:20], learned[20:].astype(positions.dtype)])
 
 
-def find_towers(tensors):
-    """The prefixes of all text towers among the tensors. Raises ValueError, with the reason, for none."""
-    end = "token_embedding.weight"
-    stems = [name.removesuffix(end) for name in tensors if name == end or name.endswith(f".{end}")]
-    prefixes = [stem.removesuffix("embeddings.").removesuffix("text_model.") for stem in stems]
+def is_norm(name: str) -> bool:
+    return "ln_" in name or "norm" in name or ".ln" in name
+
+
+def find_dialect(names: set[str], prefix: str) -> Dialect:
+    """Return the dialect of the names behind a tower's prefix."""
+    if "token_embedding.weight" in names:
+        return OPENCLIP if prefix.endswith("text.") else OPENAI
+    for dialect in (HUGGING_FACE, HUGGING_FACE_SHORT):
+        if dialect.names["token_embedding.weight"] in names:
+            return dialect
+    return CLIP_CPP
+
+
+def find_towers(tensors: Iterable[str]) -> list[str]:
+    """Return the prefixes of all text towers among the names. Raises ValueError where there are none."""
+    tensors = list(tensors)
+    prefixes = set()
+    for end in ("token_embedding.weight", "t.token_embd.weight"):
+        stems = [name.removesuffix(end) for name in tensors if name == end or name.endswith(f".{end}")]
+        prefixes |= {stem.removesuffix("embeddings.").removesuffix("text_model.") for stem in stems}
     if prefixes:
-        return sorted(set(prefixes))
+        return sorted(prefixes)
+    raise ValueError(why_no_tower(tensors))
+
+
+def why_no_tower(names: list[str]) -> str:
+    """Return the reason why no text tower is among the names."""
+    for word, kind in ADAPTERS.items():
+        of_adapter = [name for name in names if word in name]
+        if of_adapter:
+            return f"{kind}, to be merged into the weights of {adapted(of_adapter)}, and no tower itself"
+    if names and all(name.partition(".")[0] in EMBEDDINGS for name in names):
+        return (
+            "a textual inversion embedding: rows to append to token_embedding.weight of the tower it was "
+            "trained with, and no tower itself"
+        )
     for sign, meaning in OTHERS.items():
-        for name in tensors:
+        for name in names:
             if name.endswith(sign):
-                raise ValueError(f"{shown(name)}: {meaning}, no CLIP text tower")
-    few = ", ".join(shown(name) for name in list(tensors)[:3]) or "nothing"
-    raise ValueError(f"no CLIP text tower: no name ends in token_embedding.weight, there is {few}")
+                return f"{shown(name)}: {meaning}, no CLIP text tower"
+    few = ", ".join(shown(name) for name in names[:3]) or "nothing"
+    return f"no CLIP text tower: no name ends in token_embedding.weight, there is {few}"
 
 
-def shown(name):
-    """A name from a file, short enough for one line."""
-    return name if len(name) <= 120 and name.isprintable() else f"{name!r:.120}"
-
-
-def of_hugging_face(config):
-    """(activation, heads, sizes) that a config.json of Hugging Face tells. Raises ValueError, by name,
-    for a tower that is not CLIP's."""
-    text = config
-    if isinstance(config.get("text_config"), dict):
-        # Older files say again, in text_config_dict, what text_config should be: that is what counts.
-        text = {**config["text_config"], **(config.get("text_config_dict") or {})}
-    for of in (config, text):
-        kind = of.get("model_type", "clip")
-        if kind not in ("clip", "clip_text_model"):
-            raise ValueError(f"config.json: model_type {kind!r:.80} is no CLIP text tower")
-    activation = text.get("hidden_act", "quick_gelu")  # a config leaves out what is the class's default
-    if activation not in ACTIVATIONS:
-        allowed = " nor ".join(ACTIVATIONS)
-        raise ValueError(f"config.json: hidden_act {activation!r:.80} is neither {allowed}")
-    if text.get("layer_norm_eps", 1e-5) != 1e-5:
-        raise ValueError(f"config.json: layer_norm_eps {text['layer_norm_eps']!r:.80}, CLIP's is 1e-05")
-    # 2 stands for the largest id, which is what configs written before transformers 4.31 mean by it.
-    last = text.get("vocab_size", 49408) - 1
-    if text.get("eos_token_id", last) not in (None, 2, last):
-        ends = text["eos_token_id"]
-        raise ValueError(
-            f"config.json: eos_token_id {ends!r:.80}: it pools there, CLIP at the largest id, {last}"
-        )
-    known = {
-        "V": "vocab_size",
-        "L": "max_position_embeddings",
-        "D": "hidden_size",
-        "layers": "num_hidden_layers",
+def adapted(names: list[str]) -> str:
+    """Return the model that an adapter of these names belongs to."""
+    towers = {
+        "lora_te1_": "the first text tower, CLIP's ViT-L/14 (minclip.apply_lora)",
+        "lora_te2_": "the second text tower, ViT-bigG/14 in Stable Diffusion XL (minclip.apply_lora)",
+        "lora_te": "a text tower (minclip.apply_lora)",
+        "text_": "a text tower (minclip.apply_lora)",
     }
-    sizes = {size: text[name] for size, name in known.items() if name in text}
-    return activation, text.get("num_attention_heads", 8), sizes
+    found = [tower for sign, tower in towers.items() if any(sign in name for name in names)]
+    return found[0] if found else "a U-Net or an image tower"
 
 
-# What open_clip_config.json may say of a text tower that is CLIP's: key -> the values that are.
-OPEN_CLIP = {
-    "no_causal_mask": (False,),
-    "pool_type": ("argmax",),
-    "embed_cls": (False,),
-    "proj_type": ("linear",),
-    "proj_bias": (False,),
-    "mlp_ratio": (4,),
-    "ls_init_value": (None,),
-    "act_kwargs": (None, {}),
-    "norm_kwargs": (None, {}, {"eps": 1e-5}),
-    "block_type": (None, "default"),
-    "qk_norm": (False,),
-    "scaled_cosine_attn": (False,),
-    "scale_heads": (False,),
-    "scale_attn_inner": (False,),
-    "scale_attn": (False,),
-    "scale_fc": (False,),
-    "hf_model_name": (None,),
-}
-# What it may say in any way: sizes, the tokenizer's business, and what changes nothing we compute.
-OPEN_CLIP_FREE = (
-    "context_length vocab_size width heads layers pad_id eos_id output_tokens final_ln_after_pool"
-)
-OPEN_CLIP_FREE += (
-    " hf_tokenizer_name tokenizer_mode tokenizer_kwargs hf_model_pretrained hf_proj_type hf_pooler_type"
-)
+def choose_prefix(prefixes: list[str], wanted: str | None) -> str:
+    """Return the one prefix, or the one that a user wants: by its name, its last words, or a short name."""
+    if wanted is None:
+        if len(prefixes) == 1:
+            return prefixes[0]
+        raise ValueError(f"{len(prefixes)} text towers: say which, as FILE#PREFIX; {listed(prefixes)}")
+    wanted = wanted.strip(".")
+    for fits in (
+        lambda prefix: prefix.strip(".") == wanted,
+        lambda prefix: f".{wanted}." in f".{prefix}",
+        lambda prefix: SHORT_NAMES.get(prefix) == wanted,
+    ):
+        found = [prefix for prefix in prefixes if fits(prefix)]
+        if len(found) == 1:
+            return found[0]
+    number = f"{len(prefixes)} text towers" if len(prefixes) > 1 else "one text tower"
+    raise ValueError(f"#{shown(wanted)} names none of its {number}; {listed(prefixes)}")
 
 
-def of_open_clip(config, name=""):
-    """(activation, heads, sizes) that an open_clip_config.json tells, with the model's name where it
-    leaves the activation open. Raises ValueError, by name, for a tower that is not CLIP's."""
-    model = config.get("model_cfg", config)
-    text = model.get("text_cfg")
-    if not isinstance(text, dict):
-        raise ValueError("open_clip_config.json has no text_cfg")
-    for key, value in text.items():
-        ends_last = (
-            key == "pool_type"
-            and value == "eos"
-            and text.get("eos_id", 2) == text.get("vocab_size", 49408) - 1
-        )
-        if key in OPEN_CLIP_FREE.split() or value in OPEN_CLIP.get(key, ()) or ends_last:
-            continue
-        allowed = (
-            f"; CLIP's is {OPEN_CLIP[key][0]!r}" if key in OPEN_CLIP else ", which minclip does not know"
-        )
-        raise ValueError(f"open_clip_config.json: {shown(key)} {value!r:.80}{allowed}")
-    quick = model.get("quick_gelu", activation_in(name) == "quick_gelu")
-    known = {"V": "vocab_size", "L": "context_length", "D": "width", "layers": "layers"}
-    sizes = {size: text[key] for size, key in known.items() if key in text}
-    return "quick_gelu" if quick else "gelu", text.get("heads", 8), sizes
+def listed(prefixes: list[str]) -> str:
+    names = ", ".join(shown(found) if found else "none at all" for found in prefixes[:8])
+    return f"the prefixes are {names}" if len(prefixes) > 1 else f"the prefix is {names}"
 
 
-def activation_in(name):
-    """ "quick_gelu" if an OpenCLIP model's name says so, as `-quickgelu` or by OpenAI's weights, or None."""
-    words = name.lower().replace(".", "-").replace("_", "-").split("-")
-    return "quick_gelu" if "quickgelu" in words or words[-1] == "openai" else None
+def shown(name: str) -> str:
+    """Return a name from a file, short and printable enough for one line."""
+    return name if len(name) <= 120 and name.isprintable() else f"{name[:120]!r:.120}"

@@ -8,7 +8,7 @@ import torch
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import minclip
-from minclip.checkpoint.dialects import activation_in, of_hugging_face, of_open_clip
+from minclip.checkpoint.configs import activation_in, of_hugging_face, of_open_clip
 from tests.support.oracles import (
     assert_same,
     openai,
@@ -193,7 +193,7 @@ def test_whatever_turns_into_an_array_is_one(kind):
 def test_a_missing_an_extra_and_a_misshaped_tensor_are_named(dialect, name):
     state = PARAMS if dialect == "OpenAI" else renamed(PARAMS, text="text_model.")
     if dialect == "Hugging Face":
-        state = {**state, "logit_scale": np.ones(())}  # of a CLIPModel, so a projection belongs there
+        state = {**state, "visual_projection.weight": np.ones((48, 32))}  # of a CLIPModel, with a projection
         name = next(iter(renamed({name: PARAMS[name]})))
     marker = name.endswith("token_embedding.weight")
 
@@ -366,7 +366,7 @@ def test_harmless_open_clip_settings_are_accepted():
         ({"model_type": "siglip_text_model"}, "model_type 'siglip_text_model'"),
         ({"hidden_act": "gelu_pytorch_tanh"}, "hidden_act 'gelu_pytorch_tanh'"),
         ({"layer_norm_eps": 1e-6}, "layer_norm_eps 1e-06"),
-        ({"eos_token_id": 7}, "eos_token_id 7"),
+        ({"eos_token_id": [7, 99]}, r"eos_token_id \[7, 99\]"),
     ],
 )
 def test_hugging_face_configs_of_other_architectures_are_refused_by_name(change, why):
