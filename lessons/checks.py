@@ -27,7 +27,9 @@ import numpy as np
 
 import minclip
 from minclip.params import BLOCK
-from minclip.porting import faults, probe
+from minclip.porting import probe
+from minclip.porting.catalogue import CATALOGUE
+from minclip.porting.port import Port
 
 
 class Wrong(Exception):
@@ -1134,8 +1136,8 @@ SIX = {  # letter: ids in the catalogue, first stage to diverge (reading on spoi
 
 def broken(letter, params, tokens):
     """One of six broken encoders: .run() gives its features, .tap its stages."""
-    port = faults.Port(params, tokens)
-    for fault in faults.CATALOGUE:
+    port = Port(params, tokens)
+    for fault in CATALOGUE:
         if fault.id in SIX[letter][0]:
             fault.change(port)
     return port
@@ -1198,7 +1200,7 @@ def check_stages(stages):
 
 @exercise
 def check_bugs(bugs):
-    known = {fault.id: fault.summary for fault in faults.CATALOGUE}
+    known = {fault.id: fault.summary for fault in CATALOGUE}
     letters = letters_of(bugs)
     for letter in letters:
         said, wanted = bugs[letter], SIX[letter][0]

@@ -17,7 +17,9 @@ import pytest
 
 import minclip
 from minclip import model
-from minclip.porting.faults import CATALOGUE, Port
+from minclip.params import architecture, check_tokens, trim
+from minclip.porting.catalogue import CATALOGUE
+from minclip.porting.port import Port
 
 HERE = Path(__file__).parent
 TESTS = [str(HERE / "unit" / f"test_{name}.py") for name in ("golden", "model", "parity")]
@@ -33,9 +35,9 @@ def faulty(fault):
     def encode_text(params, tokens, *, tap=None):
         if (tap is None and "text_projection" not in params) or not params:
             return model.encode_text(params, tokens, tap=tap)
-        model.architecture(params)
-        tokens, leading = model.check_tokens(params, tokens)
-        port = Port(params, tokens if tap else model.trim(tokens))
+        architecture(params)
+        tokens, leading = check_tokens(params, tokens)
+        port = Port(params, tokens if tap else trim(params, tokens))
         if fault and len(tokens) and fault.fits(port):
             fault.change(port)
         with warnings.catch_warnings(), np.errstate(all="ignore"):

@@ -1,9 +1,13 @@
 """Check a port of CLIP's text encoder against the reference.
 
-Read in this order: stages (names and axes), probe (what to run a port on), torch_hooks (record a torch
-model), rounding (what a correct port may differ by), alignment (read foreign arrays as stages), comparison
-(which stage diverges first), faults (the catalogue of known bugs), diagnosis (which of them explains a port),
-probe_texts (texts that tell tokenizers apart).
+Read in this order:
+
+- stages (names and axes), rounding (how far a correct port may be from the reference)
+- torch_hooks (record a torch model), probe (the tokens to run a port on), probe_texts (the same for tokenizers)
+- alignment (read foreign arrays as stages), comparison (which stage diverges first), display
+- port (the reference with a change), faults and catalogue (the known bugs)
+- target, runs, search (which faults explain a port's features), dump (the same, stage by stage)
+- verdict, describe, conclusions (how a diagnosis reads), diagnosis
 """
 
 from minclip.porting.comparison import compare

@@ -6,6 +6,7 @@ import re
 from collections import namedtuple
 
 import numpy as np
+from einops import rearrange
 
 from minclip.arrays import as_array
 from minclip.params import BLOCK
@@ -158,11 +159,10 @@ def has_layout(shape, layout, sizes):
 
 
 def arrange(array, layout, goal, sizes):
-    """array of a layout with its axes split and put in the goal's order."""
-    flat = [axis for group in groups(layout) for axis in group]
-    return array.reshape([sizes[axis] for axis in flat]).transpose(
-        [flat.index(axis) for axis in goal.split()]
-    )
+    """Return an array of a layout with its axes split and in the goal's order."""
+    merged = [math.prod(sizes[axis] for axis in group) for group in groups(layout)]
+    flat = {axis: sizes[axis] for group in groups(layout) for axis in group}
+    return rearrange(array.reshape(merged), f"{layout} -> {goal}", **flat)
 
 
 def groups(layout):

@@ -1,17 +1,23 @@
 """The probe: tokens that tell a wrong port from a right one, and the reference's stages on them."""
 
+from __future__ import annotations
+
+import os
 import zipfile
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from minclip.arrays import as_array
 from minclip.checkpoint.tensor_files import only_when_whole, read_safetensors
+from minclip.params import Tokens
 from minclip.porting.rounding import PRECISIONS, rounding_of
 from minclip.tracing import Trace, trace
 
 
-def probe_tokens(context_length=77, vocabulary=49408):
-    """Tokens that tell a wrong port from a right one: int32 [7, context_length].
+def probe_tokens(context_length: int = 77, vocabulary: int = 49408) -> Tokens:
+    """Return tokens that tell a wrong port from a right one: int32 [7, context_length].
 
     Many bugs show only where texts are padded with the end-of-text id, hold id 0, or are longer than
     41 tokens; a single short text, which many ports are checked with, sees few. The rows:
@@ -52,15 +58,15 @@ def probe_tokens(context_length=77, vocabulary=49408):
     return tokens
 
 
-def write_probe(path, params):
-    """Write what a port needs to be compared, to an .npz at path; returns its `Trace`.
+def write_probe(path: str | os.PathLike[str], params: Mapping[str, Any]) -> Trace:
+    """Write the tokens and stages that a port is compared with to an .npz at path; return their `Trace`.
 
     tokens                 int32 [7, L], see `probe_tokens`: run the port on these
-    each stage by name     what the reference computed from them
+    each stage by name     the reference's stage on them
     rounding.{precision}   [stages, 2], how far rounding alone moves each stage, in their order
                            (see `measure_rounding`), for float32, float16 and bfloat16
 
-    The file appears at path only when whole.
+    The file appears at path only once it is complete.
     """
     V, context = len(params["token_embedding.weight"]), len(params["positional_embedding"])
     traced = trace(params, probe_tokens(context, V))
@@ -72,16 +78,16 @@ def write_probe(path, params):
     return traced
 
 
-def read_probe(path):
-    """The `Trace` that `write_probe` wrote. Raises OSError or ValueError where it cannot be read."""
+def read_probe(path: str | os.PathLike[str]) -> Trace:
+    """Return the `Trace` that `write_probe` wrote. Raises OSError or ValueError where it cannot be read."""
     dump = read_dump(path)
     if "tokens" not in dump or "text_features" not in dump:
         raise ValueError(f"{path} is no probe: it has no tokens or no stages; `minclip probe` writes one")
     return as_trace(dump)
 
 
-def as_trace(dump):
-    """A `Trace` of any mapping of stages, such as what `write_probe` wrote."""
+def as_trace(dump: Mapping[str, Any]) -> Trace:
+    """Return a `Trace` of any mapping of stages, such as the arrays that `write_probe` wrote."""
     stages = {name: array for name, array in dump.items() if name != "tokens" and name[:9] != "rounding."}
     roundings = {
         precision: dict(zip(stages, map(tuple, dump[f"rounding.{precision}"]), strict=True))
@@ -91,8 +97,8 @@ def as_trace(dump):
     return Trace(stages, tokens=dump.get("tokens"), roundings=roundings)
 
 
-def read_dump(path):
-    """A port's arrays by name, from an .npz or a .safetensors file (bfloat16 becomes float32).
+def read_dump(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return a port's arrays by name, from an .npz or a .safetensors file (bfloat16 becomes float32).
 
     Raises OSError for a file that cannot be read, ValueError for one that is neither.
     """

@@ -1,13 +1,17 @@
-"""The names of the encoder's stages, their axes, and which of their numbers count."""
+"""The names of the encoder's stages, their axes, and which of their numbers are compared."""
+
+from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
-from minclip.params import block_of
+from minclip.params import block_of, end_of_text
 
 HIDDEN = -104  # exp of it is 0 in float32: a key so far below the row's highest score is masked
 
-# The axes of each stage; those not named here are the stream's, B L D, and the MLP's, whose F counts as D
-# here. M is L again, seen as keys.
+# The axes of each stage. Stages not named here have the stream's axes, B L D; the MLP's F counts as D here.
+# M is L again, seen as keys.
 AXES = {
     "positional_embedding": "L D",
     "attn.q": "B H L K",
@@ -20,36 +24,50 @@ AXES = {
     "pooled": "B D",
     "text_features": "B E",
 }
+LOOKED_UP = ("token_embedding", "positional_embedding")  # parameters as they stand: no arithmetic yet
 
 
-def part_of(name):
-    """A stage's name inside its block ("" for the block's output), or itself outside the blocks."""
+def part_of(name: str) -> str:
+    """Return a stage's name inside its block ("" for the block's output), or name itself outside blocks."""
     return name.removeprefix(block_of(name) or "").lstrip(".")
 
 
-def axes(name):
-    """The axes of a stage as letters, "B L D"."""
+def axes(name: str) -> str:
+    """Return the axes of a stage as letters, such as "B L D"."""
     return AXES.get(part_of(name), "B L D")
 
 
-def up_to_end(tokens):
-    """[B, L], True up to the end of each text."""
-    return np.arange(tokens.shape[-1]) <= tokens.argmax(axis=-1)[:, None]
+def up_to_end(tokens: Any, end: Any = None) -> Any:
+    """Return [B, L], True up to the end of each text. `end` [B] defaults to OpenAI's rule, the largest id."""
+    end = tokens.argmax(axis=-1) if end is None else end
+    return np.arange(tokens.shape[-1]) <= end[:, None]
 
 
-def entries(name, reference, port, text=None):
-    """The numbers of a stage that are to be compared, of both sides, flat and in float64.
+def text_of(reference: Any) -> Any:
+    """Return [B, L], True up to the end of each text of a `Trace`; None for a trace without tokens.
+
+    The rule for the end is that of the trace's params. A trace without params still has its "eot" stage.
+    """
+    if reference.tokens is None:
+        return None
+    if reference.params is not None:
+        return up_to_end(reference.tokens, end_of_text(reference.params, reference.tokens))
+    return up_to_end(reference.tokens, reference.get("eot"))
+
+
+def entries(name: str, reference: Any, port: Any, text: Any = None) -> tuple[Any, Any]:
+    """Return the numbers of a stage that are compared, of the reference and the port, flat and in float64.
 
     text   [B, L], True up to the end of each text; where given, only those positions
-    Where the reference's mask hides a key, a port that hides it as well in its own way (-1e4, the
-    lowest finite number) is no different: both are left out.
+    Where the reference's mask hides a key, a port may hide it in its own way (-1e4, the lowest finite
+    number): both are left out.
     """
     a, b = (np.asarray(array, dtype=np.float64) for array in (reference, port))
     if name.endswith("attn.masked"):
         highest = np.where(np.isneginf(a), -np.inf, a).max(axis=-1, keepdims=True)
         hidden = np.isneginf(a) & (b <= highest + HIDDEN)
         a, b = np.where(hidden, 0, a), np.where(hidden, 0, b)
-    if text is not None and name.endswith("attn.scores"):  # of scores the mask hides those of later keys
+    if text is not None and name.endswith("attn.scores"):  # the mask hides the scores of later keys
         both = text[:, :, None] & text[:, None, :]
         a, b = a.transpose(0, 2, 3, 1)[both], b.transpose(0, 2, 3, 1)[both]
     elif text is not None and axes(name)[:3] == "B L":

@@ -2,10 +2,8 @@
 
 import numpy as np
 import pytest
-import torch
 
 import minclip
-from minclip import tracing
 from tests.support.oracles import openai_model, random_params, random_tokens, relative, transformers_model
 
 SIZES = dict(width=128, layers=3, embed=48, context=20, vocabulary=99)
@@ -123,27 +121,3 @@ def test_hooks_are_taken_away_when_the_model_fails():
     with pytest.raises(IndexError):
         minclip.trace_torch(torch_model, TOKENS + 1000)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in torch_model.modules())
-
-
-def test_rounding_is_measured_where_it_arises():
-    moved = tracing.measure_rounding(PARAMS, TOKENS, "float32")
-    unit = 2**-24
-    for name, (inherited, own) in moved.items():
-        assert own <= 40 * unit, name
-        assert inherited <= 100 * unit, name
-    assert moved["token_embedding"] == moved["eot"] == (0, 0)
-    assert moved["text_features"][0] > 2 * moved["transformer.resblocks.0.ln_1"][0]
-    half = tracing.measure_rounding(PARAMS, TOKENS, "float16")["text_features"][0]
-    brain = tracing.measure_rounding(PARAMS, TOKENS, "bfloat16")["text_features"][0]
-    assert 3 < brain / half < 20  # three bits fewer
-    features = minclip.encode_text(PARAMS, TOKENS).astype(np.float64)
-    exact = minclip.encode_text({name: array.astype(np.float64) for name, array in PARAMS.items()}, TOKENS)
-    np.testing.assert_allclose(moved["text_features"][0], relative(features, exact), rtol=0.5)
-
-
-def test_bfloat16_is_rounded_as_torch_rounds_it():
-    numbers = np.random.default_rng(0).standard_normal(10_000).astype(np.float32) * 10.0 ** np.arange(
-        -30, 30
-    ).repeat(10_000 // 60 + 1)[:10_000].astype(np.float32)
-    expected = torch.from_numpy(numbers).bfloat16().float().numpy()
-    np.testing.assert_array_equal(tracing.round_to(numbers, "bfloat16"), expected)

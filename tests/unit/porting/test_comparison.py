@@ -351,7 +351,7 @@ def test_where_batch_and_length_are_equal_the_layout_that_fits_is_taken_and_said
     assert compared.first is None
     assert compared.stages["embedding"].layout == "L B D"
     assert compared.stages["ln_final"].layout == "B L D"
-    assert any("same shape as B L D, but it is this that fits" in note for note in compared.notes)
+    assert any("the same shape as B L D, but only this fits" in note for note in compared.notes)
 
 
 def test_a_batch_of_one_may_be_squeezed():

@@ -6,8 +6,9 @@ import torch
 
 import minclip
 from minclip.cli import main
-from minclip.porting.diagnosis import Dump
-from minclip.porting.faults import CATALOGUE, Port
+from minclip.porting.catalogue import CATALOGUE
+from minclip.porting.dump import StagewiseSearch
+from minclip.porting.port import Port
 from tests.benchmarks import diagnosis_table as table
 from tests.support import oracles
 from tests.support.broken_port import HARMLESS, SINGLES
@@ -117,8 +118,7 @@ def test_what_cannot_be_told_apart_is_said_with_the_probe_that_would(params, tok
 
 
 def test_the_unknown_is_described(params, tokens, clean, monkeypatch):
-    monkeypatch.setattr("minclip.porting.diagnosis.LIKELIEST", 0)
-    monkeypatch.setattr("minclip.porting.diagnosis.Search.pairs", lambda search: [])
+    monkeypatch.setattr("minclip.porting.search.Search.pairs", lambda search: [])
     rotation = np.linalg.qr(np.random.default_rng(0).standard_normal((64, 64)))[0].astype(np.float32)
     lengths = np.linspace(1, 2, len(clean), dtype=np.float32)[:, None]
     some = clean.copy()
@@ -126,7 +126,7 @@ def test_the_unknown_is_described(params, tokens, clean, monkeypatch):
     full = tokens.argmax(axis=-1, keepdims=True) == tokens.shape[1] - 1
     cases = {
         "All inner products between texts agree": clean @ rotation,
-        "differ in length alone": clean * lengths,
+        "only their lengths differ": clean * lengths,
         "NaN from row 2 on": some,
         "in another order: the columns": clean[:, ::-1],
         "plus one and the same vector": clean + clean[:1],
@@ -193,13 +193,13 @@ def test_a_dump_of_hugging_face_names_the_bug_and_later_ones_are_not_tried(
     with torch.no_grad():
         output = model(input_ids=torch.from_numpy(tokens).long(), output_hidden_states=True)
     tried = set()
-    error_at = Dump.error_at
+    error_at = StagewiseSearch.error_at
 
     def note(dump, place, faults):
         tried.update(faults)
         return error_at(dump, place, faults)
 
-    monkeypatch.setattr(Dump, "error_at", note)
+    monkeypatch.setattr(StagewiseSearch, "error_at", note)
     diagnosis = minclip.diagnose(
         params, tokens, output.text_embeds, trace={"hidden_states": output.hidden_states}
     )

@@ -7,7 +7,9 @@ import pytest
 
 import minclip
 from minclip import cli
-from minclip.porting import comparison, faults, probe, stages
+from minclip.porting import probe, rounding, stages
+from minclip.porting.catalogue import CATALOGUE
+from minclip.porting.port import Port
 from tests.support.oracles import random_params, relative, transformers_model
 
 PARAMS = random_params(width=128, layers=11, embed=128)
@@ -105,7 +107,7 @@ HARMLESS = {
 }
 
 
-ALLOWED = comparison.MARGIN * REFERENCE.rounding("float32")["text_features"][0]
+ALLOWED = rounding.ALLOWANCE * rounding.rounding_of(REFERENCE, "float32")["text_features"][0]
 
 
 def moved(features):
@@ -125,12 +127,12 @@ def test_a_harmless_change_moves_no_feature(change):
     assert moved(encode(HARMLESS[change])) < 1
 
 
-FAULTS = [fault for fault in faults.CATALOGUE if fault.fits(faults.Port(PARAMS, TOKENS))]
+FAULTS = [fault for fault in CATALOGUE if fault.fits(Port(PARAMS, TOKENS))]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
 def test_the_probe_sees_every_bug_of_the_catalogue(fault):
-    port = faults.Port(PARAMS, TOKENS)
+    port = Port(PARAMS, TOKENS)
     fault.change(port)
     if fault.id in ("D1-end", "D1-zero"):  # another padding is a bug only beside one that looks at padding
         assert moved(port.run()) < 1
@@ -154,15 +156,15 @@ def files(tmp_path_factory):
 def test_the_probe_file_holds_tokens_and_every_stage(files):
     params, folder = files
     expected = minclip.trace(params, minclip.probe_tokens(20, 99))
-    with np.load(folder / "probe.npz") as probe:
-        np.testing.assert_array_equal(probe["tokens"], expected.tokens)
+    with np.load(folder / "probe.npz") as file:
+        np.testing.assert_array_equal(file["tokens"], expected.tokens)
         for name in expected:
-            np.testing.assert_array_equal(probe[name], expected[name])
+            np.testing.assert_array_equal(file[name], expected[name])
     assert not list(folder.glob("*.partial"))
     read = probe.read_probe(folder / "probe.npz")
     assert list(read) == list(expected)
     for precision in ("float32", "float16", "bfloat16"):
-        assert read.rounding(precision).keys() == expected.keys()
+        assert rounding.rounding_of(read, precision).keys() == expected.keys()
 
 
 def test_a_port_in_another_language_is_compared_from_its_file(files, capsys):

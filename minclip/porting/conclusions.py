@@ -1,0 +1,85 @@
+"""Turn the results of a search into a `Diagnosis`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from minclip.porting.describe import describe, tell_apart
+from minclip.porting.rounding import allowed
+from minclip.porting.runs import names
+from minclip.porting.search import Judgment, Search, Trial
+from minclip.porting.target import Target
+from minclip.porting.verdict import Diagnosis, Finding
+
+
+def agrees(search: Search, clean: Judgment, precision: str) -> Diagnosis:
+    """Return the verdict where the port gives the reference's features, or differs in how it shows them."""
+    target = search.target
+    within = f"relative error {clean.error:.2g}, where {precision} rounding alone makes {clean.rounding:.2g}"
+    if clean.finding.faults:
+        finding = dataclasses.replace(clean.finding, explanation=f"apart from this the port agrees: {within}")
+        return Diagnosis("known", [finding], notes_on_rows(target), target.error)
+    notes = [*notes_on_rows(target), f"{within}."]
+    if precision != target.precisions[0]:
+        notes.append(
+            f"That is what a {precision} or TF32 port does. If yours is {target.precisions[0]} throughout, "
+            "this small difference is unexplained."
+        )
+    return Diagnosis("agrees", [], notes, target.error)
+
+
+def known(search: Search, findings: Sequence[Finding], trials: Sequence[Trial]) -> Diagnosis:
+    """Return the verdict with findings that fit: evidence for the first, and texts that tell the others."""
+    first, *tied = findings
+    explained = [dataclasses.replace(first, explanation=evidence(search, findings, trials))]
+    for other in tied:
+        told = f"relative error {other.error:.2g}; {tell_apart(search, first, other)}"
+        explained.append(dataclasses.replace(other, explanation=told))
+    return Diagnosis("known", explained, notes_on_rows(search.target), search.target.error)
+
+
+def evidence(search: Search, findings: Sequence[Finding], trials: Sequence[Trial]) -> str:
+    """Return a sentence on the errors without faults, with the first finding's, and with the next best."""
+    first = findings[0]
+    fitting = {fault.id for finding in findings for fault in finding.faults}
+    bugs = "this bug" if len(first.faults) == 1 else "these bugs"
+    text = f"relative error {search.target.error:.2g} against the reference, {first.error:.2g} with {bugs}"
+    for trial in trials:
+        others = trial.faults and not fitting & {fault.id for fault in trial.faults}
+        if others and not search.is_near(trial):
+            return f"{text}; the next best, {names(trial.faults)}, leaves {trial.error:.2g}"
+    return text
+
+
+def unknown(search: Search) -> Diagnosis:
+    """Return the verdict where nothing fits, with what can be said of the difference."""
+    target, trials = search.target, search.singles()
+    notes = []
+    if target.has_width_of(target.reference):
+        notes.append(f"The relative error against the reference is {target.error:.2g}.")
+    finest = target.precisions[0]
+    notes += describe(target, allowed(search.rounding(finest), finest)) + notes_on_rows(target)
+    nearest = next((t for t in trials if t.faults and not t.transform), None)
+    clean = next(t.error for t in trials if not t.faults and not t.transform)
+    if nearest and nearest.error < 0.5 * clean:
+        notes.append(
+            f"The nearest known bug is {names(nearest.faults)} ({nearest.faults[0].summary}). It takes the "
+            f"error on one text from {clean:.2g} to {nearest.error:.2g}, so it may be one bug of several."
+        )
+    return Diagnosis("unknown", [], notes, target.error)
+
+
+def notes_on_rows(target: Target) -> list[str]:
+    """Return sentences where the port's rows and the texts were not simply paired."""
+    notes = []
+    if not target.aligned:
+        notes.append(
+            f"There are {len(target.features)} rows of features for {len(target.batch)} texts: "
+            "each row was compared with every text."
+        )
+    if not target.complete:
+        notes.append(
+            f"Judged on {len(target.tokens)} of the {len(target.batch)} texts, most of them the worst ones."
+        )
+    return notes

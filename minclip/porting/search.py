@@ -1,0 +1,282 @@
+"""Search the catalogue for the faults that turn the reference into a port.
+
+Candidates are tried on one text, in float32. Those that come near are judged on all texts: the port may
+differ from a float64 run with these faults by no more than `rounding.allowed` of that very model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from minclip.porting.catalogue import CATALOGUE, NORMALIZED, SCALED, SHUFFLED
+from minclip.porting.faults import Fault
+from minclip.porting.rounding import allowed, relative_l2
+from minclip.porting.runs import Runs
+from minclip.porting.target import Target, fitted_factor, nearest_rows, overall_error
+from minclip.porting.verdict import Finding
+
+NEAR = {"float32": 300, "float16": 20, "bfloat16": 8}  # times rounding: near enough to be judged
+JUDGED = 12  # candidates judged at most, nearest first
+LIKELIEST = 400  # pairs that act in the blocks, tried at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """Faults put into the reference and the error that they leave on the texts tried.
+
+    transform   "" for features as they are, "scaled" by a fitted factor, "shuffled" in another order
+    """
+
+    error: float
+    faults: tuple[Fault, ...]
+    transform: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgment:
+    """How far the port is from the reference with faults, over all texts.
+
+    finding    the faults with those that the transform adds, and the error that they leave
+    error      the relative L2 error of the worst text
+    rounding   what rounding does to the same model, on its worst text
+    allowed    the largest error of a correct port of that model
+    """
+
+    finding: Finding
+    error: float
+    rounding: float
+    allowed: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the faults explain the port to rounding."""
+        return self.error <= self.allowed
+
+
+class Search:
+    """What has been tried on a target so far."""
+
+    def __init__(self, target: Target, runs: Runs):
+        self.target, self.runs = target, runs
+        self.catalogue = runs.catalogue
+        self.rows = target.rows
+        self.tried: list[Trial] | None = None
+        self.features: dict[str | None, Any] = {}  # fault id -> transformed features of the texts tried
+        self.judgments: dict[tuple[str, ...], Judgment] = {}
+
+    # Judging.
+
+    def judge(self, faults: Sequence[Fault], transform: str, precision: str) -> Judgment:
+        """Compare the reference with these faults with the port, on all texts."""
+        key = (*(fault.id for fault in faults), transform, precision)
+        if key not in self.judgments:
+            self.judgments[key] = self.compare_all(faults, transform, precision)
+        return self.judgments[key]
+
+    def compare_all(self, faults: Sequence[Fault], transform: str, precision: str) -> Judgment:
+        """Run the reference with faults in float64 and at a precision, and compare both with the port."""
+        target = self.target
+        exact = target.transform(self.runs.run(faults, precision="float64"))
+        rounded = target.transform(self.runs.run(faults, precision=precision))
+        if not target.has_width_of(exact):
+            return Judgment(Finding(tuple(faults), np.inf), np.inf, 0.0, 0.0)
+        told = [NORMALIZED] if target.unit else []
+        if transform == "shuffled" or not target.aligned:
+            rows = nearest_rows(target.features, exact)
+            exact, rounded = exact[rows], rounded[rows]
+            told += [SHUFFLED] * bool((np.diff(rows) <= 0).any())
+        if transform == "scaled":
+            factor = fitted_factor(target.features, exact)
+            exact, rounded = factor * exact, factor * rounded
+            told.append(dataclasses.replace(SCALED, summary=SCALED.summary.format(factor=f"{factor:.6g}")))
+        moved = relative_l2(rounded, exact)
+        rounding = float(moved[np.isfinite(moved)].max(initial=0))
+        limit = allowed(rounding, precision)
+        if faults:  # a model that amplifies rounding without bound must not pass for anything
+            limit = min(limit, NEAR[precision] * self.rounding(precision))
+        finding = Finding((*faults, *told), overall_error(target.features, exact))
+        return Judgment(finding, float(relative_l2(target.features, exact).max()), rounding, limit)
+
+    def rounding(self, precision: str) -> float:
+        """Return what rounding does to the reference itself, on its worst text."""
+        return self.judge((), "", precision).rounding
+
+    def is_near(self, trial: Trial, precision: str | None = None) -> bool:
+        """Tell whether a trial is worth judging."""
+        precision = precision or self.target.precisions[0]
+        return trial.error <= NEAR[precision] * self.rounding(precision)
+
+    def fits(self, trial: Trial) -> bool:
+        """Tell whether a trial explains the port on all texts, at the finest possible precision."""
+        finest = self.target.precisions[0]
+        return self.is_near(trial) and self.judge(trial.faults, trial.transform, finest).fits
+
+    def judge_nearest(self, trials: Iterable[Trial], precision: str) -> list[Finding]:
+        """Return the trials that explain all texts: best first, and ties in the catalogue's order."""
+        found: dict[tuple[str, ...], Finding] = {}
+        near = [trial for trial in trials if self.is_near(trial, precision)]
+        for trial in sorted(near[:JUDGED], key=lambda trial: trial.transform != ""):
+            ids = tuple(fault.id for fault in trial.faults)
+            judgment = self.judge(trial.faults, trial.transform, precision)
+            if judgment.fits:
+                found.setdefault(ids, judgment.finding)
+        return ranked(list(found.values()))
+
+    # Trying.
+
+    def try_faults(self, faults: tuple[Fault, ...], features: Any) -> list[Trial]:
+        """Return the errors of features of the texts tried: as they are, scaled and in another order."""
+        target = self.target
+        if not target.has_width_of(features):
+            return [Trial(np.inf, faults, "")]
+        found = target.transform(features)
+        if not target.aligned:  # one row of the port against every text
+            errors = relative_l2(target.features[:1], found)
+            return [Trial(float(np.min(errors, initial=np.inf)), faults, "")]
+        row = self.rows[0]
+        error = float(relative_l2(target.features[row], found[0]))
+        others = np.delete(target.features, row, axis=0)
+        near = {"shuffled": float(relative_l2(others, found[:1]).min(initial=np.inf))}
+        if not target.unit and np.isfinite(error):
+            scaled = fitted_factor(target.features[row], found[0]) * found[0]
+            near["scaled"] = float(relative_l2(target.features[row], scaled))
+        more = [Trial(e, faults, transform) for transform, e in near.items() if e < 0.1 * error]
+        return [Trial(error, faults, ""), *more]
+
+    def singles(self) -> list[Trial]:
+        """Return a trial of every fault by itself, and of none, nearest first."""
+        if self.tried is None:
+            self.tried = []
+            for fault in tqdm([None, *self.catalogue], "single bugs", disable=None, leave=False):
+                faults = (fault,) if fault else ()
+                features = self.runs.quick(faults, self.rows)
+                self.features[fault and fault.id] = self.target.transform(features)
+                self.tried += self.try_faults(faults, features)
+            self.tried.sort(key=lambda trial: trial.error)
+        return self.tried
+
+    def pairs(self) -> list[Trial]:
+        """Return trials of two faults together, nearest first, up to the first that fits and its like."""
+        self.singles()
+        trials: list[Trial] = []
+        order = list(self.pair_order())
+        for i, pair in enumerate(tqdm(order, "pairs of bugs", disable=None, leave=False)):
+            new = self.try_faults(pair, self.runs.quick(pair, self.rows))
+            trials += new
+            if any(self.fits(trial) for trial in new):
+                for like in sharing_a_fault(pair, order[i:]):
+                    trials += self.try_faults(like, self.runs.quick(like, self.rows))
+                break
+        else:
+            trials += self.pairs_on_another_text()
+        return sorted(trials, key=lambda trial: trial.error)
+
+    def pairs_with(self, findings: Sequence[Finding]) -> list[Trial]:
+        """Return trials of pairs with a bug that explains the port only to a coarser precision."""
+        known = findings[0].faults[0]
+        pairs = [in_order(known, fault) for fault in self.catalogue if not exclusive(known, fault)]
+        trials = [
+            trial for pair in pairs for trial in self.try_faults(pair, self.runs.quick(pair, self.rows))
+        ]
+        return sorted(trials, key=lambda trial: trial.error)
+
+    def pair_order(self) -> list[tuple[Fault, Fault]]:
+        """Return pairs worth trying: first those with a fault after the blocks, which are quick.
+
+        The effect of a pair is guessed from the effects of its faults: how well their sum, with fitted
+        factors, gives the port's change, with some weight on factors near 1.
+        """
+        target, change = self.changes()
+        visible = {
+            key: np.linalg.norm(effect) > 1e-6 * np.linalg.norm(target) for key, effect in change.items()
+        }
+        faults = [fault for fault in self.catalogue if fault.id in change]
+        scored = []
+        for i, a in enumerate(faults):
+            for b in faults[i + 1 :]:
+                both = visible[a.id] and visible[b.id]
+                # The effect of one fault after the end of text may become visible through the other.
+                if not exclusive(a, b) and (both or (a.needs and b.needs)):
+                    quick = self.runs.acts_after_blocks(a) or self.runs.acts_after_blocks(b)
+                    guess = misfit(target, change[a.id], change[b.id]) if both else 0
+                    scored.append((not quick, guess, (a, b)))
+        scored.sort(key=lambda entry: entry[:2])
+        slow = [pair for is_slow, _, pair in scored if is_slow]
+        return [pair for is_slow, _, pair in scored if not is_slow] + slow[:LIKELIEST]
+
+    def changes(self) -> tuple[Any, dict[str, Any]]:
+        """Return the change of the features tried that the port makes, and that each fault makes."""
+        row = self.rows[0] if self.target.aligned else 0
+        port, base = self.target.features[row], self.features[None][0]
+        fitting = self.target.has_width_of(base)
+        target = np.nan_to_num(port) - base if fitting else np.zeros_like(base)
+        broken = not np.isfinite(port).all()
+        change = {}
+        for key, features in self.features.items():
+            if key and (broken or np.isfinite(features).all()):
+                fitting = features.shape[-1] == base.shape[-1]
+                change[key] = np.nan_to_num(features[0]) - base if fitting else np.ones_like(base)
+        return target, change
+
+    def pairs_on_another_text(self) -> list[Trial]:
+        """Return pairs with a fault that explains the text tried but not all, tried on one of the others."""
+        trials, home = [], self.rows
+        if not self.target.aligned:
+            return []
+        for single in [t for t in self.singles()[:JUDGED] if t.faults and self.is_near(t)][:3]:
+            exact = self.target.transform(self.runs.run(single.faults))
+            self.rows = relative_l2(self.target.features, exact).argmax(keepdims=True)
+            for fault in self.catalogue:
+                if not exclusive(fault, single.faults[0]):
+                    pair = in_order(single.faults[0], fault)
+                    trials += self.try_faults(pair, self.runs.run(pair, self.rows))
+        self.rows = home
+        return trials
+
+
+def ranked(findings: list[Finding]) -> list[Finding]:
+    """Return the findings of fewest faults: best first, and ties in the catalogue's order."""
+    fewest = min((len(finding.faults) for finding in findings), default=0)
+    best = min((finding.error for finding in findings), default=0)
+    place = {fault.id: i for i, fault in enumerate((*CATALOGUE, SCALED, SHUFFLED))}
+
+    def rank(finding: Finding) -> tuple[float, list[int]]:
+        worse = finding.error if finding.error > 1.3 * best else 0
+        return worse, [place[fault.id] for fault in finding.faults]
+
+    return sorted((finding for finding in findings if len(finding.faults) == fewest), key=rank)
+
+
+def exclusive(a: Fault, b: Fault) -> bool:
+    """Tell whether a port can hardly have both faults: two ways of doing the same thing."""
+    stem_a, stem_b = a.id.split("-")[0], b.id.split("-")[0]
+    if stem_a[0] == stem_b[0] and stem_a[0] in "AMP":
+        return True
+    if {stem_a, stem_b} <= {"N7", "N12", "N15"}:
+        return True
+    return stem_a == stem_b and stem_a not in ("T6", "T7", "N4")
+
+
+def misfit(target: Any, a: Any, b: Any) -> float:
+    """Return how badly the sum of the changes a and b gives target: the residual, and factors away from 1."""
+    gram = np.array([[a @ a, a @ b], [a @ b, b @ b]])
+    factors = np.linalg.lstsq(gram, np.array([a @ target, b @ target]), rcond=1e-9)[0]
+    rest = target - factors[0] * a - factors[1] * b
+    return float(rest @ rest + 0.05 * (target @ target) * ((factors - 1) ** 2).sum())
+
+
+def in_order(a: Fault, b: Fault) -> tuple[Fault, ...]:
+    """Return two faults in the catalogue's order, in which they are applied."""
+    return tuple(fault for fault in CATALOGUE if fault in (a, b))
+
+
+def sharing_a_fault(
+    pair: tuple[Fault, Fault], pairs: Sequence[tuple[Fault, Fault]]
+) -> list[tuple[Fault, Fault]]:
+    """Return the pairs that share a fault with this one."""
+    return [other for other in pairs if other != pair and set(other) & set(pair)]
