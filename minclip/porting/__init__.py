@@ -3,7 +3,7 @@
 Read in this order:
 
 - stages (names and axes), rounding (how far a correct port may be from the reference)
-- torch_hooks (record a torch model), probe (the tokens to run a port on), probe_texts (the same for tokenizers)
+- torch_hooks (record a torch model), probe (the tokens to run a port on), probe_texts (for tokenizers)
 - alignment (read foreign arrays as stages), comparison (which stage diverges first), display
 - port (the reference with a change), faults and catalogue (the known bugs)
 - target, runs, search (which faults explain a port's features), dump (the same, stage by stage)

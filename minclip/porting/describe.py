@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from minclip.porting.port import port_with
+from minclip.porting.faults import port_with
 from minclip.porting.rounding import ALLOWANCE, relative_l2
 from minclip.porting.runs import names
 from minclip.porting.search import Search

@@ -5,17 +5,14 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 from minclip.params import BLOCK, block_of
 from minclip.porting.stages import part_of
 from minclip.tables import html_table, text_table
 
-if TYPE_CHECKING:
-    from minclip.porting.comparison import Comparison, Stage
 
-
-def text(comparison: Comparison) -> str:
+def text(comparison: Any) -> str:
     """Return the verdict, the notes and a table."""
     stages, shown = comparison.stages, shown_stages(comparison)
     rows = [(f"{MARKS[stages[name].state]} {name}", *cells(stages[name])) for name in shown]
@@ -24,7 +21,7 @@ def text(comparison: Comparison) -> str:
     return "\n".join([comparison.verdict, *comparison.notes, "", text_table(TITLES, rows), *more, LEGEND])
 
 
-def page(comparison: Comparison) -> str:
+def page(comparison: Any) -> str:
     """Return the same as HTML, with a picture before the table."""
     stages = comparison.stages
     notes = "".join(f"<div>{html.escape(note)}</div>" for note in comparison.notes)
@@ -35,7 +32,7 @@ def page(comparison: Comparison) -> str:
     )
 
 
-def shown_stages(comparison: Comparison) -> list[str]:
+def shown_stages(comparison: Any) -> list[str]:
     """Return the stages of the table: one block in full, the one that diverges first, and block outputs."""
     stages = comparison.stages
     full = block_of(comparison.first or "") or block_of(next(filter(block_of, stages), ""))
@@ -51,7 +48,7 @@ LEGEND = "= agrees   ~ only after the end of text   ! own error   > inherited er
 TITLES = ("  stage", "max abs", "rel L2", "allowed", "new", "cosine", "norms", "NaN")
 
 
-def cells(stage: Stage) -> tuple[str, ...]:
+def cells(stage: Any) -> tuple[str, ...]:
     """Return a stage's numbers as the table shows them."""
     if stage.state == "shape":
         return ("-",) * 7
@@ -88,7 +85,7 @@ FRAME = '<path d="M-12-12H12V12H-12z" fill="none" stroke="currentColor" stroke-w
 CELL = 26  # pixels from stage to stage
 
 
-def picture(comparison: Comparison) -> str:
+def picture(comparison: Any) -> str:
     """Return an SVG of layers x stages. It reads on a light and on a dark page, and without its colors."""
     names = comparison.order
     blocks = list(dict.fromkeys(filter(None, map(block_of, names))))
@@ -116,14 +113,14 @@ def picture(comparison: Comparison) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>{"".join(parts)}</svg>'
 
 
-def strip(comparison: Comparison, names: list[str], y: int) -> list[str]:
+def strip(comparison: Any, names: list[str], y: int) -> list[str]:
     """Return stages outside the blocks, side by side, each with its name."""
     marks = (mark(comparison, name, 20 + 170 * n, y) for n, name in enumerate(names))
     words = (f'<text x="{36 + 170 * n}" y="{y + 4}">{name}</text>' for n, name in enumerate(names))
     return [*marks, *words]
 
 
-def legend(comparison: Comparison, y: int) -> Iterator[str]:
+def legend(comparison: Any, y: int) -> Iterator[str]:
     """Return the meaning of the shapes in the picture, under a line."""
     states = {stage.state for stage in comparison.stages.values()}
     states |= {"missing"} if comparison.missing else set()
@@ -133,7 +130,7 @@ def legend(comparison: Comparison, y: int) -> Iterator[str]:
         yield f'<g transform="translate({at})">{shape}<text x="16" y="4" opacity=".75">{word}</text></g>'
 
 
-def mark(comparison: Comparison, name: str, x: int, y: int) -> str:
+def mark(comparison: Any, name: str, x: int, y: int) -> str:
     """Return a stage's shape, with its numbers as a tooltip. The first divergence is framed."""
     stage = comparison.stages.get(name)
     word, shape = SHAPES[stage.state if stage else "missing"]

@@ -9,8 +9,7 @@ from tqdm import tqdm
 
 from minclip.porting.alignment import align, unpack
 from minclip.porting.conclusions import agrees, known, unknown
-from minclip.porting.faults import Fault
-from minclip.porting.port import port_with
+from minclip.porting.faults import Fault, port_with
 from minclip.porting.rounding import allowed, relative_l2
 from minclip.porting.runs import names
 from minclip.porting.search import Search

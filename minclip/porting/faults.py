@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from minclip.model import softmax
 from minclip.params import BLOCK, text_dtype
 from minclip.porting.port import Port
-from minclip.porting.rounding import round_to
+from minclip.porting.rounding import at_precision, round_to
 from minclip.porting.stages import up_to_end
 
 
@@ -40,6 +40,22 @@ class Fault:
     def to_dict(self) -> dict[str, str]:
         """Return id, summary, source and remedy as a dict."""
         return {name: getattr(self, name) for name in ("id", "summary", "source", "remedy")}
+
+
+def port_with(
+    faults: Iterable[Fault],
+    params: Mapping[str, Any],
+    tokens: Any,
+    batch: Any = None,
+    precision: str = "float32",
+) -> Port:
+    """Return the reference with these faults, at a precision. `params` is float32 and on the host."""
+    port = Port(params if precision == "float32" else at_precision(params, precision), tokens, batch)
+    port.precision = precision if precision in ("float16", "bfloat16") else None
+    for fault in faults:
+        if fault.change:  # scaled or shuffled features need no other model
+            fault.change(port)
+    return port
 
 
 def sigmoid(x):

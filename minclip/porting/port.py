@@ -13,16 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from minclip.params import BLOCK, EPS, Params, as_params, block_of, count_layers, end_of_text, text_dtype
-from minclip.porting.rounding import at_precision, round_to, run
+from minclip.porting.rounding import round_to, run
 from minclip.porting.stages import part_of
-
-if TYPE_CHECKING:
-    from minclip.porting.faults import Fault
 
 
 class Port(Params):
@@ -120,22 +117,6 @@ class Port(Params):
         if stage in ("embedding", "block"):
             at["x"] = at[stage]
         return at[stage]
-
-
-def port_with(
-    faults: Iterable[Fault],
-    params: Mapping[str, Any],
-    tokens: Any,
-    batch: Any = None,
-    precision: str = "float32",
-) -> Port:
-    """Return the reference with these faults, at a precision. `params` is float32 and on the host."""
-    port = Port(params if precision == "float32" else at_precision(params, precision), tokens, batch)
-    port.precision = precision if precision in ("float16", "bfloat16") else None
-    for fault in faults:
-        if fault.change:  # scaled or shuffled features need no other model
-            fault.change(port)
-    return port
 
 
 def layer_norm(

@@ -175,8 +175,9 @@ def at_precision(params: Mapping[str, Any], precision: str) -> Params:
     arrays = {}
     for name, array in params.items():
         if name.startswith(TEXT_TOWER):
-            array = as_array(array)
-            arrays[name] = array if "embedding" in name else round_to(array, precision)
+            arrays[name] = as_array(array)
+            if "embedding" not in name:
+                arrays[name] = round_to(arrays[name], precision)
     return as_params(params).with_arrays(arrays)
 
 

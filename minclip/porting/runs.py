@@ -13,8 +13,8 @@ import numpy as np
 
 from minclip.params import BLOCK, trim
 from minclip.porting.catalogue import CATALOGUE, NORMALIZED
-from minclip.porting.faults import Fault
-from minclip.porting.port import Port, port_with, split
+from minclip.porting.faults import Fault, port_with
+from minclip.porting.port import Port, split
 from minclip.porting.target import Target
 from minclip.tracing import trace
 
