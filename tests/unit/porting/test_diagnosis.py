@@ -129,7 +129,7 @@ def test_the_unknown_is_described(params, tokens, clean, monkeypatch):
         "only their lengths differ": clean * lengths,
         "NaN from row 2 on": some,
         "in another order: the columns": clean[:, ::-1],
-        "plus one and the same vector": clean + clean[:1],
+        "plus the same vector": clean + clean[:1],
         "All rows are equal": np.tile(clean[3] + 1, (len(clean), 1)),
         "Texts with padding differ, those that fill the row agree": np.where(full, clean, clean[:, ::-1]),
         "Texts that fill the row differ, those with padding agree": np.where(full, clean[:, ::-1], clean),
