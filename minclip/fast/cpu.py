@@ -1,143 +1,89 @@
-"""The text features of a whole corpus, with no work done twice.
+"""`minclip.fast` on the CPU: the tree's nodes as the rows of matrices, one part of the corpus per thread.
 
-Attention is causal: what the encoder makes of a position depends on the ids up to it and on none
-after. So texts that begin alike share every activation of their common beginning, and a corpus is
-a tree. Its nodes are the beginnings that occur; a node's parent is the beginning shorter by one id:
+All steps but attention treat each node by itself, so the nodes are simply the rows of a matrix [N, D].
+Attention takes TWIG nodes in a row, a twig. In preorder, whatever a node of a twig attends to is among the
+twig's own nodes or above the first of them: a small dense attention, with a mask that keeps each node to its
+own ancestors.
 
-    <start> ─ a ─ photo ─ of ─┬─ a ─┬─ cat ─ <end>
-                              │     └─ dog ─ <end>         13 nodes for 21 positions
-                              └─ two ─ cats ─ <end>
-
-All but attention works on each node by itself, so the nodes are simply the rows of a matrix [N, D].
-For attention, sorted texts put the nodes in preorder: a node's ancestors come before it and all that
-descends from it comes right after. So whatever one of TWIG nodes in a row attends to is either among
-them or above the first of them: a small dense attention, and a mask that knows who descends from whom.
-
-What is done to every node alike is moved into the parameters once (`fold`). In the first layer, nodes
-of one id at one position are still the same; in the last, only what a text's end needs is computed.
-Exact but for rounding; `minclip.encode_text` is the reference.
+Steps that treat all nodes alike are multiplied into the parameters once (`fold`). In the first layer, nodes
+of one id at one position are still equal; in the last, only the ends of the texts are computed.
 
 Axes: those of minclip.model, and  N nodes   T texts   G twigs   M = TWIG nodes of a twig   W its keys
 """
 
 import math
-import threading
-from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
 from tqdm import tqdm
 
-from minclip.arrays import array_module, to_float32
+from minclip.arrays import to_float32
+from minclip.fast.blas import one_blas_thread
+from minclip.fast.tree import chunks, number_nodes, slices, sort
 from minclip.model import ACTIVATIONS
-from minclip.params import EPS, architecture, check_tokens, trim
+from minclip.params import EPS, architecture, end_of_text
 
-CHUNK = 4096  # nodes that make one tree: enough to share their beginnings, few enough for little memory
+NODES = 4096  # nodes of one tree: enough to share their beginnings, few enough for little memory
 TILE = 2048  # nodes that go through an MLP together: enough for BLAS at its best
 TWIG = 16  # nodes in a row that share their keys
 TWIGS = 8  # twigs attended at once
 CACHED = 2**17  # numbers of an element-wise step, few enough to stay in the cache from one line to the next
 
-Corpus = namedtuple("Corpus", "rows lengths shared order group")
-Tree = namedtuple("Tree", "ids positions first same ends twigs")
-Twigs = namedtuple("Twigs", "nodes keys mask")
-Block = namedtuple("Block", "qkv out c_fc c_proj")
 
+class Tree(NamedTuple):
+    """The nodes of some texts, in preorder.
 
-def encode_text(params, tokens, *, progress=False):
-    """`minclip.encode_text` for a corpus of any size: the same features, to rounding.
-
-    params and tokens as there. Chunks of the corpus are computed side by side, on as many threads as
-    BLAS may use, and BLAS keeps to one thread meanwhile. Beside params, tokens and features this takes
-    one more copy of the blocks' parameters and the working memory of one chunk a thread. float16 is
-    computed in float32. progress=True shows a bar.
-
-    On the GPU it is minclip.fast_gpu that computes; how much at a time, and so what memory it takes, is
-    set by fast_gpu.NODES and fast_gpu.TEXTS.
-
-    Returns features [..., E], not normalised, in the dtype and on the device of params. Raises and
-    warns as the reference.
-
-    >>> import minclip
-    >>> params, tokens = minclip.load(), minclip.tokenize([f"{n} red balloons" for n in range(1000)])
-    >>> encode_text(params, tokens).shape
-    (1000, 128)
+    ids, positions   of each node [N]
+    first, same      the first layer computes the nodes at `first`; node n equals number same[n] of these
+    ends             the node at each text's end [T]
+    twigs            the nodes again, as `Twigs`
     """
-    layers, heads, activation = architecture(params)
-    tokens, leading = check_tokens(params, tokens)
-    P = params.get("text_projection")
-    if P is None:
-        raise ValueError("params has no 'text_projection', so there are no text features")
-    if len(tokens) == 0:
-        return array_module(P).empty((*leading, P.shape[1]), P.dtype)
-    if not isinstance(P, np.ndarray):
-        from minclip.fast import gpu as fast_gpu
 
-        features = fast_gpu.encode_corpus(params, trim(params, tokens), layers, heads, activation, progress)
-        return features.reshape(*leading, P.shape[1])
+    ids: np.ndarray
+    positions: np.ndarray
+    first: np.ndarray
+    same: np.ndarray
+    ends: np.ndarray
+    twigs: list
+
+
+class Twigs(NamedTuple):
+    """Some twigs: a slice of nodes, the keys of each twig [G, W], and the mask [G, W, M]."""
+
+    nodes: slice
+    keys: np.ndarray
+    mask: np.ndarray
+
+
+class Block(NamedTuple):
+    """The matrices of a block, as `fold` makes them."""
+
+    qkv: np.ndarray
+    out: np.ndarray
+    c_fc: np.ndarray
+    c_proj: np.ndarray
+
+
+def encode_corpus(params, tokens, progress, nodes=None):
+    """Return features [B, E] of trimmed tokens [B, L], in the dtype of params."""
+    layers, heads, activation = architecture(params)
+    P = params["text_projection"]
     features = np.empty((len(tokens), P.shape[1]), P.dtype)  # (B, E)
-    corpus = sort(trim(params, tokens))
+    texts = sort(tokens, end_of_text(params, tokens))
 
     def encode_chunk(chunk):
-        found = encode_rows(params, blocks, heads, activation, corpus, chunk)  # (T, E)
-        first, last = np.searchsorted(corpus.group, (chunk.start, chunk.stop))
-        features[corpus.order[first:last]] = found[corpus.group[first:last] - chunk.start]
+        found = encode_rows(params, blocks, heads, activation, texts, chunk)  # (T, E)
+        first, last = np.searchsorted(texts.group, (chunk.start, chunk.stop))
+        features[texts.order[first:last]] = found[texts.group[first:last] - chunk.start]
         return last - first
 
     with one_blas_thread() as threads, ThreadPoolExecutor(threads) as pool:
         blocks = list(pool.map(lambda i: fold(params, i, heads, activation), range(layers)))
         with tqdm(total=len(tokens), unit=" texts", disable=not progress) as bar:
-            for texts in pool.map(encode_chunk, chunks(corpus.lengths - corpus.shared, threads, CHUNK)):
-                bar.update(texts)
-    return features.reshape(*leading, P.shape[1])
-
-
-def sort(tokens):
-    """The T different rows among tokens [B, L], in an order in which like beginnings meet.
-
-    Behind its end of text a row is -1. Row t has lengths[t] ids, the first shared[t] of them in common
-    with the row before. In sorted order the B texts are tokens[order]; the i-th of these is row group[i].
-    """
-    xp = array_module(tokens)
-    lengths = tokens.argmax(axis=-1) + 1
-    rows = xp.where(xp.arange(tokens.shape[1]) < lengths[:, None], tokens.astype(np.int32), -1)
-    order = xp.lexsort(rows.T[::-1])
-    rows, lengths = rows[order], lengths[order]
-    differ = rows != rows[xp.arange(len(rows)) - 1]
-    shared = xp.where(differ.any(axis=1), differ.argmax(axis=1), lengths)
-    shared[0] = 0  # before the first row there is none
-    new = shared < lengths
-    (kept,) = new.nonzero()
-    return Corpus(rows[kept], lengths[kept], shared[kept], order, new.cumsum() - 1)
-
-
-def chunks(new, threads, most):
-    """Slices of the sorted rows with about `most` nodes each at most, and as many for every thread.
-
-    new [T], on the host, is how many nodes each row adds to those of the row before.
-    """
-    nodes = new.cumsum()
-    count = threads * math.ceil(nodes[-1] / most / threads)
-    bounds = np.searchsorted(nodes, nodes[-1] * np.arange(1, count) / count)
-    bounds = np.unique([0, *bounds, len(nodes)]).tolist()
-    return [slice(*pair) for pair in pairwise(bounds)]
-
-
-def number(rows, lengths, shared):
-    """The tree of sorted rows [T, L]: each node's row and position [N], in preorder, and each row's path.
-
-    path [T, L] holds the nodes that a row passes, one a position; behind its end, any. Where shared is
-    0 another tree begins, whose nodes are counted on.
-    """
-    at = array_module(rows).arange(rows.shape[1])
-    new = (at >= shared[:, None]) & (at < lengths[:, None])  # (T, L)
-    nodes = new.cumsum(dtype=np.int32).reshape(new.shape) - 1
-    # A row passes, at each position, the last node that it or a row before it has made there.
-    made = new.T.cumsum(dtype=np.int32) - 1  # position by position: how many before
-    return *new.nonzero(), nodes.T[new.T][made].reshape(new.T.shape).T
+            for count in pool.map(encode_chunk, chunks(texts.new_nodes, threads, nodes or NODES)):
+                bar.update(count)
+    return features
 
 
 def grow(rows, lengths, shared):
@@ -145,7 +91,7 @@ def grow(rows, lengths, shared):
 
     Among the nodes, those at `first` have all the ids at all their positions; node n is as same[n] of them.
     """
-    row, position, path = number(rows, lengths, np.append(0, shared[1:]))
+    row, position, path = number_nodes(rows, lengths, np.append(0, shared[1:]))
     row, position = (np.pad(index, (0, -len(index) % TWIG), mode="edge") for index in (row, position))  # (N,)
     ids = rows[row, position]
     _, first, same = np.unique(
@@ -201,26 +147,26 @@ def fold(params, i, heads, activation):
     return Block(qkv, out, c_fc, c_proj)
 
 
-def encode_rows(params, blocks, heads, activation, corpus, chunk):
+def encode_rows(params, blocks, heads, activation, texts, chunk):
     """Features [T, E] of a chunk of the corpus's rows."""
-    tree = grow(corpus.rows[chunk], corpus.lengths[chunk], corpus.shared[chunk])
+    tree = grow(texts.rows[chunk], texts.lengths[chunk], texts.shared[chunk])
     features = encode_tree(params, blocks, heads, activation, tree)
     if len(features) == 1 or np.isfinite(features).all():
         return features
     # A nan among a twig's keys passes its mask, as nan - inf is nan. Apart, texts share no twig.
     middle = (chunk.start + chunk.stop) // 2
     halves = slice(chunk.start, middle), slice(middle, chunk.stop)
-    return np.concatenate([encode_rows(params, blocks, heads, activation, corpus, half) for half in halves])
+    return np.concatenate([encode_rows(params, blocks, heads, activation, texts, half) for half in halves])
 
 
 def encode_tree(params, blocks, heads, activation, tree):
     """Features [T, E] of the texts that make up the tree."""
     P = to_float32(params["text_projection"])
     N, D, F = len(tree.ids), len(P), len(blocks[0].c_fc)
-    x = centred(params["token_embedding.weight"][tree.ids].astype(P.dtype, copy=False))  # (N, D)
+    x = centered(params["token_embedding.weight"][tree.ids].astype(P.dtype, copy=False))  # (N, D)
     h = np.ones((N, D + 1), P.dtype)  # the norm of x, then what its attention gathers; the last stays 1
-    places = centred(params["positional_embedding"].astype(P.dtype, copy=False))  # (L, D)
-    add_and_normalise(x, places[tree.positions], h[:, :D])
+    places = centered(params["positional_embedding"].astype(P.dtype, copy=False))  # (L, D)
+    add_and_normalize(x, places[tree.positions], h[:, :D])
     qkv = np.empty((N, 3 * D), P.dtype)
     change, inner = np.empty((min(N, TILE), D), P.dtype), np.ones((min(N, TILE), F + 1), P.dtype)
     for block in blocks:
@@ -241,7 +187,7 @@ def encode_tree(params, blocks, heads, activation, tree):
     return (h[:, :D] * params["ln_final.weight"] + params["ln_final.bias"]).astype(P.dtype, copy=False) @ P
 
 
-def centred(x):
+def centered(x):
     """Each row without its mean."""
     return x - x.mean(axis=-1, keepdims=True)
 
@@ -270,14 +216,14 @@ def after_attention(x, h, block, activation, change, inner):
     """
     D, F, change, inner = x.shape[1], len(block.c_fc), change[: len(x)], inner[: len(x)]
     np.matmul(h, block.out.T, out=change)
-    add_and_normalise(x, change, h[:, :D])
+    add_and_normalize(x, change, h[:, :D])
     np.matmul(h, block.c_fc.T, out=inner[:, :F])
     activate(inner[:, :F], activation)
     np.matmul(inner, block.c_proj.T, out=change)
-    add_and_normalise(x, change, h[:, :D])
+    add_and_normalize(x, change, h[:, :D])
 
 
-def add_and_normalise(x, change, h):
+def add_and_normalize(x, change, h):
     """x += change, and into h each row of x divided by its root mean square: its mean is zero."""
     for strip in slices(len(x), CACHED // x.shape[1]):
         rows = x[strip]
@@ -298,35 +244,3 @@ def activate(x, activation):
             rows *= gate
         else:
             rows[:] = ACTIVATIONS[activation](rows)
-
-
-def slices(length, most):
-    """Slices of 0 to length, alike in size, of at most `most` each (and at least one)."""
-    count = math.ceil(length / max(1, most))
-    return [slice(length * i // count, length * (i + 1) // count) for i in range(count)]
-
-
-class Users:
-    """How many calls are under way, and what BLAS could use before the first of them."""
-
-    lock, count = threading.Lock(), 0
-    threads = limit = None
-
-
-@contextmanager
-def one_blas_thread():
-    """Keep BLAS to one thread while any call is inside. Gives the number of threads that it had before."""
-    with Users.lock:
-        if Users.count == 0:
-            blas = ThreadpoolController().select(user_api="blas")
-            # A BLAS that threadpoolctl does not know keeps its own threads, so we start none.
-            Users.threads = max((library["num_threads"] for library in blas.info()), default=1)
-            Users.limit = blas.limit(limits=1)
-        Users.count += 1
-    try:
-        yield Users.threads
-    finally:
-        with Users.lock:
-            Users.count -= 1
-            if Users.count == 0:
-                Users.limit.restore_original_limits()

@@ -1,159 +1,214 @@
-"""`minclip.fast` on the GPU: the same tree, its nodes the rows of matrices.
+"""`minclip.fast` on the GPU: the tree's nodes as the rows of matrices.
 
-Memory is passed over as seldom as can be. A product adds what attention or MLP makes to the stream by
-itself, and biases are added by the kernel that reads next: attention adds q's and v's, the gate the MLP's
-first. The biases of what goes to the stream are never in it: the norms that read it add up to then.
+Each step reads and writes memory as rarely as possible. A product adds the output of attention or MLP to
+the stream directly. Biases are added by the kernel that reads next: attention adds those of q and v, the
+activation adds the MLP's first. The biases of the stream itself are never written to it: every norm adds the
+sum of all biases up to its place (`norms_of`).
 
-Tokens are sorted and their nodes numbered on the GPU too, TEXTS texts at a time and on a stream of their
-own, while it computes those before. The host waits only for the sizes that this finds, and when it is more
-than CHUNKS chunks ahead. Features stay on the GPU.
+The GPU also sorts the tokens and numbers the nodes, on a stream of its own, while it computes the texts
+before. The host waits only for the sizes of that result, and where it is more than WAITING chunks ahead.
+
+The main loop is `encode_corpus`. It plants the trees (`plant`) and encodes each one (`encode_tree`).
 """
 
 import functools
-from collections import deque, namedtuple
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import cupy
 import numpy as np
 from tqdm import tqdm
 
-from minclip.fast import cpu as fast
-from minclip.gpu import steps as gpu
-from minclip.model import matmul
-from minclip.params import EPS
+from minclip.fast.tree import chunks, number_nodes, slices, sort
+from minclip.gpu import steps
+from minclip.params import EPS, architecture, end_of_text
 
-NODES = 16384  # nodes computed at once. In float16 one takes about 20 bytes a unit of width: 170 MB at 512
-TEXTS = 2**17  # texts sorted at once, which takes about 32 bytes a position: 90 MB for texts of 22 tokens
-CHUNKS = 2  # chunks that may wait for the GPU
-
-Tree = namedtuple("Tree", "ids positions row path first_node ends order group")
-Norm = namedtuple("Norm", "added weight bias")
+NODES = 16384  # nodes computed at once; in float16 a node takes about 20 bytes per unit of width
+TEXTS = 2**17  # texts sorted at once; a text takes about 32 bytes per position
+WAITING = 2  # chunks that may wait for the GPU
 
 
-def encode_corpus(params, tokens, layers, heads, activation, progress):
-    """Features [B, E] of tokens [B, L] on the host, trimmed; in the dtype of params, on the GPU."""
+@dataclass(frozen=True)
+class Tree:
+    """A tree on the GPU, and the texts that it holds.
+
+    ids, positions, row   of each node [N]
+    path                  the nodes that each row passes [T, L], counted from first_node on
+    first_node            the number of this tree's first node
+    ends                  the node at each row's end of text [T]
+    order, group          which texts these are, and the row of each [B]
+    """
+
+    ids: Any
+    positions: Any
+    row: Any
+    path: Any
+    first_node: int
+    ends: Any
+    order: Any
+    group: Any
+
+
+class Norm(NamedTuple):
+    """A layer norm, and the biases that are missing from the stream before it."""
+
+    added: Any
+    weight: Any
+    bias: Any
+
+
+def encode_corpus(params, tokens, progress, nodes=None, texts=None):
+    """Return features [B, E] on the GPU of trimmed tokens [B, L] on the host, in the dtype of params."""
     P = params["text_projection"]
+    layers, heads, _ = architecture(params)
     K = len(P) // heads
     if K % 8:
         raise ValueError(
-            f"minclip.fast on the GPU takes head widths that 8 divides, not {K}: use minclip.encode_text"
+            f"minclip.fast on the GPU needs a head width divisible by 8, not {K}: use minclip.encode_text"
         )
-    wide = np.promote_types(P.dtype, np.float32)
-    # Copies in any case, so that they begin where kernels can read several numbers at once.
-    vectors = {name: array.astype(wide) for name, array in params.items() if array.ndim == 1}
+    compute_dtype = np.promote_types(P.dtype, np.float32)
+    # Always copies, because kernels need aligned arrays.
+    vectors = {name: array.astype(compute_dtype) for name, array in params.items() if array.ndim == 1}
     norms = norms_of(vectors, layers)
     features = cupy.empty((len(tokens), P.shape[1]), P.dtype)  # (B, E)
-    sending, computing = stream_of(cupy.cuda.runtime.getDevice()), cupy.cuda.get_current_stream()
-    under_way = deque()
-
-    def finish():
-        tree, done = under_way.popleft()  # the tree's memory is free to be used again only now
-        done.synchronize()
-        bar.update(len(tree.order))
-
+    computing = cupy.cuda.get_current_stream()
     with tqdm(total=len(tokens), unit=" texts", disable=not progress) as bar:
+        queue = Queue(computing, bar)
         try:
-            for part in fast.slices(len(tokens), TEXTS):
-                with sending:
-                    trees = plant(tokens[part])
-                computing.wait_event(sending.record())
-                for tree in trees:
-                    found = encode_tree(params, vectors, norms, heads, activation, tree)  # (T, E)
+            for part in slices(len(tokens), texts or TEXTS):
+                for tree in planted(params, tokens[part], computing, nodes or NODES):
+                    found = encode_tree(params, vectors, norms, tree)  # (T, E)
                     features[part][tree.order] = found[tree.group]
-                    under_way.append((tree, computing.record()))
-                    if len(under_way) > CHUNKS:
-                        finish()
-            while under_way:
-                finish()
+                    queue.append(tree)
+            queue.finish(0)
         finally:
-            computing.synchronize()  # also of a call that is broken off, no kernel may still read its trees
+            computing.synchronize()  # if the call breaks off, too: no kernel may still read its trees
     return features
+
+
+class Queue:
+    """The trees that the GPU has not finished yet. A tree's memory must stay until then."""
+
+    def __init__(self, stream, bar):
+        self.stream = stream
+        self.bar = bar
+        self.trees = deque()
+
+    def append(self, tree):
+        """Add a tree, whose kernels are launched, and wait until at most WAITING trees are unfinished."""
+        self.trees.append((tree, self.stream.record()))
+        self.finish(WAITING)
+
+    def finish(self, waiting):
+        """Wait until at most `waiting` trees are unfinished."""
+        while len(self.trees) > waiting:
+            tree, done = self.trees.popleft()
+            done.synchronize()
+            self.bar.update(len(tree.order))
 
 
 @functools.cache
 def stream_of(device):
-    """The stream on which a GPU gets its tokens; one for all calls, since CuPy keeps memory by stream."""
+    """Return the stream that sorts tokens. All calls share it, because CuPy pools memory by stream."""
     return cupy.cuda.Stream(non_blocking=True)
 
 
 def norms_of(vectors, layers):
-    """The layer norms in order, each with the sum of all biases that the stream should have got before it."""
-    added, norms = 0 * vectors["ln_final.bias"], []
+    """Return the layer norms in order, each with the sum of the stream's biases up to its place."""
+    missing, norms = 0 * vectors["ln_final.bias"], []
 
     def norm(name):
-        norms.append(Norm(added, vectors[f"{name}.weight"], vectors[f"{name}.bias"]))
+        norms.append(Norm(missing, vectors[f"{name}.weight"], vectors[f"{name}.bias"]))
 
     for i in range(layers):
         block = f"transformer.resblocks.{i}"
         norm(f"{block}.ln_1")
-        added = added + vectors[f"{block}.attn.out_proj.bias"]
+        missing = missing + vectors[f"{block}.attn.out_proj.bias"]
         norm(f"{block}.ln_2")
-        added = added + vectors[f"{block}.mlp.c_proj.bias"]
+        missing = missing + vectors[f"{block}.mlp.c_proj.bias"]
     norm("ln_final")
     return norms
 
 
-def plant(tokens):
-    """The trees of some texts, of about NODES nodes each; nodes are counted through them all."""
-    corpus = fast.sort(cupy.asarray(tokens))
-    chunks = fast.chunks((corpus.lengths - corpus.shared).get(), 1, NODES)
-    starts = cupy.asarray([chunk.start for chunk in chunks])
-    corpus.shared[starts] = 0
-    found = fast.number(corpus.rows, corpus.lengths, corpus.shared)
-    row, position, path = (cupy.ascontiguousarray(array, dtype=np.int32) for array in found)
-    ids = corpus.rows[row, position]  # (N,)
-    ends = path[cupy.arange(len(path)), corpus.lengths - 1]  # (T,)
+def planted(params, tokens, computing, nodes):
+    """Return the trees of tokens, made on the sorting stream; the computing stream waits for them."""
+    sorting = stream_of(cupy.cuda.runtime.getDevice())
+    with sorting:
+        trees = plant(params, tokens, nodes)
+    computing.wait_event(sorting.record())
+    return trees
+
+
+def plant(params, tokens, most):
+    """Return the trees of tokens [B, L], of about `most` nodes each. Their nodes are numbered in one go."""
+    tokens = cupy.asarray(tokens)
+    texts = sort(tokens, end_of_text(params, tokens))
+    parts = chunks(texts.new_nodes.get(), 1, most)
+    starts = cupy.asarray([chunk.start for chunk in parts])
+    shared = texts.shared.copy()
+    shared[starts] = 0  # each chunk starts a tree
+    numbered = number_nodes(texts.rows, texts.lengths, shared)
+    row, position, path = (cupy.ascontiguousarray(array, dtype=np.int32) for array in numbered)
+    ids = texts.rows[row, position]  # (N,)
+    ends = path[cupy.arange(len(path)), texts.lengths - 1]  # (T,)
     first_node = [*cupy.searchsorted(row, starts).get().tolist(), len(row)]
-    first_text = [*cupy.searchsorted(corpus.group, starts).get().tolist(), len(tokens)]
+    first_text = [*cupy.searchsorted(texts.group, starts).get().tolist(), len(tokens)]
     trees = []
-    for i, chunk in enumerate(chunks):
-        nodes, texts = (slice(first[i], first[i + 1]) for first in (first_node, first_text))
+    for i, chunk in enumerate(parts):
+        nodes, members = (slice(first[i], first[i + 1]) for first in (first_node, first_text))
         trees.append(
             Tree(
                 *(ids[nodes], position[nodes], row[nodes], path, nodes.start, ends[chunk] - nodes.start),
-                *(corpus.order[texts], corpus.group[texts] - chunk.start),
+                *(texts.order[members], texts.group[members] - chunk.start),
             )
         )
     return trees
 
 
-def encode_tree(params, vectors, norms, heads, activation, tree):
-    """Features [T, E] of the texts that make up the tree; vectors are biases, wide as those of norms are."""
+def encode_tree(params, vectors, norms, tree):
+    """Return features [T, E] of a tree's texts. vectors are the biases, in the dtype of the arithmetic."""
     P = params["text_projection"]
-    layers = len(norms) // 2
+    layers, heads, activation = architecture(params)
     x = params["token_embedding.weight"][tree.ids].astype(P.dtype, copy=False)  # (N, D)
     x = x + params["positional_embedding"][tree.positions].astype(P.dtype, copy=False)
     for i in range(layers):
         block = f"transformer.resblocks.{i}"
-        qkv = matmul(normalise(x, norms[2 * i]), params[f"{block}.attn.in_proj_weight"].T)
+        qkv = product(normalize(x, norms[2 * i]), params[f"{block}.attn.in_proj_weight"].T)
         context = attend(qkv, vectors[f"{block}.attn.in_proj_bias"], tree, heads)
-        if i == layers - 1:  # from here on each position is by itself, and only the ends are asked for
+        if i == layers - 1:  # no node reads another one from here on, and only the ends are returned
             x, context = x[tree.ends], context[tree.ends]
         add_product(context, params[f"{block}.attn.out_proj.weight"].T, x)
-        inner = matmul(normalise(x, norms[2 * i + 1]), params[f"{block}.mlp.c_fc.weight"].T)
-        gpu.by_rows(f"add_and_{activation}", inner, inner, vectors[f"{block}.mlp.c_fc.bias"])
+        inner = product(normalize(x, norms[2 * i + 1]), params[f"{block}.mlp.c_fc.weight"].T)
+        steps.launch_on_rows(f"add_and_{activation}", inner, inner, vectors[f"{block}.mlp.c_fc.bias"])
         add_product(inner, params[f"{block}.mlp.c_proj.weight"].T, x)
-    return matmul(normalise(x, norms[-1]), P)
+    return product(normalize(x, norms[-1]), P)
 
 
-def normalise(x, norm):
-    """The layer norm of x and of the biases that it should have got."""
-    return gpu.to_new("add_and_normalise", x, *norm, norm.weight.dtype.type(EPS))
+def normalize(x, norm):
+    """Return the layer norm of x plus the biases that are missing from it."""
+    return steps.map_rows("add_and_normalize", x, *norm, norm.weight.dtype.type(EPS))
+
+
+def product(a, b):
+    """Return a @ b. float16 arrays are multiplied on the tensor cores."""
+    return steps.matmul(a, b) if a.dtype == np.float16 else a @ b
 
 
 def add_product(a, b, x):
-    """x += a @ b, rounded once."""
+    """Add a @ b to x, rounded once."""
     if x.dtype == np.float16:
-        gpu.product(a, b, x, add=True)
+        steps.product(a, b, x, add=True)
     else:
         x += a @ b
 
 
 def attend(qkv, bias, tree, heads):
-    """What each node gathers [N, D] from its ancestors and itself; qkv [N, 3 D] is still without its bias."""
+    """Return the context [N, D] of each node, from qkv [N, 3 D] without its bias, and that bias."""
     N, D = len(qkv), qkv.shape[1] // 3
     context = cupy.empty((N, D), qkv.dtype)
     sizes = (np.int32(size) for size in (tree.first_node, N, heads, tree.path.shape[1]))
     arrays = (qkv, bias, context, tree.path, tree.row, tree.positions)
-    kernel = gpu.kernel("attend", qkv.dtype.char, gpu.PACK, D // heads)
-    gpu.launch(kernel, -(-N * heads // 4), *arrays, *sizes)  # a warp to four heads
+    kernel = steps.kernel("attend", qkv.dtype.char, steps.PACK, D // heads)
+    steps.launch(kernel, -(-N * heads // 4), *arrays, *sizes)  # a warp takes four heads
     return context

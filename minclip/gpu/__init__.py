@@ -1,6 +1,8 @@
-"""float16 on the GPU, and the way there.
+"""Arrays on an NVIDIA GPU, and float16 there.
 
-device    arrays onto the GPU, or one line that says what is missing
-steps     the float16 steps of minclip/model.py, by cuBLAS and the kernels
-kernels.cu   the kernels, which minclip/fast/gpu.py uses too
+device       copy arrays to the GPU, or say in one line what is missing
+steps        the float16 steps of minclip/model.py, by cuBLAS and the kernels
+kernels.cu   the kernels, in CUDA; minclip/fast/gpu.py launches them too
+
+Read in this order. Only `steps` needs CuPy to be imported.
 """

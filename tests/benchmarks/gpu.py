@@ -15,11 +15,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from throughput import imagenet_prompts, needed_flops
 
 import minclip
 from minclip import fast, model
 from minclip.gpu import device
+from tests.benchmarks.throughput import imagenet_prompts, needed_flops
 from tests.support.oracles import (
     SIZES,
     openai_model,

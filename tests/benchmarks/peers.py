@@ -250,14 +250,13 @@ WORKERS = {
 
 def prepare(folder, names):
     """Write the tower in each format, and the texts, to folder."""
-    sys.path[:0] = [str(HERE), str(HERE.parent), str(ROOT)]
     import numpy
-    import test_tokenizer
-    import throughput
 
     import minclip
     from minclip import tokenizer
+    from tests.benchmarks import throughput
     from tests.support import oracles
+    from tests.unit import test_tokenizer
 
     params = oracles.random_params(**throughput.SIZE)
     minclip.save(params, folder / "minclip.safetensors")

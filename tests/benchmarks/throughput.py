@@ -24,11 +24,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from peers import peak_memory
 from threadpoolctl import threadpool_limits
 
 import minclip
 from minclip import fast, tokenizer
+from minclip.fast.tree import sort
+from minclip.params import end_of_text
+from tests.benchmarks.peers import peak_memory
 from tests.support.oracles import SIZES, openai_model, random_params, transformers_model
 
 SIZE = SIZES["ViT-B/32"]
@@ -59,17 +61,17 @@ def captions(count=5000, seed=0):
 
 def needed_flops(params, tokens):
     """What the matmuls of the prefix tree cost, attention and the trimmed last layer included."""
-    corpus = fast.sort(tokens)
+    texts = sort(tokens, end_of_text(params, tokens))
     D, E = params["text_projection"].shape
     F = 4 * D
-    nodes, texts = (corpus.lengths - corpus.shared).sum(), len(corpus.rows)
+    nodes, count = texts.new_nodes.sum(), len(texts.rows)
 
     def seen(a, b):
         return ((b * (b + 1) - a * (a + 1)) // 2).sum()  # positions a to b attend to 1 + ... + b - a of them
 
-    block = nodes * (8 * D * D + 4 * D * F) + 4 * D * seen(corpus.shared, corpus.lengths)
-    last = nodes * 4 * D * D + texts * (4 * D * D + 4 * D * F) + 4 * D * corpus.lengths.sum()
-    return (SIZE["layers"] - 1) * block + last + texts * 2 * D * E
+    block = nodes * (8 * D * D + 4 * D * F) + 4 * D * seen(texts.shared, texts.lengths)
+    last = nodes * 4 * D * D + count * (4 * D * D + 4 * D * F) + 4 * D * texts.lengths.sum()
+    return (SIZE["layers"] - 1) * block + last + count * 2 * D * E
 
 
 def matmul_rate():
@@ -242,8 +244,7 @@ def corpus_table(params, others, title, tokens, rounds=3):
         rates.append(matmul_rate())
     floor = needed_flops(params, tokens) / max(rates) / len(tokens)
     ours = statistics.median(seconds["minclip.fast"])
-    corpus = fast.sort(tokens)
-    nodes = (corpus.lengths - corpus.shared).sum() / len(tokens)
+    nodes = sort(tokens, end_of_text(params, tokens)).new_nodes.sum() / len(tokens)
     speeds = " ".join(f"{rate / 1e9:.0f}" for rate in rates)
     print(f"\n{title}: {nodes:.1f} nodes a text, matmul at {speeds} GFLOP/s")
     print("\n| | ms a text | minclip.fast is |\n|---|---|---|")
@@ -272,7 +273,9 @@ def memory(tokens):
     """Print the peak of a process of its own that encodes tokens, beside parameters and output."""
     if os.environ.get("THROUGHPUT_MEMORY") is None:
         environment = {**os.environ, "THROUGHPUT_MEMORY": "1"}
-        subprocess.run([sys.executable, *sys.argv], env=environment, check=True)
+        subprocess.run(
+            [sys.executable, "-m", "tests.benchmarks.throughput", *sys.argv[1:]], env=environment, check=True
+        )
         return
     params = random_params(**SIZE)
     features = fast.encode_text(params, tokens)

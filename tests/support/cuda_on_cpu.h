@@ -1,5 +1,5 @@
-// Enough of CUDA to run a kernel on the host: a warp's 32 threads are 32 contexts that take turns, and a
-// shuffle is the point at which they wait for each other.
+// Enough of CUDA to run a kernel on the host. A warp's 32 threads are 32 contexts that take turns. They wait
+// for each other at each shuffle.
 #include <ucontext.h>
 
 #include <algorithm>
@@ -21,11 +21,11 @@ static int turn[32];
 static double slots[2][32];
 static std::function<void()> body;
 
-template <class T> T __shfl_xor_sync(unsigned, T value, int apart) {
+template <class T> T __shfl_xor_sync(unsigned, T value, int distance) {
     int lane = threadIdx.x, now = turn[lane] ^= 1;
     slots[now][lane] = value;
     swapcontext(&lanes[lane], &scheduler);
-    return T(slots[now][lane ^ apart]);
+    return T(slots[now][lane ^ distance]);
 }
 
 static void run_lane() {

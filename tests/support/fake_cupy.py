@@ -1,10 +1,15 @@
 """A stand-in for CuPy where there is no GPU: NumPy's arithmetic behind CuPy's refusals.
 
-What CuPy refuses is refused: conversion to NumPy by the way, NumPy arrays among its own, names and
-keywords that it has not. What makes the host wait for the GPU is counted in `Fake.waits`. cuBLAS is
-asked by address, as the real one is, and a RawKernel is the CUDA source itself, compiled by g++ with
-tests/cuda_on_cpu.h. `FUNCTIONS` and `METHODS` are CuPy 14.2's own signatures; a test holds them against
-CuPy where it is installed.
+The stand-in raises TypeError or AttributeError where CuPy does: for implicit conversion to NumPy, for NumPy
+arrays among CuPy arrays, for names and keywords that CuPy lacks. It counts in `Fake.waits` everything that
+makes the host wait for the GPU. It calls cuBLAS by address, as CuPy does. Its RawKernel compiles the CUDA
+source itself, with g++ and cuda_on_cpu.h.
+
+It is stricter than CuPy in two ways. CuPy's `__array_ufunc__` accepts `np.exp(cupy_array)`; the stand-in
+refuses it, because minclip calls `array_module(x).exp`. And CuPy has more functions and methods than
+`FUNCTIONS` and `METHODS` list: add one there, with CuPy's signature, when minclip needs it.
+
+The signatures are those of CuPy 14.2. A test compares them with CuPy where it is installed.
 """
 
 import ctypes
@@ -21,6 +26,8 @@ from pathlib import Path
 
 import numpy as np
 
+import minclip
+
 FUNCTIONS = {
     "asarray": "a, dtype=None, order=None, *, copy=None, blocking=False",
     "asnumpy": "a, stream=None, order='C', out=None, *, blocking=True",
@@ -33,7 +40,7 @@ FUNCTIONS = {
     "where": "condition, x=None, y=None",
     "lexsort": "keys",
     "searchsorted": "a, v, side='left', sorter=None",
-    "exp": None,  # a ufunc, of which CuPy gives no signature
+    "exp": None,  # CuPy shows no signature of its ufuncs
     "add": None,
 }
 METHODS = {
@@ -59,12 +66,12 @@ HOST = Path(__file__).with_name("cuda_on_cpu.h")
 
 
 def signature(text):
-    """The inspect.Signature of a parameter list, as in "a, *, b=None"."""
+    """Return the inspect.Signature of a parameter list such as "a, *, b=None"."""
     return inspect.signature(eval(f"lambda {text}: None"))
 
 
 def inside(value):
-    """The NumPy array within, for the arithmetic; NumPy arrays themselves are refused."""
+    """Return the NumPy array inside a stand-in array. Raise TypeError for a NumPy array itself."""
     if isinstance(value, tuple):
         return tuple(map(inside, value))
     if isinstance(value, np.ndarray):
@@ -73,7 +80,7 @@ def inside(value):
 
 
 def outside(value):
-    """A result as the GPU would give it: even of a whole sum an array, of no dimensions."""
+    """Return a result as CuPy would: even the sum over all axes is an array, with no axes."""
     if isinstance(value, tuple):
         return tuple(map(outside, value))
     return ndarray(np.asarray(value)) if isinstance(value, np.ndarray | np.generic) else value
@@ -98,7 +105,7 @@ class ndarray:
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`")
 
     def __array_ufunc__(self, *args, **kwargs):
-        raise TypeError("Unsupported type: a NumPy array beside a CuPy array")
+        raise TypeError("the stand-in takes no NumPy function: call array_module(x).exp, say")
 
     def __len__(self):
         return len(self._array)
@@ -131,7 +138,7 @@ def define_method(name, parameters):
 
     def method(self, *args, **kwargs):
         allowed.bind(*args, **kwargs)
-        if name in ("get", "item", "nonzero"):  # the size of what nonzero gives is found on the GPU
+        if name in ("get", "item", "nonzero"):  # nonzero: the host must know the size of its result
             Fake.waits.append(name)
         if name in ("get", "item"):
             return self._array.copy() if name == "get" else self._array.item()
@@ -157,7 +164,7 @@ for name in ("__float__", "__int__", "__bool__", "__repr__", "__str__", "__forma
 
 
 class Fake(types.ModuleType):
-    """The module cupy; `Fake.waits` lists what has made the host wait."""
+    """The module cupy. `Fake.waits` lists everything that made the host wait."""
 
     waits = []  # noqa: RUF012
     ndarray = ndarray
@@ -182,7 +189,7 @@ class Fake(types.ModuleType):
         def function(*args, **kwargs):
             if allowed:
                 allowed.bind(*args, **kwargs)
-            if name == "asarray":  # the one door for NumPy arrays, and it copies
+            if name == "asarray":  # the only function that takes NumPy arrays, and it copies them
                 source = args[0]
                 return source if isinstance(source, ndarray) else ndarray(np.array(source, **kwargs))
             if name == "asnumpy":
@@ -198,7 +205,7 @@ class OutOfMemoryError(MemoryError):
 
 
 class Stream:
-    """A stream or an event: all is done at once here."""
+    """A stream or an event. The stand-in runs everything at once."""
 
     def __init__(self, null=False, non_blocking=False, ptds=False, priority=None):
         pass
@@ -220,19 +227,22 @@ class Stream:
         Fake.waits.append("synchronize")
 
 
-def matrices(address, ld, stride, batch, turned, rows, columns, dtype=np.float16):
-    """[batch, rows, columns] at an address as cuBLAS sees them: by columns, ld apart, or turned."""
-    shape, apart = (batch, rows, columns), (stride, ld, 1) if turned else (stride, 1, ld)
-    reach = 1 + sum((n - 1) * s for n, s in zip(shape, apart, strict=True))
+def matrices(address, ld, stride, batch, transposed, rows, columns, dtype=np.float16):
+    """Return the matrices [batch, rows, columns] that cuBLAS reads at an address: column by column.
+
+    Columns are ld numbers apart. A transposed matrix is stored row by row.
+    """
+    shape, distances = (batch, rows, columns), (stride, ld, 1) if transposed else (stride, 1, ld)
+    reach = 1 + sum((n - 1) * s for n, s in zip(shape, distances, strict=True))
     size = np.dtype(dtype).itemsize
     memory = np.frombuffer((ctypes.c_char * (size * reach)).from_address(address), dtype)
-    step = [size * s for s in apart]
+    step = [size * s for s in distances]
     return np.lib.stride_tricks.as_strided(memory, shape, step)
 
 
 def gemm(handle, op_a, op_b, m, n, k, alpha, a, a_type, lda, stride_a, b, b_type, ldb, stride_b, beta, c,
          c_type, ldc, stride_c, batch, compute, algorithm):  # fmt: skip
-    """cublasGemmStridedBatchedEx: of float16, summed in float32, rounded once to float16 or not at all."""
+    """cublasGemmStridedBatchedEx for float16: summed in float32, rounded once to float16 or not at all."""
     assert (a_type, b_type, compute, algorithm) == (2, 2, 68, 99)
     alpha, beta = (ctypes.c_float.from_address(at).value for at in (alpha, beta))
     a = matrices(a, lda, stride_a, batch, op_a, m, k).astype(np.float32)
@@ -242,7 +252,7 @@ def gemm(handle, op_a, op_b, m, n, k, alpha, a, a_type, lda, stride_a, b, b_type
 
 
 class RawKernel:
-    """A kernel of CUDA source, run on the host one warp after another."""
+    """A kernel of CUDA source that runs on the host, one warp after another."""
 
     def __init__(self, code, name, options=()):
         heading = re.search(rf"__global__ void {name}\((.*?)\)", code, re.DOTALL)[1]
@@ -250,30 +260,30 @@ class RawKernel:
         self.run = getattr(compiled(code, tuple(options)), f"launch_{name}")
 
     def __call__(self, grid, block, args):
-        assert block[0] == 32, "the host knows launches of whole warps"
+        assert block[0] == 32, "the stand-in launches complete warps only"
         assert len(args) == len(self.kinds)
         values = []
         for kind, value in zip(self.kinds, args, strict=True):
-            pointed = kind[-1].endswith("*")
-            assert pointed == isinstance(value, ndarray), f"{kind} is given {value!r}"
-            if pointed:
+            is_pointer = kind[-1].endswith("*")
+            assert is_pointer == isinstance(value, ndarray), f"{kind} is given {value!r}"
+            if is_pointer:
                 assert value.flags.c_contiguous
-                expected = {"int*": "i4", "WIDE*": None, "NUMBER*": None}[kind[-1]]
+                expected = {"int*": "i4", "compute_t*": None, "storage_t*": None}[kind[-1]]
                 assert expected is None or value.dtype == expected
-            values.append(ctypes.c_void_p(value.data.ptr) if pointed else as_c(kind[-1], value))
+            values.append(ctypes.c_void_p(value.data.ptr) if is_pointer else as_c(kind[-1], value))
         pointers = [ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in values]
         self.run(grid[0], block[1], (ctypes.c_void_p * len(args))(*pointers))
 
 
 def as_c(kind, value):
-    """A number for a kernel; CuPy passes NumPy scalars by their own type, so that must be the kernel's."""
-    assert value.dtype in {"int": ("i4",), "WIDE": ("f4", "f8")}[kind]
+    """Return a number as C passes it. CuPy keeps a NumPy scalar's type, so it must be the kernel's."""
+    assert value.dtype in {"int": ("i4",), "compute_t": ("f4", "f8")}[kind]
     return {"i4": ctypes.c_int, "f4": ctypes.c_float, "f8": ctypes.c_double}[value.dtype.str[1:]](value)
 
 
 @functools.cache
 def compiled(code, options):
-    """The library of a CUDA source, with a launch_NAME for each kernel."""
+    """Compile a CUDA source to a library with a function launch_NAME for each kernel."""
     source = code.replace("#include <cuda_fp16.h>", f'#include "{HOST}"')
     for name, parameters in re.findall(r"__global__ void (\w+)\((.*?)\)", code, re.DOTALL):
         kinds = [" ".join(parameter.split()[:-1]) for parameter in parameters.split(",")]
@@ -289,9 +299,7 @@ def compiled(code, options):
 
 
 def install(monkeypatch):
-    """Put a stand-in in CuPy's place until the test is over, and give it."""
-    import minclip
-
+    """Replace CuPy by a stand-in until the test ends, and return the stand-in."""
     fake = Fake()
     cublas = types.ModuleType("cublas")
     cublas.__dict__.update(
@@ -310,10 +318,11 @@ def install(monkeypatch):
         "cupy_backends.cuda.libs": libs,
     }.items():
         monkeypatch.setitem(sys.modules, name, module)
-    for name in ("gpu", "fast_gpu"):  # those of this stand-in are to go with it; so set, then taken away
-        monkeypatch.setitem(sys.modules, f"minclip.{name}", None)
-        monkeypatch.delitem(sys.modules, f"minclip.{name}")
-        monkeypatch.setattr(minclip, name, None, raising=False)
-        monkeypatch.delattr(minclip, name)
+    # Modules that imported this stand-in must go when it goes. To set them first makes monkeypatch undo both.
+    for package, name in ((minclip.gpu, "steps"), (minclip.fast, "gpu")):
+        monkeypatch.setitem(sys.modules, f"{package.__name__}.{name}", None)
+        monkeypatch.delitem(sys.modules, f"{package.__name__}.{name}")
+        monkeypatch.setattr(package, name, None, raising=False)
+        monkeypatch.delattr(package, name)
     Fake.waits.clear()
     return fake

@@ -16,9 +16,11 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 import minclip
 from minclip import fast
+from minclip.fast import cpu, tree
+from minclip.params import end_of_text
 from tests.support.oracles import token_rows
 
-HERE = pathlib.Path(__file__).parent
+ROOT = pathlib.Path(__file__).parents[3]
 V, L = 97, 24
 
 
@@ -62,9 +64,9 @@ def rows(*texts):
     return token_rows(texts, L, V)
 
 
-def error(params, tokens):
+def error(params, tokens, **options):
     """The largest relative distance between a row of fast's features and the reference's."""
-    expected, found = minclip.encode_text(params, tokens), fast.encode_text(params, tokens)
+    expected, found = minclip.encode_text(params, tokens), fast.encode_text(params, tokens, **options)
     assert found.shape == expected.shape
     assert found.dtype == expected.dtype
     found, expected = found.astype(np.float64), expected.astype(np.float64)
@@ -105,11 +107,10 @@ def test_gives_the_features_of_the_reference_for_any_texts(texts):
 
 def test_every_boundary_of_chunks_and_twigs_is_exact(monkeypatch):
     tokens = many(60, seed=1)
-    for chunk in (1, 2, 17, 64):
-        monkeypatch.setattr(fast, "CHUNK", chunk)
-        assert error(PARAMS, tokens) < 1e-5
+    for nodes in (1, 2, 17, 64):
+        assert error(PARAMS, tokens, nodes=nodes) < 1e-5
     for twig in (1, 3, 64):
-        monkeypatch.setattr(fast, "TWIG", twig)
+        monkeypatch.setattr(cpu, "TWIG", twig)
         assert error(PARAMS, tokens) < 1e-5
 
 
@@ -180,11 +181,11 @@ def test_nothing_given_is_written_to():
 
 def test_each_node_is_computed_once():
     tokens = np.concatenate([TREES["each text begins the next"], TREES["all equal"], many(300)])
-    corpus = fast.sort(tokens)
+    texts = tree.sort(tokens, end_of_text(PARAMS, tokens))
     beginnings = {tuple(row[:n]) for row in tokens for n in range(1, row.argmax() + 2)}
-    tree = fast.grow(corpus.rows, corpus.lengths, corpus.shared)
-    assert len(tree.ids) == -(-len(beginnings) // fast.TWIG) * fast.TWIG
-    assert len(corpus.rows) == len({tuple(row[: row.argmax() + 1]) for row in tokens})
+    grown = cpu.grow(texts.rows, texts.lengths, texts.shared)
+    assert len(grown.ids) == -(-len(beginnings) // cpu.TWIG) * cpu.TWIG
+    assert len(texts.rows) == len({tuple(row[: row.argmax() + 1]) for row in tokens})
 
 
 def blas_threads():
@@ -193,13 +194,18 @@ def blas_threads():
 
 def test_calls_side_by_side_give_equal_bits_and_leave_blas_as_it_was():
     corpora = [many(count, seed=count) for count in (1, 30, 500, 1500)] * 3
-    with threadpool_limits(2, user_api="blas"):
-        alone = [fast.encode_text(PARAMS, tokens) for tokens in corpora]
-        before = blas_threads()
-        with ThreadPoolExecutor(6) as pool:
-            together = list(pool.map(lambda tokens: fast.encode_text(PARAMS, tokens), corpora))
-        assert blas_threads() == before
+    before = blas_threads()
+    alone = [fast.encode_text(PARAMS, tokens) for tokens in corpora]
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(lambda tokens: fast.encode_text(PARAMS, tokens), corpora))
+    assert blas_threads() == before
     assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_a_limit_that_another_thread_holds_stays_and_does_no_harm():
+    with threadpool_limits(1, user_api="blas"):  # which threadpoolctl 3.8 keeps for this thread
+        assert error(PARAMS, many(300)) < 1e-5
+        assert set(blas_threads()) == {1}
 
 
 def test_an_error_in_a_thread_comes_out_and_leaves_blas_as_it_was(monkeypatch):
@@ -207,7 +213,7 @@ def test_an_error_in_a_thread_comes_out_and_leaves_blas_as_it_was(monkeypatch):
         raise RuntimeError("in a thread")
 
     before = blas_threads()
-    monkeypatch.setattr(fast, "grow", fail)
+    monkeypatch.setattr(cpu, "grow", fail)
     with pytest.raises(RuntimeError, match="in a thread"):
         fast.encode_text(PARAMS, many(10))
     assert blas_threads() == before
@@ -221,14 +227,14 @@ def test_progress_is_shown_when_asked_for_and_only_then(capsys):
 
 
 def test_the_folded_parameters_are_gone_when_the_call_is(monkeypatch):
-    folded, fold = [], fast.fold
+    folded, fold = [], cpu.fold
 
     def watch(*args):
         block = fold(*args)
         folded.append(weakref.ref(block.qkv))
         return block
 
-    monkeypatch.setattr(fast, "fold", watch)
+    monkeypatch.setattr(cpu, "fold", watch)
     gc.disable()  # a reference cycle would keep them until the collector comes by
     try:
         fast.encode_text(PARAMS, many(10))
@@ -242,7 +248,9 @@ MEMORY = """
 import resource, sys
 import numpy as np
 from minclip import fast
-from test_fast import harsh_params, many
+from minclip.fast import cpu, tree
+from minclip.params import end_of_text
+from tests.unit.fast.test_fast import harsh_params, many
 params, texts = harsh_params(), np.tile(many(4000, length=20, ids=50), (20, 1))
 texts[:, 1] = np.arange(len(texts)) % 90  # most of them different
 fast.encode_text(params, texts[:10])
@@ -254,5 +262,5 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 - fea
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts kilobytes on Linux")
 def test_memory_does_not_grow_with_the_corpus():
-    run = subprocess.run([sys.executable, "-c", MEMORY], cwd=HERE, capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", MEMORY], cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(run.stdout) < 250e6  # all activations of these 80,000 texts would be 600 MB a layer

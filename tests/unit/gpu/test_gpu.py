@@ -1,6 +1,7 @@
-"""The same code on the GPU: through a stand-in for CuPy anywhere, on the card too where there is one.
+"""The same code on the GPU: on a stand-in for CuPy anywhere, and on a GPU where there is one.
 
-`pytest -m gpu tests/test_gpu.py` runs what needs the card, the fixture `cupy`'s half included.
+`pytest -m gpu tests/unit/gpu` runs the tests that need a GPU, those of the fixture `cupy` included.
+`pytest -m cupy tests/unit/gpu` runs those that need only the wheels of CuPy and NVRTC, and no GPU.
 """
 
 import importlib
@@ -16,6 +17,7 @@ import pytest
 
 import minclip
 from minclip import cli, model
+from minclip.fast import tree
 from minclip.gpu import device
 from minclip.porting import probe
 from tests.support import fake_cupy
@@ -138,13 +140,13 @@ def test_attention_over_a_tree_is_attention_over_each_path(cupy, dtype, K):
     fast_gpu = importlib.import_module("minclip.fast.gpu")
     rng, heads, earlier = np.random.default_rng(0), 3, 7  # nodes of trees before this one
     lengths, shared = np.array([70, 40, 3]), np.array([0, 36, 1])
-    row, position, path = minclip.fast.number(np.zeros((3, 70)), lengths, shared)
+    row, position, path = tree.number_nodes(np.zeros((3, 70)), lengths, shared)
     N = len(row)
     qkv = rng.normal(size=(N, 3 * heads * K)).astype(dtype)
     bias = rng.normal(size=3 * heads * K).astype("f8" if dtype == "f8" else "f4")
     index = [cupy.asarray(array.astype("i4", order="C")) for array in (position, row, path + earlier)]
-    tree = fast_gpu.Tree(None, *index, earlier, None, None, None)
-    context = fast_gpu.attend(cupy.asarray(qkv), cupy.asarray(bias), tree, heads).get()
+    nodes = fast_gpu.Tree(None, *index, earlier, None, None, None)
+    context = fast_gpu.attend(cupy.asarray(qkv), cupy.asarray(bias), nodes, heads).get()
     q, k, v = (qkv + bias.astype(float)).reshape(N, 3, heads, K).transpose(1, 2, 0, 3)
     for n in range(N):
         seen = path[row[n], : position[n] + 1]
@@ -156,17 +158,12 @@ def test_attention_over_a_tree_is_attention_over_each_path(cupy, dtype, K):
 @pytest.mark.parametrize("texts", [4, 7])
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 @pytest.mark.parametrize(("dtype", "bound"), [("float16", 3e-3), ("float32", 1e-6), ("float64", 1e-13)])
-def test_fast_gives_the_same_features_on_cupy_arrays_chunk_by_chunk(
-    cupy, monkeypatch, dtype, bound, activation, texts
-):
-    fast_gpu = importlib.import_module("minclip.fast.gpu")
-    monkeypatch.setattr(fast_gpu, "NODES", 12)
-    monkeypatch.setattr(fast_gpu, "TEXTS", texts)
+def test_fast_gives_the_same_features_on_cupy_arrays_chunk_by_chunk(cupy, dtype, bound, activation, texts):
     host, gpu = on_gpu(PARAMS, dtype, activation)
     tokens = random_tokens([5, 2, 7, 6, 6, 3], context=19, vocabulary=97)
     tokens[3:5, :4] = tokens[2, :4]
     tokens = np.concatenate([tokens, tokens[:1]]).reshape(7, 1, 19)
-    features = minclip.fast.encode_text(gpu, tokens)
+    features = minclip.fast.encode_text(gpu, tokens, nodes=12, texts=texts)
     assert isinstance(features, cupy.ndarray)
     assert features.dtype == dtype
     if isinstance(cupy, Fake):
@@ -239,9 +236,9 @@ def test_the_command_line_encodes_on_the_gpu(cupy, tmp_path, capsys, dtype):
 @needs_compiler
 def test_the_benchmark_for_a_card_runs_to_its_end(fake, monkeypatch):
     """Only that it runs and that its parity figures are sound; its times are the stand-in's own."""
-    monkeypatch.setitem(sys.modules, "cupy", fake)
-    monkeypatch.delitem(sys.modules, "gpu", raising=False)
+    monkeypatch.delitem(sys.modules, "tests.benchmarks.gpu", raising=False)
     benchmark = importlib.import_module("tests.benchmarks.gpu")
+    monkeypatch.delitem(sys.modules, "tests.benchmarks.gpu")  # it holds the stand-in
     pool = types.SimpleNamespace(total_bytes=lambda: 0)
     monkeypatch.setattr(fake, "get_default_memory_pool", lambda: pool, raising=False)
     monkeypatch.setattr(benchmark, "ROUNDS", 1)
@@ -249,7 +246,6 @@ def test_the_benchmark_for_a_card_runs_to_its_end(fake, monkeypatch):
     tokens = random_tokens([3, 4, 5])
     rate = benchmark.matmul_rate(64)
     text = "\n".join(benchmark.measure("a toy", size, tokens, rate, where="cpu", full=1))
-    sys.modules.pop("gpu")
     for figure in (
         "GPU − CPU",
         "torch − truth",
@@ -274,7 +270,6 @@ def test_the_command_line_says_in_one_line_that_there_is_no_gpu(monkeypatch, cap
     [
         lambda cupy, x: np.asarray(x),
         lambda cupy, x: x + np.ones(3),
-        lambda cupy, x: np.exp(x),
         lambda cupy, x: cupy.exp(np.ones(3)),
         lambda cupy, x: cupy.vecdot(x, x),
         lambda cupy, x: x.max(initial=0),
@@ -284,6 +279,11 @@ def test_the_command_line_says_in_one_line_that_there_is_no_gpu(monkeypatch, cap
 def test_the_stand_in_refuses_what_cupy_refuses(fake, refused):
     with pytest.raises((TypeError, AttributeError)):
         refused(fake, fake.asarray([1.0, 2, 3]))
+
+
+def test_the_stand_in_refuses_numpys_functions_which_cupy_takes(fake):
+    with pytest.raises(TypeError, match="array_module"):
+        np.exp(fake.asarray([1.0, 2, 3]))
 
 
 def test_the_stand_in_counts_what_makes_the_host_wait(fake):
@@ -296,6 +296,7 @@ def test_the_stand_in_counts_what_makes_the_host_wait(fake):
     assert Fake.waits == ["__float__", "__bool__", "boolean mask", "__repr__", "get"]
 
 
+@pytest.mark.cupy
 def test_the_stand_in_has_cupys_own_signatures():
     cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
     for name, parameters in FUNCTIONS.items():
@@ -311,6 +312,7 @@ def test_the_stand_in_has_cupys_own_signatures():
         assert said == parameters, name
 
 
+@pytest.mark.cupy
 def test_cuda_compiles_the_kernels():
     pytest.importorskip("cupy", reason="CuPy is not installed")
     try:
@@ -320,9 +322,9 @@ def test_cuda_compiles_the_kernels():
     headers = [f"-I{path}/nvidia/cu13/include" for path in sys.path]
     source = (importlib.resources.files(minclip) / "gpu" / "kernels.cu").read_text()
     kinds = ("__half", "float", 4), ("__half", "float", 1), ("float", "float", 4), ("double", "double", 4)
-    for number, wide, pack in kinds:
+    for stored, computed, pack in kinds:
         program = nvrtc.createProgram(source, "kernels.cu", (), ())
-        options = [f"-DNUMBER={number}", f"-DWIDE={wide}", f"-DPACK={pack}", "-DK=64"]
+        options = [f"-Dstorage_t={stored}", f"-Dcompute_t={computed}", f"-DPACK={pack}", "-DK=64"]
         options += ["--gpu-architecture=compute_80", "--use_fast_math"]
         try:
             nvrtc.compileProgram(program, (*options, "--std=c++17", *headers))
@@ -350,7 +352,7 @@ def broken_cupy(status, message):
 @pytest.mark.parametrize(
     ("cupy", "message"),
     [
-        (None, r"needs CuPy.*minclip\[cuda13\].*minclip\[cuda12\]"),
+        (None, r"needs CuPy.*\.\[cuda13\].*\.\[cuda12\]"),
         (broken_cupy(35, "cudaErrorInsufficientDriver: too old"), r"needs an NVIDIA driver.*cuda13.*cuda12"),
         (broken_cupy(100, "cudaErrorNoDevice"), "no NVIDIA GPU is visible"),
     ],
