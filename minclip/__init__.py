@@ -16,6 +16,7 @@ from minclip.params import Params
 from minclip.porting import compare, diagnose, probe_texts, probe_tokens, trace_torch
 from minclip.tokenizer import decode, tokenize
 from minclip.tracing import trace
+from minclip.verification import verify
 
 __version__ = "0.2.0.dev0"
 
@@ -40,6 +41,7 @@ __all__ = [
     "tokenize",
     "trace",
     "trace_torch",
+    "verify",
 ]
 
 

@@ -25,7 +25,7 @@ MAY_IMPORT = {
 }
 MAY_IMPORT["corpus"] = (*MAY_IMPORT, "tables")
 MAY_IMPORT["porting"] = tuple(room for room in MAY_IMPORT if room != "corpus")
-MAY_IMPORT["verify"] = MAY_IMPORT["explorer"] = (*MAY_IMPORT["porting"], "corpus", "porting")
+MAY_IMPORT["verification"] = MAY_IMPORT["explorer"] = (*MAY_IMPORT["porting"], "corpus", "porting")
 MAY_IMPORT["cli"] = tuple(MAY_IMPORT)
 
 # Inside a function minclip's own modules are imported only where they in turn need an optional package.
