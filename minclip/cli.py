@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from minclip import __version__, arrays, builtin, checkpoint, corpus, explorer, model, tokenizer
+from minclip import __version__, arrays, builtin, checkpoint, corpus, explorer, model, tokenizer, verification
 from minclip.arrays import as_array
 from minclip.checkpoint.tensor_files import only_when_whole
 from minclip.corpus import cluster
 from minclip.corpus.lines import read_texts
-from minclip.params import architecture
+from minclip.params import ACTIVATIONS, architecture
 from minclip.porting import comparison, diagnosis, probe
 
 SHOWN = 12  # texts whose similarities fit an 80-column terminal side by side
@@ -97,6 +97,7 @@ def parser():
         "--model", metavar="NAME|PATH", help="the probe's model, to tell new error from inherited"
     )
     add_show(commands)
+    add_verify(commands)
     return top
 
 
@@ -108,6 +109,21 @@ def add_show(commands):
     page.add_argument("texts", nargs="+", metavar="TEXT", help="the first two are shown side by side")
     page.add_argument("-o", dest="output", metavar="page.html", required=True, help="the file to write")
     add_model(page)
+
+
+def add_verify(commands):
+    verify = commands.add_parser(
+        "verify", help="check real weights against published figures", description=run_verify.__doc__
+    )
+    verify.set_defaults(run=run_verify)
+    verify.add_argument("source", metavar="SOURCE", help="a model's name, or a file or folder of weights")
+    verify.add_argument(
+        "--model-name", metavar="NAME", help="the model that it should be; by default it is recognized"
+    )
+    verify.add_argument(
+        "--activation", choices=ACTIVATIONS, help="for a file that does not say; quick_gelu is OpenAI's"
+    )
+    verify.add_argument("--json", action="store_true", help="print the certificate as JSON")
 
 
 def add_model(command):
@@ -157,6 +173,18 @@ def run_inspect(args):
     """Tell a checkpoint's dialect, sizes, activation, dtype and tensors; of one that does not load, why."""
     print(checkpoint.inspect(args.source))
     return 0
+
+
+def run_verify(args):
+    """Compare weights with every figure that others have published for their model.
+
+    Exit status 0 if all strong sources agree, 1 if one disagrees or nothing is published for the model.
+    """
+    named = args.source if args.source in checkpoint.available_models() else None
+    params = checkpoint.load(args.source, activation=args.activation)
+    certificate = verification.verify(params, args.model_name or named)
+    print(json.dumps(certificate.to_dict(), indent=2) if args.json else certificate)
+    return int(certificate.verdict != "agrees")
 
 
 def run_probe(args):

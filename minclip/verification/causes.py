@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from minclip.params import ACTIVATIONS, Params, text_dtype
-from minclip.porting import diagnose
+from minclip.porting.diagnosis import Search
 from minclip.tokenizer import tokenize
 from minclip.verification.published import HALF, Printed, Vectors, fill
 
@@ -35,7 +35,7 @@ def explain(params: Params, failed: list[tuple[Vectors | Printed, np.ndarray]], 
     if isinstance(source, Vectors) and (sentence := known_bug(params, source)):
         return sentence
     if cosine >= RELATED:
-        return f"the weights were fine-tuned, merged or changed: mean cosine {cosine:.4f}, and no known mistake fits"
+        return f"the weights were fine-tuned, merged or changed: mean cosine {cosine:.4f}, no known bug fits"
     return f"the weights are others: mean cosine {cosine:.2f}"
 
 
@@ -107,7 +107,7 @@ def trials_of_vectors(params, source):
     for template in TEMPLATES:
         if len(source.templates) == 1 and template not in source.templates:
             yield (
-                f"the prompt is another one: the figures agree with {template!r}, not {source.templates[0]!r}",
+                f"the prompt is wrong: the figures agree with {template!r}, not {source.templates[0]!r}",
                 lambda template=template: with_prompts(params, source, template),
             )
 
@@ -134,8 +134,14 @@ def known_bug(params, source):
         return ""
     tokens = tokenize([fill(source.templates[0], word) for word in source.words[ROWS]])
     dtype = np.float16 if source.allowed >= HALF else np.float32
-    diagnosis = diagnose(params, tokens, source.figures[ROWS].astype(dtype))
-    if diagnosis.verdict != "known":
+    # Single bugs only: to search pairs of bugs takes minutes on a real tower.
+    search = Search(params, tokens, source.figures[ROWS].astype(dtype))
+    findings = [
+        finding
+        for precision in search.precisions
+        for finding in search.judge_nearest(search.singles(), precision)
+    ]
+    if not findings:
         return ""
-    bugs = " and ".join(f"{fault.id}, {fault.summary}" for fault in diagnosis.findings[0].faults)
+    bugs = " and ".join(f"{fault.id}, {fault.summary}" for fault in findings[0].faults)
     return f"the figures agree once a known porting bug is put into the model: {bugs}"

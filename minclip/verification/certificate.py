@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import math
 from typing import Any
 
 from minclip.tables import html_table, text_table
@@ -52,7 +53,8 @@ class Certificate:
     model      the model's name, None where no model fits
     sentence   the verdict in one line
     sources    a `SourceCheck` for each source
-    cosine     mean cosine between the figures and those of the weights, None without sources
+    cosine     mean cosine between a source's figures and those of the weights, of the strong source where
+               it is lowest. None without sources
     cause      a sentence about why figures disagree, "" where none do
     notes      more sentences
 
@@ -100,8 +102,11 @@ class Certificate:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the same facts as plain dicts, lists, numbers and strings."""
-        return dataclasses.asdict(self)
+        """Return the same facts as plain dicts, lists, numbers and strings. An infinite error is None."""
+        facts = dataclasses.asdict(self)
+        for check in facts["sources"]:
+            check["largest"] = check["largest"] if math.isfinite(check["largest"]) else None
+        return facts
 
 
 def about(check):

@@ -120,8 +120,8 @@ def certify(params: Params, name: str, others: list[str], recognized: bool = Fal
                 source.basis,
             )
         )
-        if cosine is None:
-            cosine = mean_cosine(ours, source.figures)
+        if source.strong or cosine is None:
+            cosine = min(mean_cosine(ours, source.figures), 1 if cosine is None else cosine)
         if source.strong and not checks[-1].agrees:
             failed.append((source, errors))
     return conclude(params, name, others, recognized, checks, failed, cosine)

@@ -164,8 +164,9 @@ class Printed:
         found = []
         for name, position, first, values in self.rows[rows]:
             row = {"states": states[position], "pooled": pooled, "features": features}[name]
-            first %= states.shape[-1] if row is None else len(row)
-            found.append(np.full(len(values), np.nan) if row is None else row[first : first + len(values)])
+            found.append(
+                np.full(len(values), np.nan) if row is None else row[np.arange(first, first + len(values))]
+            )
         return found
 
     def errors(self, ours: list[np.ndarray], rows: slice = slice(None)) -> np.ndarray:

@@ -21,22 +21,26 @@ from minclip.verification import published
 OUTPUT = Path(published.__file__).with_name("published.npz")
 COMPLETE = 12
 COCO_STUFF = """
-person;bicycle;car;motorcycle;airplane;bus;train;truck;boat;traffic light;fire hydrant;stop sign;parking meter;
-bench;bird;cat;dog;horse;sheep;cow;elephant;bear;zebra;giraffe;backpack;umbrella;handbag;tie;suitcase;frisbee;skis;
-snowboard;sports ball;kite;baseball bat;baseball glove;skateboard;surfboard;tennis racket;bottle;wine glass;cup;
-fork;knife;spoon;bowl;banana;apple;sandwich;orange;broccoli;carrot;hot dog;pizza;donut;cake;chair;couch;
-potted plant;bed;dining table;toilet;tv;laptop;mouse;remote;keyboard;cell phone;microwave;oven;toaster;sink;
-refrigerator;book;clock;vase;scissors;teddy bear;hair drier;toothbrush;banner;blanket;branch;bridge;building-other;
-bush;cabinet;cage;cardboard;carpet;ceiling-other;ceiling-tile;cloth;clothes;clouds;counter;cupboard;curtain;
-desk-stuff;dirt;door-stuff;fence;floor-marble;floor-other;floor-stone;floor-tile;floor-wood;flower;fog;food-other;
-fruit;furniture-other;grass;gravel;ground-other;hill;house;leaves;light;mat;metal;mirror-stuff;moss;mountain;mud;
-napkin;net;paper;pavement;pillow;plant-other;plastic;platform;playingfield;railing;railroad;river;road;rock;roof;
-rug;salad;sand;sea;shelf;sky-other;skyscraper;snow;solid-other;stairs;stone;straw;structural-other;table;tent;
-textile-other;towel;tree;vegetable;wall-brick;wall-concrete;wall-other;wall-panel;wall-stone;wall-tile;wall-wood;
-water-other;waterdrops;window-blind;window-other;wood"""
+person;bicycle;car;motorcycle;airplane;bus;train;truck;boat;traffic light;fire hydrant;
+stop sign;parking meter;bench;bird;cat;dog;horse;sheep;cow;elephant;bear;zebra;giraffe;
+backpack;umbrella;handbag;tie;suitcase;frisbee;skis;snowboard;sports ball;kite;
+baseball bat;baseball glove;skateboard;surfboard;tennis racket;bottle;wine glass;cup;fork;
+knife;spoon;bowl;banana;apple;sandwich;orange;broccoli;carrot;hot dog;pizza;donut;cake;
+chair;couch;potted plant;bed;dining table;toilet;tv;laptop;mouse;remote;keyboard;
+cell phone;microwave;oven;toaster;sink;refrigerator;book;clock;vase;scissors;teddy bear;
+hair drier;toothbrush;banner;blanket;branch;bridge;building-other;bush;cabinet;cage;
+cardboard;carpet;ceiling-other;ceiling-tile;cloth;clothes;clouds;counter;cupboard;curtain;
+desk-stuff;dirt;door-stuff;fence;floor-marble;floor-other;floor-stone;floor-tile;floor-wood;
+flower;fog;food-other;fruit;furniture-other;grass;gravel;ground-other;hill;house;leaves;
+light;mat;metal;mirror-stuff;moss;mountain;mud;napkin;net;paper;pavement;pillow;plant-
+other;plastic;platform;playingfield;railing;railroad;river;road;rock;roof;rug;salad;
+sand;sea;shelf;sky-other;skyscraper;snow;solid-other;stairs;stone;straw;structural-other;
+table;tent;textile-other;towel;tree;vegetable;wall-brick;wall-concrete;wall-other;wall-
+panel;wall-stone;wall-tile;wall-wood;water-other;waterdrops;window-blind;window-other;wood"""
 COCO_STUFF = COCO_STUFF.replace("\n", "").split(";")
 COCO = COCO_STUFF[:80]
-VOC = "aeroplane;bicycle;bird;boat;bottle;bus;car;cat;chair;cow;{};dog;horse;motorbike;person;{};sheep;sofa;train;{}"
+VOC = "aeroplane;bicycle;bird;boat;bottle;bus;car;cat;chair;cow;{};dog;horse;motorbike;"
+VOC += "person;{};sheep;sofa;train;{}"
 VOC_JOINED = VOC.format("diningtable", "pottedplant", "tvmonitor").split(";")
 VOC_APART = VOC.format("dining table", "potted plant", "tv monitor").split(";")
 
@@ -71,10 +75,10 @@ def without_a(prompts):
     return [str(prompt).removeprefix("a ") for prompt in prompts]
 
 
-def pack(folder):
-    """Return the arrays of published.npz by name."""
+def pack(sources):
+    """Return the arrays of published.npz by name, of (id, words, vectors, step, dtype) each."""
     arrays, words = {}, {}
-    for name, texts, vectors, step, dtype in sources(folder):
+    for name, texts, vectors, step, dtype in sources:
         assert len(texts) == len(vectors), name
         words[name] = [str(text) for text in texts]
         n, E = vectors.shape
@@ -88,7 +92,7 @@ def pack(folder):
 
 
 def main():
-    arrays = pack(Path(sys.argv[1]))
+    arrays = pack(sources(Path(sys.argv[1])))
     with zipfile.ZipFile(OUTPUT, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for name, array in arrays.items():  # without dates, so that the same numbers give the same file
             file = io.BytesIO()
