@@ -76,9 +76,11 @@ def sources_of(name: str) -> list[Vectors | Printed]:
 
 
 def usable(params, name):
-    """Return the sources of a model that these weights can be compared with."""
-    projected = "text_projection" in params
-    return [source for source in sources_of(name) if projected or isinstance(source, Printed)]
+    """Return the sources of a model that these weights can be compared with, the strong ones first."""
+    sources = sorted(sources_of(name), key=lambda source: not source.strong)
+    if "text_projection" in params:
+        return sources
+    return [states for source in sources if (states := source.without_features())]
 
 
 def resemblance(params, name):
@@ -88,24 +90,21 @@ def resemblance(params, name):
 
 
 def mean_cosine(ours, theirs):
-    """Return the mean cosine of pairs of vectors, over the numbers that both have."""
+    """Return the mean cosine of pairs of vectors over the shipped numbers, 0 for weights that give NaN."""
     cosines = []
-    for a, b in zip(ours, theirs, strict=True):
-        both = ~np.isnan(a) & ~np.isnan(b)
-        if both.any():
-            cosines.append(a[both] @ b[both] / (np.linalg.norm(a[both]) * np.linalg.norm(b[both])))
-    return float(np.mean(cosines))
+    for mine, published in zip(ours, theirs, strict=True):
+        shipped = ~np.isnan(published)
+        a, b = mine[shipped], published[shipped]
+        cosines.append(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-30))
+    return float(np.nan_to_num(np.mean(cosines)))
 
 
 def certify(params: Params, name: str, others: list[str], recognized: bool = False) -> Certificate:
     """Return the certificate of weights that should be those of a model."""
     checks, failed, cosine = [], [], None
-    sources = sorted(usable(params, name), key=lambda source: not source.strong)
-    for source in sources:
+    for source in usable(params, name):
         ours = source.compute(params)
-        errors, labels = source.errors(ours), source.labels()
-        present = [not np.isnan(row).all() for row in ours]
-        errors, labels = errors[present], [label for label, one in zip(labels, present, strict=True) if one]
+        errors = source.errors(ours)
         errors = np.where(np.isnan(errors), np.inf, errors)
         checks.append(
             SourceCheck(
@@ -115,7 +114,7 @@ def certify(params: Params, name: str, others: list[str], recognized: bool = Fal
                 len(errors),
                 int((errors <= source.allowed).sum()),
                 float(errors.max()),
-                labels[errors.argmax()],
+                source.labels()[errors.argmax()],
                 source.allowed,
                 source.basis,
             )

@@ -103,6 +103,9 @@ class Vectors:
     def words(self) -> list[str]:
         return word_lists()[self.id]
 
+    def without_features(self) -> None:
+        """Return None: a tower without projection has no vectors."""
+
     @property
     def figures(self) -> np.ndarray:
         """Return the published numbers [words, E], NaN for the ones that are not shipped."""
@@ -125,8 +128,9 @@ class Vectors:
     def errors(self, ours: np.ndarray, rows: slice = slice(None)) -> np.ndarray:
         """Return the relative L2 error of each vector; of a part of its numbers, scaled to all of them."""
         theirs, norms = self.figures[rows], norms_of(self.id)[rows]
-        kept = (~np.isnan(theirs)).mean(axis=1)
-        return np.sqrt(np.nansum((ours - theirs) ** 2, axis=1) / kept) / norms
+        shipped = ~np.isnan(theirs)
+        squares = np.where(shipped, (ours - np.nan_to_num(theirs)) ** 2, 0)  # NaN of ours stays NaN
+        return np.sqrt(squares.sum(axis=1) / shipped.mean(axis=1)) / norms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,19 +158,22 @@ class Printed:
     def labels(self) -> list[str]:
         return [f"{self.text!r}, {name}{f'[{at}]' if name == 'states' else ''}" for name, at, *_ in self.rows]
 
+    def without_features(self) -> Printed | None:
+        """Return the rows that a tower without projection gives, None if there are none."""
+        rows = tuple(row for row in self.rows if row[0] != "features")
+        return dataclasses.replace(self, rows=rows) if rows else None
+
     def compute(self, params: Mapping[str, Any], rows: slice = slice(None)) -> list[np.ndarray]:
-        """Return the numbers that params give, one array per row; empty where params lack a projection."""
+        """Return the numbers that params give, one array per row, float64 on the host."""
         tokens = tokenize(self.text, pad=self.pad)
-        states, pooled, features = (
-            None if array is None else as_array(array)[0].astype(np.float64)
-            for array in hidden_states(params, tokens, pooled=True)
+        arrays = dict(
+            zip(("states", "pooled", "features"), hidden_states(params, tokens, pooled=True), strict=True)
         )
         found = []
         for name, position, first, values in self.rows[rows]:
-            row = {"states": states[position], "pooled": pooled, "features": features}[name]
-            found.append(
-                np.full(len(values), np.nan) if row is None else row[np.arange(first, first + len(values))]
-            )
+            array = as_array(arrays[name])[0]
+            row = array[position] if name == "states" else array
+            found.append(row[np.arange(first, first + len(values))].astype(np.float64))
         return found
 
     def errors(self, ours: list[np.ndarray], rows: slice = slice(None)) -> np.ndarray:
