@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from minclip.params import ACTIVATIONS, Params, text_dtype
-from minclip.porting.diagnosis import Search
+from minclip.porting.runs import Runs
+from minclip.porting.search import Search
+from minclip.porting.target import Target
 from minclip.tokenizer import tokenize
 from minclip.verification.published import HALF, Printed, Vectors, fill
 
@@ -135,10 +137,11 @@ def known_bug(params, source):
     tokens = tokenize([fill(source.templates[0], word) for word in source.words[ROWS]])
     dtype = np.float16 if source.allowed >= HALF else np.float32
     # Single bugs only: to search pairs of bugs takes minutes on a real tower.
-    search = Search(params, tokens, source.figures[ROWS].astype(dtype))
+    target = Target(params, tokens, source.figures[ROWS].astype(dtype))
+    search = Search(target, Runs(target))
     findings = [
         finding
-        for precision in search.precisions
+        for precision in target.precisions
         for finding in search.judge_nearest(search.singles(), precision)
     ]
     if not findings:
