@@ -19,9 +19,10 @@ class SourceCheck:
     strong     whether a disagreement counts against the weights
     vectors    how many vectors (or printed rows) were compared
     agreeing   how many of them are within `allowed`
-    largest    the largest relative L2 error of a vector
+    measure    the error of a vector: "relative L2", or "absolute", the largest of printed digits
+    largest    the largest error of a vector
     worst      the text with that error
-    allowed    the largest relative L2 error that is accepted
+    allowed    the largest error that is accepted
     basis      why that much is accepted
     """
 
@@ -30,6 +31,7 @@ class SourceCheck:
     strong: bool
     vectors: int
     agreeing: int
+    measure: str
     largest: float
     worst: str
     allowed: float
@@ -40,8 +42,8 @@ class SourceCheck:
         return self.agreeing == self.vectors
 
 
-TITLES = ("  source", "agree", "largest error", "allowed", "at")
-LEGEND = "= agrees   ! disagrees   ~ a weak source disagrees; errors are relative L2, of one vector"
+TITLES = ("  source", "agree", "largest error", "allowed", "measure", "largest at")
+LEGEND = "= agrees   ! disagrees   ~ a weak source disagrees"
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -96,6 +98,7 @@ class Certificate:
                 f"{check.agreeing}/{check.vectors}",
                 f"{check.largest:.1e}",
                 f"{check.allowed:.0e}",
+                check.measure,
                 f"{check.worst:.40}",
             )
             for check in self.sources

@@ -113,6 +113,7 @@ def certify(params: Params, name: str, others: list[str], recognized: bool = Fal
                 source.strong,
                 len(errors),
                 int((errors <= source.allowed).sum()),
+                source.measure,
                 float(errors.max()),
                 source.labels()[errors.argmax()],
                 source.allowed,

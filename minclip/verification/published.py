@@ -1,7 +1,8 @@
 """The models that can be verified, and every published figure for them, with its origin and tolerance.
 
 A figure is allowed to differ by twice the largest disagreement that its own publisher, or a second one,
-shows for the same text. All disagreements are relative L2 errors of one vector. They were measured on the
+shows for the same text, or by the tolerance of its publisher's own test. The error of a vector is its
+relative L2 error, that of printed digits the largest absolute one. The disagreements were measured on the
 published files themselves:
 
 - Detic, ViT-B/32, float16 on a GPU: 722 pairs of vectors of one text in four files differ by at most 1.5e-3
@@ -12,7 +13,8 @@ published files themselves:
   Reruns share their rounding errors, so Detic's allowance for the same size of tower is used.
 - "a photo of a cat", ViT-B/32: Bumblebee and Queryable print the same digits.
 - ViT-L/14 as Stable Diffusion 1 uses it: three publishers print the same six digits for the start of text,
-  which no later token changes. Two print one later row, 4.3e-4 apart.
+  which no later token changes. A fourth prints a row of one of them with numbers up to 6e-4 apart, so 1e-3
+  is allowed.
 
 Using a wrong activation moves OpenCLIP's ViT-B/32 by 0.2 to 0.4, far beyond every allowance.
 
@@ -29,7 +31,7 @@ import functools
 import json
 from collections.abc import Mapping
 from importlib import resources
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -83,7 +85,7 @@ class Vectors:
 
     id          name of the numbers in published.npz
     origin      repository, path, commit and license
-    allowed     largest relative L2 error of one vector
+    allowed     largest relative L2 error of one vector that is accepted
     basis       why that much is allowed
     strong      whether a disagreement counts against the weights
     templates   the prompts of a word; several are averaged, as unit vectors
@@ -96,6 +98,7 @@ class Vectors:
     allowed: float
     basis: str
     strong: bool = True
+    measure: ClassVar[str] = "relative L2"
     templates: tuple[str, ...] = ("{}",)
     unit: bool = False
 
@@ -135,7 +138,7 @@ class Vectors:
 
 @dataclasses.dataclass(frozen=True)
 class Printed:
-    """Numbers that somebody printed of one text: (array, position, first column, values) each.
+    """Numbers that somebody printed of one text. Each row is (array, position, first column, values).
 
     The array is "states" [L, D] (after ln_final), "pooled" [D] or "features" [E]. A negative position or
     column counts from the end.
@@ -150,6 +153,7 @@ class Printed:
     rows: tuple[tuple[str, int, int, tuple[float, ...]], ...]
     strong: bool = True
     pad: int = 0
+    measure: ClassVar[str] = "absolute"
 
     @property
     def figures(self) -> list[np.ndarray]:
@@ -177,9 +181,8 @@ class Printed:
         return found
 
     def errors(self, ours: list[np.ndarray], rows: slice = slice(None)) -> np.ndarray:
-        """Return the relative L2 error of each row's printed numbers."""
-        pairs = zip(ours, self.figures[rows], strict=True)
-        return np.array([np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs])
+        """Return the largest absolute error of each row's printed numbers."""
+        return np.array([np.abs(a - b).max() for a, b in zip(ours, self.figures[rows], strict=True)])
 
 
 def fill(template: str, word: str) -> str:
@@ -277,14 +280,14 @@ SOURCES: tuple[Vectors | Printed, ...] = (
         "jina",
         "ViT-B/32",
         "jina-ai/jina-hub, encoders/nlp/CLIPTextEncoder/tests/expected_batch.npy (Apache-2.0)",
-        2e-4,
+        1e-4,
         "float32; the publisher's own test allows four decimals",
     ),
     Printed(
         "vespa",
         "ViT-B/32",
         "vespa-engine/sample-apps, text-image-search, ModelsTest.java (Apache-2.0)",
-        2e-4,
+        1e-5,
         "float32; the publisher's own test allows 1e-5",
         "a diagram",
         (("features", 0, 0, (5.4698e-02,)),),
@@ -293,7 +296,7 @@ SOURCES: tuple[Vectors | Printed, ...] = (
         "bumblebee",
         "ViT-B/32",
         "elixir-nx/bumblebee, test/bumblebee/text/clip_text_test.exs (Apache-2.0)",
-        1e-3,
+        1e-4,
         SAME_DIGITS,
         "a photo of a cat",
         (
@@ -308,7 +311,7 @@ SOURCES: tuple[Vectors | Printed, ...] = (
         "queryable",
         "ViT-B/32",
         "mazzzystar/Queryable, issue 18",
-        1e-3,
+        1e-4,
         SAME_DIGITS,
         "a photo of a cat",
         (
@@ -357,8 +360,8 @@ SOURCES: tuple[Vectors | Printed, ...] = (
         "clipseg",
         "ViT-B/16",
         "huggingface/transformers, tests/models/clipseg (Apache-2.0)",
-        3e-3,
-        "allows 1e-3 a number; that the tower is OpenAI's ViT-B/16 is an inference",
+        1e-3,
+        "the publisher's own test allows 1e-3; that the tower is OpenAI's ViT-B/16 is an inference",
         "a cat",
         (("features", 0, 0, (0.5601, -0.0314, 0.1980)),),
         strong=False,
