@@ -70,6 +70,7 @@ def parser():
     inspect = commands.add_parser("inspect", help="tell what a file holds", description=run_inspect.__doc__)
     inspect.set_defaults(run=run_inspect)
     inspect.add_argument("source", metavar="SOURCE", help="a model's name, or a file or folder of weights")
+    add_architecture(inspect)
 
     write = commands.add_parser("probe", help="write what to run a port on", description=run_probe.__doc__)
     write.set_defaults(run=run_probe)
@@ -96,6 +97,7 @@ def parser():
     compare.add_argument(
         "--model", metavar="NAME|PATH", help="the probe's model, to tell new error from inherited"
     )
+    add_architecture(compare)
     add_show(commands)
     add_verify(commands)
     return top
@@ -130,6 +132,22 @@ def add_model(command):
     command.add_argument(
         "--model", default="builtin", metavar="NAME|PATH", help="a model's name or file; built-in by default"
     )
+    add_architecture(command)
+
+
+def add_architecture(command):
+    """Add the options that say of a model what its file does not."""
+    command.add_argument(
+        "--activation", choices=ACTIVATIONS, help="of the model, where no config beside its file says it"
+    )
+    command.add_argument(
+        "--heads", type=int, metavar="N", help="attention heads of the model, where not width // 64"
+    )
+
+
+def load_model(args, **options):
+    """Return the `Params` of the model that the arguments of a command name."""
+    return checkpoint.load(args.model, activation=args.activation, heads=args.heads, **options)
 
 
 def run_encode(args):
@@ -144,7 +162,7 @@ def run_encode(args):
         return 2
     with source(args.file) as file:
         texts = args.texts or list(read_texts(file))
-    params = checkpoint.load(args.model, device=args.device, dtype=working_dtype(args))
+    params = load_model(args, device=args.device, dtype=working_dtype(args))
     context = len(params["positional_embedding"])
     tokens = tokenizer.tokenize(texts, context_length=context, truncate=args.truncate)
     features = model.encode_text(params, tokens)
@@ -161,7 +179,7 @@ def run_encode(args):
 
 def run_show(args):
     """Run the encoder on each TEXT and write every stage to one HTML page, which opens in any browser."""
-    params = checkpoint.load(args.model)
+    params = load_model(args)
     tokens = tokenizer.tokenize(args.texts, context_length=len(params["positional_embedding"]))
     name = BUILTIN_IN_WORDS if args.model == "builtin" else Path(args.model).name
     explorer.show(params, tokens, model=name).save(args.output)
@@ -171,7 +189,7 @@ def run_show(args):
 
 def run_inspect(args):
     """Tell a checkpoint's dialect, sizes, activation, dtype and tensors; of one that does not load, why."""
-    print(checkpoint.inspect(args.source))
+    print(checkpoint.inspect(args.source, activation=args.activation, heads=args.heads))
     return 0
 
 
@@ -189,7 +207,7 @@ def run_verify(args):
 
 def run_probe(args):
     """Write probe tokens and every stage of the reference on them, for a port in any language to match."""
-    traced = probe.write_probe(args.output, checkpoint.load(args.model))
+    traced = probe.write_probe(args.output, load_model(args))
     size = os.path.getsize(args.output) / 1e6
     print(f"{args.output}: tokens {list(traced.tokens.shape)} and {len(traced)} stages, {size:.1f} MB")
     return 0
@@ -198,7 +216,7 @@ def run_probe(args):
 def run_compare(args):
     """Hold a port's arrays against a probe, stage by stage. Exit status 1 where they diverge."""
     names = read_names(args.names) if args.names else {}
-    params = checkpoint.load(args.model) if args.model else None
+    params = load_model(args) if args.model else None
     compared = comparison.compare_files(args.probe, args.port, names=names, params=params, rtol=args.rtol)
     print(compared)
     return int(compared.first is not None)
@@ -215,7 +233,7 @@ def run_diagnose(args):
         if name not in dump:
             raise ValueError(f"{args.port} has no {name!r}: it needs the port's tokens and text_features")
     tokens, features = dump.pop("tokens"), dump.pop("text_features")
-    diagnosed = diagnosis.diagnose(checkpoint.load(args.model), tokens, features, trace=dump or None)
+    diagnosed = diagnosis.diagnose(load_model(args), tokens, features, trace=dump or None)
     print(diagnosed)
     return int(diagnosed.verdict != "agrees")
 
@@ -235,12 +253,19 @@ def run_encode_file(args):
     """Write the features of each line of a file, and resume a run that was interrupted."""
     # With Dask it is the workers that have the device.
     device = "cpu" if args.dask else args.device
-    params = checkpoint.load(args.model, device=device, dtype=working_dtype(args))
+    params = load_model(args, device=device, dtype=working_dtype(args))
     with contextlib.ExitStack() as stack:
         encode_chunks = None
         if args.dask:
             encode_chunks = stack.enter_context(
-                cluster.encoder(args.dask, params, args.model, device=args.device)
+                cluster.encoder(
+                    args.dask,
+                    params,
+                    args.model,
+                    device=args.device,
+                    activation=args.activation,
+                    heads=args.heads,
+                )
             )
         features = corpus.encode_file(
             params,

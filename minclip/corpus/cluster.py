@@ -30,12 +30,21 @@ from minclip.params import Floats, Params, Tokens, check_projection
 LOADING = threading.Lock()
 
 
-def encode_array(tokens: Any, source: str = "builtin", *, device: str = "cpu", dtype: Any = None) -> Any:
+def encode_array(
+    tokens: Any,
+    source: str = "builtin",
+    *,
+    device: str = "cpu",
+    dtype: Any = None,
+    activation: str | None = None,
+    heads: int | None = None,
+) -> Any:
     """Return the features [N, E] of a dask.array of token ids [N, L], as a dask.array with the same chunks.
 
     tokens                  a dask.array of integers
     source, device, dtype   as `minclip.load` takes them. Each worker loads the model once; a path must lead
                             to the same file on each
+    activation, heads       as `minclip.load` takes them
 
     The features are NumPy arrays on either device. Nothing is encoded before the result is computed. Store a
     large result chunk by chunk, with `dask.array.to_zarr` or `to_npy_stack`.
@@ -46,12 +55,13 @@ def encode_array(tokens: Any, source: str = "builtin", *, device: str = "cpu", d
     >>> encode_array(tokens).compute(scheduler="threads").shape
     (2, 128)
     """
-    params = checkpoint.load(source, dtype=dtype or ("float16" if device == "cuda" else None))
+    dtype = dtype or ("float16" if device == "cuda" else None)
+    params = checkpoint.load(source, dtype=dtype, activation=activation, heads=heads)
     check_projection(params)
     P = params["text_projection"]
     tokens = tokens.rechunk({1: -1})
     return tokens.map_blocks(
-        functools.partial(encode_block, **recipe(params, source, device)),
+        functools.partial(encode_block, **recipe(params, source, device, activation=activation, heads=heads)),
         chunks=(tokens.chunks[0], (P.shape[1],)),
         meta=np.empty((0, 0), P.dtype),
     )
@@ -59,7 +69,13 @@ def encode_array(tokens: Any, source: str = "builtin", *, device: str = "cpu", d
 
 @contextlib.contextmanager
 def encoder(
-    address: str, params: Mapping[str, Any], source: str = "builtin", *, device: str = "cpu"
+    address: str,
+    params: Mapping[str, Any],
+    source: str = "builtin",
+    *,
+    device: str = "cpu",
+    activation: str | None = None,
+    heads: int | None = None,
 ) -> Iterator[Callable[[Iterable[Tokens]], Iterator[Floats]]]:
     """Yield a function that encodes on a scheduler's workers, for `minclip.corpus.encode_file`.
 
@@ -67,6 +83,7 @@ def encoder(
     params    the parameters that source holds, in the dtype that the workers are to use
     source    the model's name, or a path that is valid on every worker
     device    "cpu" or "cuda", of the workers
+    activation, heads   as `minclip.load` takes them, where the file does not say
 
     The function turns an iterator of tokens [n, L] into an iterator of features [n, E], in the same order. It
     submits only as many chunks ahead as the workers need to stay busy.
@@ -74,9 +91,10 @@ def encoder(
     scheduler or all workers are lost.
     """
     Client = import_client()
+    how = recipe(params, source, device, activation=activation, heads=heads)
     with Client(address, set_as_default=False) as client:
         client.wait_for_workers(1, timeout=60)
-        yield functools.partial(encode_chunks, client, recipe(params, source, device))
+        yield functools.partial(encode_chunks, client, how)
 
 
 def encode_chunks(client, how, chunks):
@@ -95,28 +113,30 @@ def encode_chunks(client, how, chunks):
         raise OSError(f"the workers or their scheduler were lost: {error}") from None
 
 
-def encode_block(tokens, source, device, dtype, expected):
+def encode_block(tokens, expected, **how):
     """Return the features [n, E] of tokens [n, L] as a NumPy array, by this worker's own parameters."""
     with LOADING:  # the threads of a worker start together, and only one of them is to load
-        params, found = parameters(source, device, dtype)
+        params, found = parameters(**how)
     if found != expected:
         raise ValueError(
-            f"the model {source} of a worker differs from the caller's: copy the file to every worker"
+            f"the model {how['source']} of a worker differs from the caller's: copy the file to every worker"
         )
     return as_array(encode_text(params, tokens))
 
 
 @functools.lru_cache(maxsize=1)
-def parameters(source: str, device: str, dtype: str) -> tuple[Params, str]:
+def parameters(
+    source: str, device: str, dtype: str, activation: str | None, heads: int | None
+) -> tuple[Params, str]:
     """Return the parameters that a worker keeps from block to block, and their fingerprint."""
-    params = checkpoint.load(source, device=device, dtype=dtype)
+    params = checkpoint.load(source, device, dtype=dtype, activation=activation, heads=heads)
     return params, fingerprint(params)
 
 
-def recipe(params, source, device):
+def recipe(params, source, device, **chosen):
     """Return the arguments with which a worker loads the same parameters."""
     dtype = params["text_projection"].dtype.name
-    return {"source": source, "device": device, "dtype": dtype, "expected": fingerprint(params)}
+    return {"source": source, "device": device, "dtype": dtype, "expected": fingerprint(params), **chosen}
 
 
 def import_client():
