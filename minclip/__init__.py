@@ -8,9 +8,12 @@
 
 from minclip import corpus, fast
 from minclip.arrays import normalize
+from minclip.attribution import attribute
+from minclip.backward import backward
 from minclip.builtin import pictures
 from minclip.checkpoint import available_models, from_state_dict, load, save
 from minclip.explorer import show
+from minclip.losses import contrastive_loss, normalize_backward
 from minclip.model import encode_text, hidden_states
 from minclip.params import Params
 from minclip.porting import compare, diagnose, probe_texts, probe_tokens, trace_torch
@@ -22,8 +25,11 @@ __version__ = "0.2.0.dev0"
 
 __all__ = [
     "Params",
+    "attribute",
     "available_models",
+    "backward",
     "compare",
+    "contrastive_loss",
     "corpus",
     "decode",
     "diagnose",
@@ -33,6 +39,7 @@ __all__ = [
     "hidden_states",
     "load",
     "normalize",
+    "normalize_backward",
     "pictures",
     "probe_texts",
     "probe_tokens",

@@ -27,7 +27,8 @@ def backward(trace: Trace, grad_features: Any, *, tap: Tap | None = None, parame
                     on with the result: record or stop a gradient, or add that of a loss on the stage
     parameters      False returns the gradients of the stages instead, those that trace holds
 
-    Where a tap changed a stage in the forward pass, apply that change's derivative here (0 for a constant).
+    Gradients have the dtype of the features. A tap of the forward pass is not differentiated: where it
+    changed a stage, apply the derivative of the change in this tap (zeros where it set a constant).
     Raises ValueError where trace or grad_features do not fit, and for float16, whose gradients underflow.
 
     >>> import minclip
@@ -47,8 +48,8 @@ def backward(trace: Trace, grad_features: Any, *, tap: Tap | None = None, parame
 
 
 def read_out_backward(dy, stages, tap, grads):
-    """The row at each text's end of text gets the gradient of its features; no other row was read."""
-    params, P, end = stages.params, stages.params.get("text_projection"), stages["eot"]
+    """Put the gradient of each text's features in the row of its end of text, the only row that was read."""
+    params, P = stages.params, stages.params.get("text_projection")
     if P is not None:
         dy = tap("text_features", dy)  # (B, E)
         if grads is not None:
@@ -56,7 +57,7 @@ def read_out_backward(dy, stages, tap, grads):
         dy = dy @ P.T  # (B, D)
     x = stages[input_of_block(architecture(params)[0])]  # (B, L, D)
     dx = array_module(x).zeros_like(x)  # (B, L, D)
-    dx[array_module(x).arange(len(x)), end] = tap("pooled", dy)
+    dx[array_module(x).arange(len(x)), stages["eot"]] = tap("pooled", dy)
     return layer_norm_backward(tap("ln_final", dx), x, params, "ln_final", grads)
 
 
@@ -72,7 +73,7 @@ def transformer_backward(dx, stages, tap, grads):
 
 
 def embed_backward(dx, stages, tap, grads):
-    """A position's gradient is summed over the texts, an id's over its occurrences."""
+    """Sum the gradient of each position over the texts, and that of each id over its occurrences."""
     xp, params, L = array_module(dx), stages.params, dx.shape[1]
     dx = tap("embedding", dx)  # (B, L, D)
     dpositions = tap("positional_embedding", dx.sum(axis=0))  # (L, D)
@@ -85,7 +86,7 @@ def embed_backward(dx, stages, tap, grads):
 
 
 def residual_block_backward(dx, x, stages, name, tap, grads):
-    """To the gradient of the stream, add that of the MLP's input, then that of attention's input."""
+    """Add to the gradient of the stream that of the MLP's input, then that of attention's input."""
     params, residual = stages.params, stages[f"{name}.residual"]
     dx = tap(name, dx)  # (B, L, D)
     dh = tap(f"{name}.ln_2", mlp_backward(dx.copy(), stages, f"{name}.mlp", tap, grads))  # (B, L, D)
@@ -95,7 +96,7 @@ def residual_block_backward(dx, x, stages, name, tap, grads):
 
 
 def attention_backward(dy, stages, name, tap, grads):
-    """Both factors of weights @ v get a gradient, then through softmax both factors of q @ k.T."""
+    """Give a gradient to both factors of weights @ v, and through the softmax to both factors of q @ k.T."""
     q, k, v = (stages[f"{name}.{part}"] for part in "qkv")  # (B, H, L, K)
     masked, weights, context = (stages[f"{name}.{part}"] for part in ("masked", "weights", "context"))
     (B, H, L, K), xp, params = q.shape, array_module(q), stages.params
@@ -107,7 +108,7 @@ def attention_backward(dy, stages, name, tap, grads):
     dv = tap(f"{name}.v", weights.swapaxes(-1, -2) @ dcontext)  # (B, H, L, K)
     dk = tap(f"{name}.k", dscores.swapaxes(-1, -2) @ (q * K**-0.5))  # (B, H, L, K)
     dq = tap(f"{name}.q", dscores @ k * K**-0.5)  # (B, H, L, K)
-    dqkv = xp.stack([dq, dk, dv]).transpose(1, 3, 0, 2, 4).reshape(B, L, 3 * H * K)  # (B, L, 3D)
+    dqkv = xp.stack((dq, dk, dv)).transpose(1, 3, 0, 2, 4).reshape(B, L, 3 * H * K)  # (B, L, 3D)
     return linear_backward(dqkv, stages[f"{name[:-4]}ln_1"], params, f"{name}.in_proj_", grads)
 
 
@@ -116,10 +117,8 @@ def mlp_backward(dy, stages, name, tap, grads):
     params, activation = stages.params, architecture(stages.params)[2]
     gate_backward = by_rows(gelu_backward if activation == "gelu" else quick_gelu_backward)
     dh = linear_backward(tap(name, dy), stages[f"{name}.gelu"], params, f"{name}.c_proj.", grads)  # (B, L, F)
-    dh = gate_backward(tap(f"{name}.gelu", dh), stages[f"{name}.c_fc"])  # (B, L, F)
-    return linear_backward(
-        tap(f"{name}.c_fc", dh), stages[f"{name[:-3]}ln_2"], params, f"{name}.c_fc.", grads
-    )
+    dh = tap(f"{name}.c_fc", gate_backward(tap(f"{name}.gelu", dh), stages[f"{name}.c_fc"]))  # (B, L, F)
+    return linear_backward(dh, stages[f"{name[:-3]}ln_2"], params, f"{name}.c_fc.", grads)
 
 
 def linear_backward(dy, x, params, name, grads):
@@ -132,7 +131,7 @@ def linear_backward(dy, x, params, name, grads):
 
 
 def layer_norm_backward(dy, x, params, name, grads):
-    """A shift or a scaling of x changes nothing: subtract the two parts of the gradient along them."""
+    """Subtract the parts of the gradient along a shift and a scaling of x, which change nothing."""
     centered = x - x.mean(axis=-1, keepdims=True)
     deviation = ((centered * centered).mean(axis=-1, keepdims=True) + EPS) ** 0.5
     normed = centered / deviation
@@ -144,7 +143,7 @@ def layer_norm_backward(dy, x, params, name, grads):
 
 
 def softmax_backward(dy, x):
-    """The weights sum to 1: subtract from dy its mean under them. A masked key has weight 0 and gets 0."""
+    """Subtract from dy its mean under the weights, which sum to 1. A masked key has weight 0 and gets 0."""
     y = softmax(x)
     return y * (dy - (dy * y).sum(axis=-1, keepdims=True))
 

@@ -126,6 +126,8 @@ def trimmed(trace: Trace) -> Trace:
 
     The arrays are views.
     """
+    if trace.params is None or trace.tokens is None:
+        return trace
     tokens = trim(trace.params, trace.tokens)
     L = tokens.shape[1]
 

@@ -145,7 +145,7 @@ def torch_features(state, tokens, activation="quick_gelu", heads=None, keep=lamb
 
 
 def torch_gradients(params, tokens, grad, dtype="float32", **options):
-    """The gradients of (features * grad).sum() by every parameter, by torch's autograd, under OpenAI's names."""
+    """The gradient of (features * grad).sum() by every parameter, from torch's autograd."""
     state = {name: tensor.requires_grad_() for name, tensor in torch_state(params, dtype).items()}
     features = torch_features(state, tokens, **options)
     features.backward(features.new_tensor(np.asarray(grad)))
@@ -153,13 +153,18 @@ def torch_gradients(params, tokens, grad, dtype="float32", **options):
 
 
 def transformers_gradients(params, tokens, grad, dtype="float32", **options):
-    """The same through transformers, under Hugging Face's names: `renamed` gives ours those."""
+    """The same through transformers, under OpenAI's names again."""
     import torch
 
     model = transformers_model(params, dtype, **options)
     features = model(input_ids=torch.from_numpy(np.asarray(tokens)).long()).text_embeds
     features.backward(features.new_tensor(np.asarray(grad)))
-    return {name.removeprefix("text_model."): p.grad.numpy() for name, p in model.named_parameters()}
+    theirs = {name.removeprefix("text_model."): p.grad.numpy() for name, p in model.named_parameters()}
+    grads = {}
+    for name in params:
+        parts = [theirs[other] for other in renamed({name: params[name]}, text="")]
+        grads[name] = parts[0].T if name == "text_projection" else np.concatenate(parts)
+    return grads
 
 
 def renamed(params, prefix="", text="text_model."):

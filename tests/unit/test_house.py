@@ -20,6 +20,8 @@ MAY_IMPORT = {
     "model": ("arrays", "params"),
     "tracing": ("arrays", "model", "params", "tables"),
     "backward": ("arrays", "model", "params", "tracing"),
+    "losses": ("arrays", "params"),
+    "attribution": ("arrays", "backward", "losses", "params", "tracing"),
     "fast": ("arrays", "gpu", "model", "params", "tokenizer"),
     "checkpoint": ("arrays", "builtin", "gpu", "model", "params"),
 }
