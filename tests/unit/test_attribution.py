@@ -13,35 +13,32 @@ TARGET = np.random.default_rng(0).standard_normal((3, 24))
 
 
 def chefer(params, row, target):
-    """Return the relevance of one row, unpadded, with the gradients by autograd of weights set by the tap."""
-    weights = {
-        name: torch.from_numpy(array).requires_grad_()
-        for name, array in minclip.trace(params, row).items()
-        if name.endswith("attn.weights")
-    }
-    state = {name: torch.from_numpy(array) for name, array in params.items()}
-    x = state["token_embedding.weight"][row] + state["positional_embedding"][: len(row)]
-    norm = lambda x, name: torch.nn.functional.layer_norm(  # noqa: E731
-        x, [128], state[name + ".weight"], state[name + ".bias"]
-    )
+    """Return the relevance of one row, unpadded, with the gradients of its attention weights from autograd."""
+    F, state = torch.nn.functional, {name: torch.from_numpy(array) for name, array in params.items()}
+
+    def norm(x, name):
+        return F.layer_norm(x, [128], state[name + ".weight"], state[name + ".bias"])
+
+    def linear(x, name):
+        return F.linear(x, state[name + "weight"], state[name + "bias"])
+
+    x = (state["token_embedding.weight"][row] + state["positional_embedding"][: len(row)]).requires_grad_()
+    mask, weights = torch.full((len(row), len(row)), -torch.inf).triu(1), []
     for i in range(3):
-        b = f"transformer.resblocks.{i}."
-        h = norm(x, b + "ln_1")
-        v = (h @ state[b + "attn.in_proj_weight"].T + state[b + "attn.in_proj_bias"])[:, 256:]
-        c = (weights[b + "attn.weights"][0] @ v.reshape(-1, 2, 64).swapaxes(0, 1)).swapaxes(0, 1)
-        x = x + c.reshape(-1, 128) @ state[b + "attn.out_proj.weight"].T + state[b + "attn.out_proj.bias"]
-        h = norm(x, b + "ln_2") @ state[b + "mlp.c_fc.weight"].T + state[b + "mlp.c_fc.bias"]
-        x = (
-            x
-            + (h * torch.sigmoid(1.702 * h)) @ state[b + "mlp.c_proj.weight"].T
-            + state[b + "mlp.c_proj.bias"]
-        )
+        block = f"transformer.resblocks.{i}."
+        qkv = linear(norm(x, block + "ln_1"), block + "attn.in_proj_")
+        q, k, v = qkv.reshape(-1, 3, 2, 64).permute(1, 2, 0, 3)
+        weights.append((q @ k.swapaxes(1, 2) / 8 + mask).softmax(-1))
+        weights[-1].retain_grad()
+        x = x + linear((weights[-1] @ v).swapaxes(0, 1).reshape(-1, 128), block + "attn.out_proj.")
+        h = linear(norm(x, block + "ln_2"), block + "mlp.c_fc.")
+        x = x + linear(h * torch.sigmoid(1.702 * h), block + "mlp.c_proj.")
     features = norm(x, "ln_final")[-1] @ state["text_projection"]
     torch.cosine_similarity(features, torch.from_numpy(target), dim=0).backward()
-    relevance = torch.eye(len(row), dtype=torch.float64)
-    for weight in weights.values():
-        relevance = relevance + (weight.grad * weight).clamp(min=0).mean(1)[0] @ relevance
-    return (relevance[-1] - torch.eye(len(row))[-1]).detach().numpy()
+    relevance = eye = torch.eye(len(row), dtype=torch.float64)
+    for weight in weights:
+        relevance = relevance + (weight.grad * weight).clamp(min=0).mean(0) @ relevance
+    return (relevance - eye)[-1].detach().numpy()
 
 
 def test_relevance_is_that_of_chefers_rule_with_autograds_gradients():
