@@ -13,7 +13,7 @@ TARGET = np.random.default_rng(0).standard_normal((3, 24))
 
 
 def chefer(params, row, target):
-    """Return the relevance of one row, unpadded, with the gradients of its attention weights from autograd."""
+    """Return the relevance of one row, unpadded, with the gradients of its weights from autograd."""
     F, state = torch.nn.functional, {name: torch.from_numpy(array) for name, array in params.items()}
 
     def norm(x, name):
