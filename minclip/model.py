@@ -18,7 +18,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from minclip.arrays import array_module, float32_inside, matmul_transposed, normal_cdf, sigmoid, with_leading
-from minclip.params import EPS, Floats, Tap, architecture, check_inputs, end_of_text, keep, text_dtype
+from minclip.params import (
+    EPS,
+    Floats,
+    Tap,
+    architecture,
+    check_inputs,
+    check_skip,
+    end_of_text,
+    keep,
+    text_dtype,
+)
 
 
 def encode_text(params: Mapping[str, Any], tokens: Any, *, tap: Tap | None = None) -> Floats:
@@ -71,8 +81,7 @@ def hidden_states(
     (2, 77, 128)
     """
     layers, _, _ = architecture(params)
-    if not 0 <= skip <= layers:
-        raise ValueError(f"skip must be from 0 to {layers}, the number of blocks, not {skip}")
+    check_skip(layers, skip)
     tokens, leading, tap = check_inputs(params, tokens, keep)
     x = transformer(embed(tokens, params, tap), params, range(layers - skip), tap)  # (B, L, D)
     states = layer_norm(x, *weight_and_bias(params, "ln_final")) if norm else x  # (B, L, D)

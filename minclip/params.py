@@ -113,11 +113,6 @@ def block_of(name: str) -> str | None:
     return ".".join(name.split(".")[:3]) if name.startswith(BLOCK) else None
 
 
-def input_of_block(i: int) -> str:
-    """Return the stage that block i reads; for i the number of blocks, the stage that ln_final reads."""
-    return f"{BLOCK}{i - 1}" if i else "embedding"
-
-
 def architecture(params: Mapping[str, Any]) -> tuple[int, int, str]:
     """Return (layers, heads, activation): from names and shapes, from a Params, or as OpenAI has them.
 
@@ -155,6 +150,12 @@ def check_inputs(
         check_projection(params)
         return trim(params, tokens), leading, keep
     return tokens, leading, checked(tap)
+
+
+def check_skip(layers: int, skip: int) -> None:
+    """Raise ValueError unless a tower of that many layers can leave out its last `skip` blocks."""
+    if not 0 <= skip <= layers:
+        raise ValueError(f"skip must be from 0 to {layers}, the number of blocks, not {skip}")
 
 
 def check_projection(params: Mapping[str, Any]) -> None:

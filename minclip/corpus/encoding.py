@@ -1,8 +1,8 @@
-"""The features of a corpus, in bounded memory.
+"""The features of a corpus, or its hidden states, in bounded memory.
 
-`encode_file` reads a file twice. The first pass checks every line, because a line that is too long must be
-reported in the first minutes: a later fix would change the input that the finished rows belong to. In the
-second pass, other processes tokenize a chunk or more ahead of this process, which encodes.
+`encode_file` and `write_states` read a file twice. The first pass checks every line, because a line that is
+too long must be reported in the first minutes: a later fix would change the input that the finished rows
+belong to. In the second pass, other processes tokenize a chunk or more ahead of this process, which encodes.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from minclip.corpus.lines import check_lines, file_stamp, name_of, read_texts, r
 from minclip.corpus.progress import reporting
 from minclip.corpus.resumable_npy import ResumableNpy
 from minclip.corpus.workers import in_chunks, tokenize_ahead
-from minclip.fast import encode_text
-from minclip.params import TEXT_TOWER, Floats, Tokens, architecture, check_projection, text_dtype
+from minclip.fast import encode_text, hidden_states
+from minclip.params import TEXT_TOWER, Floats, Tokens, architecture, check_projection, check_skip, text_dtype
 
 EncodeChunks = Callable[[Iterator[Tokens]], Iterable[Floats]]
 CHUNK = 8192  # texts encoded together
+STATES_CHUNK = 256  # the same for states, which are large: 61 MB in float32 at width 768
 
 
 def encode_file(
@@ -72,29 +73,106 @@ def encode_file(
     (2, 128)
     """
     check_projection(params)
-    options = {"normalize": normalize, "truncate": truncate}
+    job = {
+        "model": fingerprint(params),
+        "dtype": float_dtype(dtype or text_dtype(params)).name,
+        "shape": [params["text_projection"].shape[1]],
+        "normalize": normalize,
+        "truncate": truncate,
+    }
+    encode = functools.partial(
+        encode_stream,
+        params,
+        normalize=normalize,
+        truncate=truncate,
+        encode_chunks=encode_chunks,
+        chunk=chunk,
+    )
+    return write_rows(source, output, job, encode, context_length(params), progress)
+
+
+def write_states(
+    params: Mapping[str, Any],
+    source: str | os.PathLike[str] | BinaryIO,
+    output: str | os.PathLike[str],
+    *,
+    skip: int = 0,
+    norm: bool = True,
+    pad: int = 0,
+    dtype: Any = "float16",
+    truncate: bool = False,
+    progress: bool = False,
+    encode_chunks: EncodeChunks | None = None,
+    chunk: int = STATES_CHUNK,
+) -> np.ndarray:
+    r"""Write the hidden states of a text file's lines to a .npy, resuming a call that was interrupted.
+
+    params, skip, norm   as `minclip.hidden_states` takes them: which states
+    pad                  the id that pads each text to the context length, as `minclip.tokenize` takes it:
+                         49407 for the towers of width 768 in SD 1, SDXL and SD 3, 0 for SD 2 and bigG
+    output               path of the states [texts, L, D], L being the context length
+    dtype                of the states written
+    The other arguments are those of `encode_file`; encode_chunks turns tokens [n, L] into states [n, L, D].
+
+    States are large. A million texts of 77 positions at width 768 take 118 GB in float16, where their
+    features take 1.5 GB. Every position of every text is computed, padding included: that is about six
+    times the work of features of captions of 13 tokens.
+
+    Returns the states as `numpy.load(output, mmap_mode="r")` does. Raises as `encode_file` does.
+
+    >>> import minclip, pathlib, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     captions = pathlib.Path(folder, "captions.txt")
+    ...     _ = captions.write_text("a cat\ntwo dogs\n")
+    ...     write_states(minclip.load(), captions, captions.with_suffix(".npy"), skip=1, norm=False).shape
+    (2, 77, 128)
+    """
+    check_skip(architecture(params)[0], skip)
+    context = context_length(params)
+    job = {
+        "model": fingerprint(params),
+        "dtype": float_dtype(dtype).name,
+        "shape": [context, len(params["ln_final.weight"])],
+        "states": {"skip": skip, "norm": norm, "pad": pad},
+        "truncate": truncate,
+    }
+
+    def encode(texts):
+        tokens = tokenize_ahead(in_chunks(texts, chunk), context, truncate, pad)
+        complete = (np.pad(t, ((0, 0), (0, context - t.shape[1])), constant_values=pad) for t in tokens)
+        yield from map_states(complete)
+
+    states = functools.partial(hidden_states, params, skip=skip, norm=norm)
+    map_states = encode_chunks or functools.partial(map, states)
+    return write_rows(source, output, job, encode, context, progress)
+
+
+def write_rows(
+    source: str | os.PathLike[str] | BinaryIO,
+    output: str | os.PathLike[str],
+    job: Mapping[str, Any],
+    encode: Callable[[Iterator[str]], Generator[Floats, None, None]],
+    context: int,
+    progress: bool,
+) -> np.ndarray:
+    """Write the rows that `encode` makes of a file's lines to a .npy, and resume where a journal says so.
+
+    job["shape"] is the shape of one row.
+    """
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(readable_twice(source, output))
         before = file_stamp(file)
-        texts, digest = check_lines(file, len(params["positional_embedding"]), truncate, progress)
-        written = float_dtype(dtype or text_dtype(params))
-        job = {
-            "input": digest,
-            "model": fingerprint(params),
-            "dtype": written.name,
-            "shape": [texts, params["text_projection"].shape[1]],
-            **options,
-        }
+        texts, digest = check_lines(file, context, job["truncate"], progress)
+        job = {"input": digest, **job, "shape": [texts, *job["shape"]]}
         rows = stack.enter_context(contextlib.closing(ResumableNpy(output, job)))
         left = itertools.islice(read_texts(file), rows.done, None)
-        stream = encode_stream(params, left, **options, encode_chunks=encode_chunks, chunk=chunk)
-        stack.enter_context(contextlib.closing(stream))
+        stream = stack.enter_context(contextlib.closing(encode(left)))
         advance = stack.enter_context(reporting(progress, texts, rows.done, "texts"))
-        for features in stream:
+        for encoded in stream:
             if file_stamp(file) != before:
                 raise ValueError(f"{name_of(file)} changed while it was being encoded")
-            rows.append(as_array(features.astype(written, copy=False)))
-            advance(len(features))
+            rows.append(as_array(encoded.astype(job["dtype"], copy=False)))
+            advance(len(encoded))
         rows.finish()
     return np.load(output, mmap_mode="r")
 
@@ -120,17 +198,22 @@ def encode_stream(
     >>> sum(len(features) for features in encode_stream(minclip.load(), texts))
     5000
     """
-    tokens = tokenize_ahead(in_chunks(texts, chunk), len(params["positional_embedding"]), truncate)
+    tokens = tokenize_ahead(in_chunks(texts, chunk), context_length(params), truncate)
     encode = encode_chunks or functools.partial(map, functools.partial(encode_text, params))
     for features in encode(tokens):
         yield normalize_rows(features) if normalize else features
+
+
+def context_length(params: Mapping[str, Any]) -> int:
+    """Return how many tokens a text may have."""
+    return len(params["positional_embedding"])
 
 
 def float_dtype(dtype: Any) -> np.dtype:
     """Return dtype as a NumPy dtype. Raise ValueError where it is no floating-point one."""
     dtype = np.dtype(dtype)
     if dtype.kind != "f":
-        raise ValueError(f"features are float16, float32 or float64, not {dtype}")
+        raise ValueError(f"rows are float16, float32 or float64, not {dtype}")
     return dtype
 
 

@@ -36,6 +36,7 @@ class Tree(NamedTuple):
 
     ids, positions   of each node [N]
     first, same      the first layer computes the nodes at `first`; node n equals number same[n] of these
+    path             the node that each text passes at each position [T, L]
     ends             the node at each text's end [T]
     twigs            the nodes again, as `Twigs`
     """
@@ -44,6 +45,7 @@ class Tree(NamedTuple):
     positions: np.ndarray
     first: np.ndarray
     same: np.ndarray
+    path: np.ndarray
     ends: np.ndarray
     twigs: list
 
@@ -99,7 +101,7 @@ def grow(rows, lengths, shared):
     )
     nodes = np.arange(len(row)).reshape(-1, TWIG)  # (G, M)
     twigs = [twigs_of(nodes[a : a + TWIGS], row, position, path) for a in range(0, len(nodes), TWIGS)]
-    return Tree(ids, position, first, same, path[np.arange(len(rows)), lengths - 1], twigs)
+    return Tree(ids, position, first, same, path, path[np.arange(len(rows)), lengths - 1], twigs)
 
 
 def twigs_of(nodes, row, position, path):

@@ -23,7 +23,8 @@ MODULES = [
     *(m.name for m in pkgutil.walk_packages(minclip.__path__, "minclip.") if m.name != "minclip.__main__"),
 ]
 FUNCTIONS = {*minclip.__all__} - {"corpus", "fast"}
-FUNCTIONS |= {"corpus.encode_file", "corpus.encode_stream", "fast.encode_text"}
+FUNCTIONS |= {f"corpus.{name}" for name in minclip.corpus.__all__ if name != "cluster"}
+FUNCTIONS |= {f"fast.{name}" for name in minclip.fast.__all__ if name[0].islower()}
 PROGRAMS = ("minclip ", "pip ", "pytest", "python ", "dask ")
 END = "\n--- end of a block of Python ---\n"
 
