@@ -93,6 +93,7 @@ def parser():
     compare.add_argument(
         "--names", metavar="names.json", help='our names for the port\'s: {"theirs": "ours"}'
     )
+    compare.add_argument("--html", metavar="page.html", help="write the comparison as a page to explore, too")
     compare.add_argument("--rtol", type=float, help="relative error allowed, in place of measured rounding")
     compare.add_argument(
         "--model", metavar="NAME|PATH", help="the probe's model, to tell new error from inherited"
@@ -193,6 +194,8 @@ def run_compare(args):
     params = checkpoint.load(args.model) if args.model else None
     compared = comparison.compare_files(args.probe, args.port, names=names, params=params, rtol=args.rtol)
     print(compared)
+    if args.html:
+        explorer.compare_page(compared).save(args.html)
     return int(compared.first is not None)
 
 

@@ -260,6 +260,7 @@ class Comparison:
     ):
         self.stages = stages
         self.order = list(reference)
+        self.pairs, self.text = pairs, text  # for a page of it
         self.missing = [name for name in reference if name not in stages]
         self.new = [name for name, stage in stages.items() if stage.state in ("diverges", "shape")]
         self.first = self.new[0] if self.new else None

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import minclip
-from minclip import cli, explorer
+from minclip import cli
+from minclip.explorer import compare_page, run
 from tests.support.oracles import random_params, random_tokens
 
 TEXTS = ["a black cat sits on a chair", "a black dog sits on a chair", "two fish"]
@@ -109,7 +110,7 @@ def test_a_large_model_leaves_out_stages_and_says_so(monkeypatch):
     tokens = random_tokens([20], context=20, vocabulary=99)
     whole = data_of(minclip.show(params, tokens))
     assert whole["left_out"] == []
-    monkeypatch.setattr(explorer, "NUMBERS", 60_000)
+    monkeypatch.setattr(run, "NUMBERS", 60_000)
     data = data_of(minclip.show(params, tokens))
     assert data["left_out"] == ["attn.k", "attn.q", "attn.v", "mlp.c_fc", "mlp.gelu"]
     stages = data["texts"][0]["stages"]
@@ -224,3 +225,67 @@ def test_in_a_browser_the_page_fits_its_window_and_obeys_the_keyboard(page, brow
     tab.keyboard.press("Enter")
     assert "black" in tab.locator("#attends-title").inner_text()
     assert tab.evaluate("document.activeElement.dataset.key") == "word 2"
+
+
+SIZES = dict(width=128, layers=2, embed=32, vocabulary=99, context=20)
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    params, tokens = random_params(**SIZES), random_tokens([5, 9, 20], context=20, vocabulary=99)
+    port = minclip.trace(minclip.Params(params, activation="gelu", heads=2), tokens)
+    port["ln_final"][1, 3, 7] = np.nan
+    del port["transformer.resblocks.1.attn.masked"]
+    return minclip.compare(minclip.trace(params, tokens), dict(port))
+
+
+def test_the_page_of_a_comparison_holds_its_figures(comparison):
+    data = data_of(compare_page(comparison))
+    assert data["verdict"] == comparison.verdict
+    assert data["first"] == "transformer.resblocks.0.mlp.gelu"
+    assert set(data["order"]) - set(data["stages"]) == {"transformer.resblocks.1.attn.masked"}
+    for name, stage in comparison.stages.items():
+        shown = data["stages"][name]
+        assert shown["state"] == stage.state
+        assert float(shown["error"]) == pytest.approx(stage.error, rel=1e-4)
+        a, b = comparison.pairs[name]
+        histogram = shown["histogram"]
+        assert sum(histogram["counts"]) + histogram["equal"] + histogram["other"] == np.size(a)
+    name = data["first"]
+    a, b = comparison.pairs[name]
+    errors = np.linalg.norm(b - a, axis=-1) / np.linalg.norm(a, axis=-1)
+    errors[~comparison.text] = 0
+    text, position, error = data["stages"][name]["worst"][0]
+    assert (text, position) == np.unravel_index(errors.argmax(), errors.shape)
+    assert error == pytest.approx(errors.max(), rel=1e-4)
+    assert data["stages"]["ln_final"]["worst"][0] == [1, 3, "inf"]
+    assert data["stages"]["token_embedding"]["worst"] == []
+
+
+def test_the_page_of_a_comparison_is_small_and_its_names_are_data(comparison):
+    assert len(str(compare_page(comparison)).encode()) / len(comparison.stages) < 2000
+    params, tokens = random_params(**SIZES), random_tokens([5], context=20, vocabulary=99)
+    traced = minclip.trace(params, tokens)
+    page = compare_page(minclip.compare(traced, {**traced, HOSTILE: np.zeros((2, 2))}))
+    assert Tags(str(page)).tags.count("script") == 2
+    assert Tags(str(page)).open == []
+
+
+@pytest.mark.browser
+def test_in_a_browser_a_click_on_a_light_shows_its_stage(comparison, browser, tmp_path):
+    path = tmp_path / "page.html"
+    compare_page(comparison).save(path)
+    tab, complaints, requests = browser.new_page(viewport={"width": 420, "height": 900}), [], []
+    tab.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    tab.on("pageerror", lambda error: complaints.append(str(error)))
+    tab.on("request", lambda request: requests.append(request.url))
+    tab.goto(path.as_uri())
+    assert tab.locator("#name").inner_text() == comparison.first
+    tab.locator("[data-stage='transformer.resblocks.1.mlp']").click()
+    assert tab.locator("#name").inner_text() == "transformer.resblocks.1.mlp"
+    assert "inherits an error" in tab.locator("#facts").inner_text()
+    tab.locator("[data-stage='transformer.resblocks.1.attn.masked']").click()
+    assert "is not in the port" in tab.locator("#facts").inner_text()
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 420
+    assert complaints == []
+    assert requests == [path.as_uri()]

@@ -1,24 +1,16 @@
-"""A page to explore: one run of the encoder as a single HTML file that needs no network.
-
-`show` runs `minclip.trace` on each text and puts the arrays, as float16 in base64, into explorer.html,
-which is the whole page: hand-written HTML, CSS and JavaScript.
-"""
+"""A page to explore one run of the encoder: `show` puts the arrays of a trace into run.html, as float16."""
 
 from __future__ import annotations
 
 import base64
-import html
-import json
 from collections.abc import Mapping, Sequence
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from minclip import builtin, tokenizer
 from minclip.arrays import as_array, normalize
-from minclip.checkpoint.tensor_files import only_when_whole
+from minclip.explorer.page import Page
 from minclip.model import layer_norm, weight_and_bias
 from minclip.params import BLOCK, Floats, architecture, as_params, check_tokens, end_of_text
 from minclip.porting.stages import axes, part_of
@@ -36,28 +28,6 @@ DROPPED = (
     ("ln_1", "ln_2", "attn.context"),
     ("attn", "mlp", "residual"),
 )
-
-
-class Page:
-    """An HTML page: `save` writes it, str() is its source, and Jupyter shows it in a frame."""
-
-    def __init__(self, source: str):
-        self.source = source
-
-    def __str__(self) -> str:
-        return self.source
-
-    def __repr__(self) -> str:
-        return f"Page of {len(self.source.encode()) / 1e6:.1f} MB: .save('page.html') writes it"
-
-    def _repr_html_(self) -> str:
-        frame = 'style="width:100%;height:860px;border:0" title="The encoder, to explore"'
-        return f'<iframe srcdoc="{html.escape(self.source)}" {frame}></iframe>'
-
-    def save(self, path: str | Path) -> None:
-        """Write the page to path, where it appears only once it is complete."""
-        with only_when_whole(path) as partial:
-            Path(partial).write_text(self.source, encoding="utf-8")
 
 
 def show(params: Mapping[str, Any], tokens: Any, *, model: str = "") -> Page:
@@ -108,16 +78,7 @@ def show(params: Mapping[str, Any], tokens: Any, *, model: str = "") -> Page:
         "all_texts": texts,
         "cosines": np.nan_to_num(features @ features.T).astype(float).round(4).tolist(),
     }
-    return Page(fill(resources.files(__package__).joinpath("explorer.html").read_text("utf-8"), data))
-
-
-def fill(template: str, data: Mapping[str, Any]) -> str:
-    """Return the template with its data, in which no text can end the script or begin a tag."""
-    source = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for character in "<>&\u2028\u2029":
-        source = source.replace(character, f"\\u{ord(character):04x}")
-    title = html.escape(f"How CLIP reads “{data['all_texts'][0]}”")
-    return template.replace("{{title}}", title).replace("{{data}}", source)
+    return Page.from_template("run.html", f"How CLIP reads “{texts[0]}”", data)
 
 
 def describe(params: Any, name: str) -> dict[str, Any]:
