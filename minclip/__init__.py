@@ -8,21 +8,28 @@
 
 from minclip import corpus, fast
 from minclip.arrays import normalize
+from minclip.attribution import attribute
+from minclip.backward import backward
 from minclip.builtin import pictures
 from minclip.checkpoint import available_models, from_state_dict, load, save
 from minclip.explorer import show
+from minclip.losses import contrastive_loss, normalize_backward
 from minclip.model import encode_text, hidden_states
 from minclip.params import Params
 from minclip.porting import compare, diagnose, probe_texts, probe_tokens, trace_torch
 from minclip.tokenizer import decode, tokenize
 from minclip.tracing import trace
+from minclip.verification import verify
 
 __version__ = "0.2.0.dev0"
 
 __all__ = [
     "Params",
+    "attribute",
     "available_models",
+    "backward",
     "compare",
+    "contrastive_loss",
     "corpus",
     "decode",
     "diagnose",
@@ -32,6 +39,7 @@ __all__ = [
     "hidden_states",
     "load",
     "normalize",
+    "normalize_backward",
     "pictures",
     "probe_texts",
     "probe_tokens",
@@ -40,6 +48,7 @@ __all__ = [
     "tokenize",
     "trace",
     "trace_torch",
+    "verify",
 ]
 
 

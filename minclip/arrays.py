@@ -10,6 +10,7 @@ converts a function's float16 arrays to float32 and rounds its result once. For 
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ from minclip.params import Floats
 
 LACKING = ("bfloat16", "float8")  # dtypes that NumPy lacks, as their names begin
 FEW_ROWS = 128  # the tokens of one or two texts
+CACHE = 128 * 1024  # bytes of an array that fits a core's cache together with a few temporaries
 
 
 def array_module(x: Any) -> Any:
@@ -41,6 +43,27 @@ def float32_inside(step: Callable[..., Any], *, rounded: bool = True) -> Callabl
             return getattr(steps, step.__name__)(x, *others)
         result = step(to_float32(x), *map(to_float32, others))
         return result.astype(x.dtype, copy=False) if rounded else result
+
+    return wrapper
+
+
+def by_rows(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Apply an elementwise step to a few rows at a time, so that its temporaries stay in the cache.
+
+    The step takes arrays of one shape. On the GPU it is applied at once.
+    """
+
+    @functools.wraps(step)
+    def wrapper(*arrays: Any) -> Any:
+        x = arrays[0]
+        if not isinstance(x, np.ndarray) or x.nbytes <= CACHE:
+            return step(*arrays)
+        flat = [array.reshape(-1, array.shape[-1]) for array in arrays]
+        out = np.empty_like(flat[0])
+        rows = max(1, CACHE // (x.shape[-1] * x.itemsize))
+        for start in range(0, len(out), rows):
+            out[start : start + rows] = step(*(array[start : start + rows] for array in flat))
+        return out.reshape(x.shape)
 
     return wrapper
 
@@ -125,6 +148,11 @@ def normal_cdf(x: Any) -> Any:
         polynomial = polynomial * t + coefficient
     tail = xp.exp(-y * y) * polynomial / (2 + 4 * y)
     return xp.where(x < 0, tail, 1 - tail)
+
+
+def normal_density(x: Any) -> Any:
+    """Return exp(-x^2 / 2) / sqrt(2 pi), the derivative of `normal_cdf`."""
+    return array_module(x).exp(-0.5 * x * x) * (2 * math.pi) ** -0.5
 
 
 # fmt: off

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from minclip import __version__, arrays, builtin, checkpoint, corpus, explorer, model, tokenizer
+from minclip import __version__, arrays, builtin, checkpoint, corpus, explorer, model, tokenizer, verification
 from minclip.arrays import as_array
 from minclip.checkpoint.tensor_files import only_when_whole
 from minclip.corpus import cluster
 from minclip.corpus.lines import read_texts
-from minclip.params import architecture
+from minclip.params import ACTIVATIONS, architecture
 from minclip.porting import comparison, diagnosis, probe
 
 SHOWN = 12  # texts whose similarities fit an 80-column terminal side by side
@@ -71,6 +71,7 @@ def parser():
     inspect = commands.add_parser("inspect", help="tell what a file holds", description=run_inspect.__doc__)
     inspect.set_defaults(run=run_inspect)
     inspect.add_argument("source", metavar="SOURCE", help="a model's name, or a file or folder of weights")
+    add_architecture(inspect)
 
     write = commands.add_parser("probe", help="write what to run a port on", description=run_probe.__doc__)
     write.set_defaults(run=run_probe)
@@ -98,7 +99,9 @@ def parser():
     compare.add_argument(
         "--model", metavar="NAME|PATH", help="the probe's model, to tell new error from inherited"
     )
+    add_architecture(compare)
     add_show(commands)
+    add_verify(commands)
     return top
 
 
@@ -124,10 +127,41 @@ def add_show(commands):
     add_model(page)
 
 
+def add_verify(commands):
+    verify = commands.add_parser(
+        "verify", help="check real weights against published figures", description=run_verify.__doc__
+    )
+    verify.set_defaults(run=run_verify)
+    verify.add_argument("source", metavar="SOURCE", help="a model's name, or a file or folder of weights")
+    verify.add_argument(
+        "--model-name", metavar="NAME", help="the model that it should be; by default it is recognized"
+    )
+    verify.add_argument(
+        "--activation", choices=ACTIVATIONS, help="for a file that does not say; quick_gelu is OpenAI's"
+    )
+    verify.add_argument("--json", action="store_true", help="print the certificate as JSON")
+
+
 def add_model(command):
     command.add_argument(
         "--model", default="builtin", metavar="NAME|PATH", help="a model's name or file; built-in by default"
     )
+    add_architecture(command)
+
+
+def add_architecture(command):
+    """Add the options that say of a model what its file does not."""
+    command.add_argument(
+        "--activation", choices=ACTIVATIONS, help="of the model, where no config beside its file says it"
+    )
+    command.add_argument(
+        "--heads", type=int, metavar="N", help="attention heads of the model, where not width // 64"
+    )
+
+
+def load_model(args, **options):
+    """Return the `Params` of the model that the arguments of a command name."""
+    return checkpoint.load(args.model, activation=args.activation, heads=args.heads, **options)
 
 
 def run_encode(args):
@@ -145,7 +179,7 @@ def run_encode(args):
         return 2
     with source(args.file) as file:
         texts = args.texts or list(read_texts(file))
-    params = checkpoint.load(args.model, device=args.device, dtype=working_dtype(args))
+    params = load_model(args, device=args.device, dtype=working_dtype(args))
     context = len(params["positional_embedding"])
     tokens = tokenizer.tokenize(texts, context_length=context, truncate=args.truncate, pad=args.pad)
     if args.states:
@@ -166,7 +200,7 @@ def run_encode(args):
 
 def run_show(args):
     """Run the encoder on each TEXT and write every stage to one HTML page, which opens in any browser."""
-    params = checkpoint.load(args.model)
+    params = load_model(args)
     tokens = tokenizer.tokenize(args.texts, context_length=len(params["positional_embedding"]))
     name = BUILTIN_IN_WORDS if args.model == "builtin" else Path(args.model).name
     explorer.show(params, tokens, model=name).save(args.output)
@@ -176,13 +210,25 @@ def run_show(args):
 
 def run_inspect(args):
     """Tell a checkpoint's dialect, sizes, activation, dtype and tensors; of one that does not load, why."""
-    print(checkpoint.inspect(args.source))
+    print(checkpoint.inspect(args.source, activation=args.activation, heads=args.heads))
     return 0
+
+
+def run_verify(args):
+    """Compare weights with every figure that others have published for their model.
+
+    Exit status 0 if all strong sources agree, 1 if one disagrees or nothing is published for the model.
+    """
+    named = args.source if args.source in checkpoint.available_models() else None
+    params = checkpoint.load(args.source, activation=args.activation)
+    certificate = verification.verify(params, args.model_name or named)
+    print(json.dumps(certificate.to_dict(), indent=2) if args.json else certificate)
+    return int(certificate.verdict != "agrees")
 
 
 def run_probe(args):
     """Write probe tokens and every stage of the reference on them, for a port in any language to match."""
-    traced = probe.write_probe(args.output, checkpoint.load(args.model))
+    traced = probe.write_probe(args.output, load_model(args))
     size = os.path.getsize(args.output) / 1e6
     print(f"{args.output}: tokens {list(traced.tokens.shape)} and {len(traced)} stages, {size:.1f} MB")
     return 0
@@ -191,7 +237,7 @@ def run_probe(args):
 def run_compare(args):
     """Hold a port's arrays against a probe, stage by stage. Exit status 1 where they diverge."""
     names = read_names(args.names) if args.names else {}
-    params = checkpoint.load(args.model) if args.model else None
+    params = load_model(args) if args.model else None
     compared = comparison.compare_files(args.probe, args.port, names=names, params=params, rtol=args.rtol)
     print(compared)
     if args.html:
@@ -210,7 +256,7 @@ def run_diagnose(args):
         if name not in dump:
             raise ValueError(f"{args.port} has no {name!r}: it needs the port's tokens and text_features")
     tokens, features = dump.pop("tokens"), dump.pop("text_features")
-    diagnosed = diagnosis.diagnose(checkpoint.load(args.model), tokens, features, trace=dump or None)
+    diagnosed = diagnosis.diagnose(load_model(args), tokens, features, trace=dump or None)
     print(diagnosed)
     return int(diagnosed.verdict != "agrees")
 
@@ -230,7 +276,7 @@ def run_encode_file(args):
     """Write the features or states of each line of a file, and resume a run that was interrupted."""
     # With Dask it is the workers that have the device.
     device = "cpu" if args.dask else args.device
-    params = checkpoint.load(args.model, device=device, dtype=working_dtype(args))
+    params = load_model(args, device=device, dtype=working_dtype(args))
     states = {"skip": args.skip, "norm": not args.no_norm} if args.states else None
     write = corpus.encode_file
     options = {"dtype": args.dtype, "truncate": args.truncate, "progress": True}
@@ -242,7 +288,15 @@ def run_encode_file(args):
     with contextlib.ExitStack() as stack:
         if args.dask:
             options["encode_chunks"] = stack.enter_context(
-                cluster.encoder(args.dask, params, args.model, device=args.device, states=states)
+                cluster.encoder(
+                    args.dask,
+                    params,
+                    args.model,
+                    device=args.device,
+                    activation=args.activation,
+                    heads=args.heads,
+                    states=states,
+                )
             )
         written = write(params, stack.enter_context(source(args.file)), args.output, **options)
     print_written(args.output, written)

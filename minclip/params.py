@@ -113,6 +113,11 @@ def block_of(name: str) -> str | None:
     return ".".join(name.split(".")[:3]) if name.startswith(BLOCK) else None
 
 
+def input_of_block(i: int) -> str:
+    """Return the stage that block i reads; for i the number of blocks, the stage that ln_final reads."""
+    return f"{BLOCK}{i - 1}" if i else "embedding"
+
+
 def architecture(params: Mapping[str, Any]) -> tuple[int, int, str]:
     """Return (layers, heads, activation): from names and shapes, from a Params, or as OpenAI has them.
 

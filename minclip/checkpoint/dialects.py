@@ -117,7 +117,6 @@ FOREIGN = {  # and in the tower itself
     "mlp.ln.": "a layer norm inside the MLP",
     "attn.logit_scale": "cosine attention",
     "attn.head_scale": "scaled heads",
-    "lora_": "part of a LoRA: merge it into its tower before saving (PEFT: model.merge_and_unload())",
 }
 OTHERS = {  # how names end in files without CLIP's text tower
     "word_embeddings.weight": "a BERT-like text tower",
@@ -207,6 +206,12 @@ class Tower:
         own = set(self.names)
         known = expected | ({LONG_CLIP} if self.dialect.names is OPENAI.names else set())
         spare = [name for name in self.names if name not in known and not name.endswith(BUFFERS)]
+        adapter = next((name for name in self.names if any(word in name for word in ADAPTERS)), None)
+        if adapter:
+            raise ValueError(
+                f"{shown(self.prefix + adapter)} belongs to an adapter that is not merged into its tower: "
+                "call PEFT's model.merge_and_unload(), and save again"
+            )
         for name in behind:
             signs = FOREIGN_BESIDE if name not in own else FOREIGN if name not in expected else {}
             for sign, meaning in signs.items():

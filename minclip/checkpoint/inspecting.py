@@ -47,7 +47,8 @@ def inspect(source: Source, *, activation: str | None = None, heads: int | None 
             return line
     tower = opened.tower
     tensors = {name: tower.tensors[name] for name in tower.tensor_names()}
-    return "\n".join([str(path), *describe(opened, tensors), *tensor_lines(tensors)])
+    behind = {name.removeprefix(tower.prefix): tensor for name, tensor in tensors.items()}
+    return "\n".join([str(path), *describe(opened, tensors), *tensor_lines(behind)])
 
 
 def describe(opened: OpenTower, tensors: Mapping[str, Any]) -> list[str]:
@@ -90,8 +91,8 @@ def tensor_lines(tensors: Mapping[str, Any]) -> list[str]:
         (dialects.shown(pattern.replace("{}", spans(numbers), 1) if numbers else pattern), dtype, shape)
         for (pattern, dtype, shape), numbers in groups.items()
     ]
-    width = max((len(name) for name, _, _ in rows), default=0)
-    return [f"  {name:{width}}  {dtype:8}  {list(shape)}" for name, dtype, shape in rows]
+    width, of_dtype = (max((len(row[column]) for row in rows), default=0) for column in (0, 1))
+    return [f"  {name:{width}}  {dtype:{of_dtype}}  {list(shape)}" for name, dtype, shape in rows]
 
 
 def dtype_name(tensor: Any) -> str:

@@ -123,19 +123,22 @@ def to_params(
     activation = config.get("activation")
     if activation is None:
         raise ValueError(
-            "names and shapes do not tell the activation, and no config beside the weights does: pass "
-            "activation='quick_gelu' (--activation quick_gelu) for OpenAI's weights, Stable Diffusion 1 and "
-            "clip_l, 'gelu' for most of OpenCLIP's, Stable Diffusion 2 and clip_g"
+            "no config beside it tells the activation: pass activation= (--activation), 'quick_gelu' for "
+            "OpenAI's weights (Stable Diffusion 1, clip_l), 'gelu' for most of OpenCLIP's (clip_g)"
         )
     spoiled: dict[str, bool] = {}  # a parameter's name: whether its source was finite
 
     def read(name: str) -> tuple[str, np.ndarray]:
         def convert(tensor: Any, source: str) -> np.ndarray:
             array = as_floats(tensor, source)
+            if not all_finite(array):
+                spoiled[name] = False
+            if dtype is None or array.dtype == dtype:
+                return array
             with np.errstate(over="ignore"):
-                converted = array if dtype is None else array.astype(dtype, copy=False)
-            if not all_finite(converted):
-                spoiled[name] = converted is not array and all_finite(array)
+                converted = array.astype(dtype)
+            if dtype.itemsize < array.itemsize and name not in spoiled and not all_finite(converted):
+                spoiled[name] = True
             return converted
 
         return name, tower.array(name, convert)
@@ -191,7 +194,7 @@ def as_floats(tensor: Any, name: str) -> np.ndarray:
 def all_finite(array: np.ndarray) -> bool:
     """Tell whether no number of an array is NaN or infinite."""
     if array.dtype == np.float16:  # NumPy is slow at float16; such a number has all bits of the exponent set
-        return all(bool(((chunk & 0x7C00) != 0x7C00).all()) for chunk in chunks(array.view(np.uint16)))
+        return all((chunk & 0x7C00).max() < 0x7C00 for chunk in chunks(array.view(np.uint16)))
     return all(bool(np.isfinite(chunk).all()) for chunk in chunks(array))
 
 

@@ -114,23 +114,35 @@ HUB_NAMES = {  # OpenAI's models on the Hugging Face hub
 def why_missing(name: str) -> str:
     """Return one line for a name that is no file: the nearest name that works, and how to get the files."""
     models = ["builtin", *available_models()]
-    line = f"no file, folder or model {dialects.shown(name)}"
-    plain = {re.sub(r"[^a-z0-9]", "", model.lower()): model for model in models}
-    near = difflib.get_close_matches(
-        re.sub(r"[^a-z0-9]", "", name.lower())[-40:].removesuffix("pt"), plain, n=1
+    on_hub = HUB_NAMES.get(name.lower())
+    hint = on_hub or nearest_model(name, models)
+    line = f"no file, folder or model {dialects.shown(name)}{f'; did you mean {hint}?' if hint else '.'}"
+    if on_hub or (re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not hint and Path(name).suffix not in SUFFIXES):
+        line += by_hand(name)
+    return f"{line} The models are {', '.join(models)}"
+
+
+def nearest_model(name: str, models: list[str]) -> str | None:
+    """Return the model whose name differs from this one only in its punctuation or a letter or two."""
+
+    def letters(text: str) -> str:
+        return re.sub(r"[^a-z0-9]", "", text.lower())
+
+    plain = {letters(model): model for model in models}
+    typed = letters(name.removesuffix(".pt"))
+    near = difflib.get_close_matches(typed, plain, n=1, cutoff=0.65) if len(typed) < 40 else []
+    return plain[near[0]] if near else None
+
+
+def by_hand(name: str) -> str:
+    """Return a sentence on how to get a model of the Hugging Face hub."""
+    cached = Path("~/.cache/huggingface/hub", f"models--{name.replace('/', '--')}").expanduser()
+    if cached.is_dir():
+        return f" The Hugging Face hub's files are on this machine: give {cached}."
+    return (
+        f" To use the Hugging Face hub's files, put config.json and model.safetensors from "
+        f"huggingface.co/{name} into a folder, and give the folder's path."
     )
-    same = HUB_NAMES.get(name.lower())
-    if same or (near and "/" not in name.replace("ViT-", "").replace("/", "", 1)):
-        line += f"; did you mean {same or plain[near[0]]}?"
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.lower().startswith("vit"):
-        cached = Path("~/.cache/huggingface/hub", f"models--{name.replace('/', '--')}").expanduser()
-        if cached.is_dir():
-            return f"{line} The Hugging Face hub's files are here: give {cached}"
-        line += (
-            f" For the Hugging Face hub's files put config.json and model.safetensors of "
-            f"huggingface.co/{name} into a folder, and give its path."
-        )
-    return f"{line}; the models are {', '.join(models)}"
 
 
 # The files of weights in a folder, best first. The second is a pattern for variants such as fp16.
@@ -143,18 +155,13 @@ WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+SUFFIXES = {".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz", ".gguf"}
 VARIANTS = (
     "model.*.safetensors",
     "model.safetensors.index.*.json",
     "pytorch_model.*.bin",
     "pytorch_model.bin.index.*.json",
-    "*.safetensors",
-    "*.pt",
-    "*.pth",
-    "*.bin",
-    "*.ckpt",
-    "*.npz",
-    "*.gguf",
+    *(f"*{suffix}" for suffix in sorted(SUFFIXES)),
 )
 SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.(safetensors|bin)")
 
@@ -243,7 +250,7 @@ def read_contents(path: Path) -> Contents:
     if head[8:9] == b"{" and head[:1] not in (b"{", b"<"):
         tensors, metadata = read_safetensors(path)
         return Contents(tensors, saved_metadata(metadata), size, [])
-    raise ValueError(f"neither a zip archive (PyTorch, .npz) nor safetensors: {formats.what_it_is(head)}")
+    raise ValueError(formats.what_it_is(head))
 
 
 def read_zip(path: Path, size: int) -> Contents:

@@ -73,7 +73,19 @@ class ZipArchive:
         entry = self.entries[name]
         if name not in self._verified and entry.crc:
             check_crc(entry, memoryview(self.data)[entry.start : entry.start + entry.size])
+            self.release(name)
         self._verified.add(name)
+
+    def release(self, name: str) -> None:
+        """Give the memory of an entry's mapped pages back; they are read again where they are needed.
+
+        Only for entries of which nobody has an array yet: numbers written to the pages would be lost.
+        """
+        entry = self.entries[name]
+        first = -(-entry.start // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = (entry.start + entry.size) // mmap.PAGESIZE * mmap.PAGESIZE - first
+        if size > 0 and hasattr(mmap, "MADV_DONTNEED"):  # Windows has no such advice
+            self.data.madvise(mmap.MADV_DONTNEED, first, size)
 
     def read(self, name: str) -> bytes:
         """Return the bytes of an entry, unpacked and checked by their CRC-32."""

@@ -30,12 +30,21 @@ from minclip.params import Floats, Params, Tokens, check_projection, text_dtype
 LOADING = threading.Lock()
 
 
-def encode_array(tokens: Any, source: str = "builtin", *, device: str = "cpu", dtype: Any = None) -> Any:
+def encode_array(
+    tokens: Any,
+    source: str = "builtin",
+    *,
+    device: str = "cpu",
+    dtype: Any = None,
+    activation: str | None = None,
+    heads: int | None = None,
+) -> Any:
     """Return the features [N, E] of a dask.array of token ids [N, L], as a dask.array with the same chunks.
 
     tokens                  a dask.array of integers
     source, device, dtype   as `minclip.load` takes them. Each worker loads the model once; a path must lead
                             to the same file on each
+    activation, heads       as `minclip.load` takes them
 
     The features are NumPy arrays on either device. Nothing is encoded before the result is computed. Store a
     large result chunk by chunk, with `dask.array.to_zarr` or `to_npy_stack`.
@@ -46,12 +55,13 @@ def encode_array(tokens: Any, source: str = "builtin", *, device: str = "cpu", d
     >>> encode_array(tokens).compute(scheduler="threads").shape
     (2, 128)
     """
-    params = checkpoint.load(source, dtype=dtype or ("float16" if device == "cuda" else None))
+    dtype = dtype or ("float16" if device == "cuda" else None)
+    params = checkpoint.load(source, dtype=dtype, activation=activation, heads=heads)
     check_projection(params)
     P = params["text_projection"]
     tokens = tokens.rechunk({1: -1})
     return tokens.map_blocks(
-        functools.partial(encode_block, **recipe(params, source, device)),
+        functools.partial(encode_block, **recipe(params, source, device, activation=activation, heads=heads)),
         chunks=(tokens.chunks[0], (P.shape[1],)),
         meta=np.empty((0, 0), P.dtype),
     )
@@ -64,6 +74,8 @@ def encoder(
     source: str = "builtin",
     *,
     device: str = "cpu",
+    activation: str | None = None,
+    heads: int | None = None,
     states: Mapping[str, Any] | None = None,
 ) -> Iterator[Callable[[Iterable[Tokens]], Iterator[Floats]]]:
     """Yield a function that encodes on a scheduler's workers, for `encode_file` or `write_states`.
@@ -72,6 +84,7 @@ def encoder(
     params    the parameters that source holds, in the dtype that the workers are to use
     source    the model's name, or a path that is valid on every worker
     device    "cpu" or "cuda", of the workers
+    activation, heads   as `minclip.load` takes them, where the file does not say
     states    {"skip": 1, "norm": False}, say: the workers compute these `minclip.hidden_states`, not features
 
     The function turns an iterator of tokens [n, L] into an iterator of features [n, E], in the same order. It
@@ -80,9 +93,10 @@ def encoder(
     scheduler or all workers are lost.
     """
     Client = import_client()
+    how = recipe(params, source, device, activation=activation, heads=heads)
     with Client(address, set_as_default=False) as client:
         client.wait_for_workers(1, timeout=60)
-        yield functools.partial(encode_chunks, client, recipe(params, source, device) | {"states": states})
+        yield functools.partial(encode_chunks, client, how | {"states": states})
 
 
 def encode_chunks(client, how, chunks):
@@ -101,13 +115,13 @@ def encode_chunks(client, how, chunks):
         raise OSError(f"the workers or their scheduler were lost: {error}") from None
 
 
-def encode_block(tokens, source, device, dtype, expected, states=None):
+def encode_block(tokens, expected, states=None, **how):
     """Return the features [n, E] or the states of tokens [n, L] as a NumPy array, by this worker's model."""
     with LOADING:  # the threads of a worker start together, and only one of them is to load
-        params, found = parameters(source, device, dtype)
+        params, found = parameters(**how)
     if found != expected:
         raise ValueError(
-            f"the model {source} of a worker differs from the caller's: copy the file to every worker"
+            f"the model {how['source']} of a worker differs from the caller's: copy the file to every worker"
         )
     if states is not None:
         return as_array(hidden_states(params, tokens, **states))
@@ -115,16 +129,18 @@ def encode_block(tokens, source, device, dtype, expected, states=None):
 
 
 @functools.lru_cache(maxsize=1)
-def parameters(source: str, device: str, dtype: str) -> tuple[Params, str]:
+def parameters(
+    source: str, device: str, dtype: str, activation: str | None, heads: int | None
+) -> tuple[Params, str]:
     """Return the parameters that a worker keeps from block to block, and their fingerprint."""
-    params = checkpoint.load(source, device=device, dtype=dtype)
+    params = checkpoint.load(source, device, dtype=dtype, activation=activation, heads=heads)
     return params, fingerprint(params)
 
 
-def recipe(params, source, device):
+def recipe(params, source, device, **chosen):
     """Return the arguments with which a worker loads the same parameters."""
     dtype = np.dtype(text_dtype(params)).name
-    return {"source": source, "device": device, "dtype": dtype, "expected": fingerprint(params)}
+    return {"source": source, "device": device, "dtype": dtype, "expected": fingerprint(params), **chosen}
 
 
 def import_client():

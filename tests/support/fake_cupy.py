@@ -36,10 +36,16 @@ FUNCTIONS = {
     "empty": "shape, dtype=float, order='C'",
     "empty_like": "prototype, dtype=None, order='K', subok=None, shape=None",
     "full": "shape, fill_value, dtype=None, order='C'",
+    "zeros": "shape, dtype=float, order='C'",
+    "zeros_like": "a, dtype=None, order='K', subok=None, shape=None",
+    "array": "obj, dtype=None, copy=True, order='K', subok=False, ndmin=0, *, blocking=False",
+    "stack": "tup, axis=0, out=None, *, dtype=None, casting='same_kind'",
+    "eye": "N, M=None, k=0, dtype=float, order='C'",
     "triu": "m, k=0",
     "where": "condition, x=None, y=None",
     "lexsort": "keys",
     "searchsorted": "a, v, side='left', sorter=None",
+    "log": None,
     "exp": None,  # CuPy shows no signature of its ufuncs
     "add": None,
 }
@@ -54,6 +60,7 @@ METHODS = {
     "max": "axis=None, out=None, keepdims=False",
     "argmax": "axis=None, out=None, dtype=None, keepdims=False",
     "any": "axis=None, out=None, keepdims=False",
+    "trace": "offset=0, axis1=0, axis2=1, dtype=None, out=None",
     "cumsum": "axis=None, dtype=None, out=None",
     "nonzero": "",
     "get": "stream=None, order='C', out=None, blocking=True",
@@ -97,6 +104,7 @@ class ndarray:
     dtype = property(lambda self: self._array.dtype)
     flags = property(lambda self: self._array.flags)
     nbytes = property(lambda self: self._array.nbytes)
+    base = property(lambda self: None if self._array.base is None else ndarray(self._array.base))
     T = property(lambda self: ndarray(self._array.T))
     data = property(lambda self: types.SimpleNamespace(ptr=self._array.ctypes.data))
     __hash__ = None
@@ -189,14 +197,18 @@ class Fake(types.ModuleType):
         def function(*args, **kwargs):
             if allowed:
                 allowed.bind(*args, **kwargs)
-            if name == "asarray":  # the only function that takes NumPy arrays, and it copies them
+            if name in ("asarray", "array"):  # they alone take NumPy arrays, and they copy them
                 source = args[0]
-                return source if isinstance(source, ndarray) else ndarray(np.array(source, **kwargs))
+                if isinstance(source, ndarray) and name == "asarray" and not kwargs:
+                    return source
+                return ndarray(np.array(inside(source) if isinstance(source, ndarray) else source, **kwargs))
             if name == "asnumpy":
                 return args[0].get()
             kwargs = {key: inside(value) for key, value in kwargs.items()}
             return outside(getattr(np, name)(*map(inside, args), **kwargs))
 
+        if name == "add":
+            function.at = lambda *args: np.add.at(*map(inside, args))
         return function
 
 

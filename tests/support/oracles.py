@@ -91,36 +91,80 @@ def assert_same(params, others):
 def torch_encode_text(params, tokens, dtype="float32", activation="quick_gelu", heads=None, device="cpu"):
     """CLIP.encode_text through torch.nn's own MultiheadAttention, LayerNorm and Linear, in any dtype."""
     import torch
+
+    state = torch_state(params, dtype, device)
+    with torch.no_grad():
+        return torch_features(state, tokens, activation, heads).cpu().numpy()
+
+
+def torch_state(params, dtype="float32", device="cpu"):
+    """params as torch tensors."""
+    import torch
+
+    dtype = getattr(torch, dtype)
+    return {name: torch.from_numpy(np.asarray(array)).to(device, dtype) for name, array in params.items()}
+
+
+def torch_features(state, tokens, activation="quick_gelu", heads=None, keep=lambda name, x: x):
+    """The features of tensors by OpenAI's names, through torch.nn's own modules; autograd sees it all.
+
+    keep   called as keep(name, tensor) for the stages that lie between modules, and gives the tensor to use
+    """
+    import torch
     from torch import nn
     from torch.nn import functional
 
-    dtype = getattr(torch, dtype)
-    state = {name: torch.from_numpy(np.asarray(array)).to(device, dtype) for name, array in params.items()}
+    P = state["text_projection"]
+    dtype, device, D = P.dtype, P.device, P.shape[0]
     ids = torch.from_numpy(np.asarray(tokens)).long().to(device)
-    D = state["text_projection"].shape[0]
     L = ids.shape[1]
     heads = heads or D // 64
     layers = sum(name.endswith(".ln_1.weight") for name in state)
     mask = torch.full((L, L), -torch.inf, dtype=dtype, device=device).triu(1)
 
-    def module(kind, prefix, *args, **kwargs):
-        made = kind(*args, dtype=dtype, device=device, **kwargs)
-        made.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
-        return made.eval()
+    def call(kind, prefix, sizes, *inputs, **options):
+        made = kind(*sizes, dtype=dtype, device="meta").eval()
+        own = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+        return torch.func.functional_call(made, own, inputs, options)
 
-    with torch.no_grad():
-        x = state["token_embedding.weight"][ids] + state["positional_embedding"][:L]
-        x = x.permute(1, 0, 2)
-        for i in range(layers):
-            block = f"transformer.resblocks.{i}."
-            h = module(nn.LayerNorm, block + "ln_1.", D)(x)
-            attention = module(nn.MultiheadAttention, block + "attn.", D, heads)
-            x = x + attention(h, h, h, need_weights=False, attn_mask=mask)[0]
-            h = module(nn.Linear, block + "mlp.c_fc.", D, 4 * D)(module(nn.LayerNorm, block + "ln_2.", D)(x))
-            h = h * torch.sigmoid(1.702 * h) if activation == "quick_gelu" else functional.gelu(h)
-            x = x + module(nn.Linear, block + "mlp.c_proj.", 4 * D, D)(h)
-        x = module(nn.LayerNorm, "ln_final.", D)(x.permute(1, 0, 2))
-        return (x[torch.arange(len(ids)), ids.argmax(dim=-1)] @ state["text_projection"]).cpu().numpy()
+    x = keep("token_embedding", functional.embedding(ids, state["token_embedding.weight"]))
+    x = keep("embedding", x + state["positional_embedding"][:L]).permute(1, 0, 2)
+    for i in range(layers):
+        block = f"transformer.resblocks.{i}."
+        h = call(nn.LayerNorm, block + "ln_1.", [D], x)
+        options = dict(need_weights=False, attn_mask=mask)
+        x = x + call(nn.MultiheadAttention, block + "attn.", [D, heads], h, h, h, **options)[0]
+        x = keep(block + "residual", x)
+        h = call(nn.LayerNorm, block + "ln_2.", [D], x)
+        h = keep(block + "mlp.c_fc", call(nn.Linear, block + "mlp.c_fc.", [D, 4 * D], h))
+        h = h * torch.sigmoid(1.702 * h) if activation == "quick_gelu" else functional.gelu(h)
+        h = call(nn.Linear, block + "mlp.c_proj.", [4 * D, D], keep(block + "mlp.gelu", h))
+        x = keep(block[:-1], x + h)
+    x = keep("ln_final", call(nn.LayerNorm, "ln_final.", [D], x.permute(1, 0, 2)))
+    return keep("pooled", x[torch.arange(len(ids)), ids.argmax(dim=-1)]) @ P
+
+
+def torch_gradients(params, tokens, grad, dtype="float32", **options):
+    """The gradient of (features * grad).sum() by every parameter, from torch's autograd."""
+    state = {name: tensor.requires_grad_() for name, tensor in torch_state(params, dtype).items()}
+    features = torch_features(state, tokens, **options)
+    features.backward(features.new_tensor(np.asarray(grad)))
+    return {name: tensor.grad.numpy() for name, tensor in state.items()}
+
+
+def transformers_gradients(params, tokens, grad, dtype="float32", **options):
+    """The same through transformers, under OpenAI's names again."""
+    import torch
+
+    model = transformers_model(params, dtype, **options)
+    features = model(input_ids=torch.from_numpy(np.asarray(tokens)).long()).text_embeds
+    features.backward(features.new_tensor(np.asarray(grad)))
+    theirs = {name.removeprefix("text_model."): p.grad.numpy() for name, p in model.named_parameters()}
+    grads = {}
+    for name in params:
+        parts = [theirs[other] for other in renamed({name: params[name]}, text="")]
+        grads[name] = parts[0].T if name == "text_projection" else np.concatenate(parts)
+    return grads
 
 
 def renamed(params, prefix="", text="text_model."):

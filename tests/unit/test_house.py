@@ -20,12 +20,14 @@ MAY_IMPORT = {
     "model": ("arrays", "params"),
     "tracing": ("arrays", "model", "params", "tables"),
     "backward": ("arrays", "model", "params", "tracing"),
+    "losses": ("arrays", "params"),
+    "attribution": ("arrays", "backward", "losses", "params", "tracing"),
     "fast": ("arrays", "gpu", "model", "params", "tokenizer"),
     "checkpoint": ("arrays", "builtin", "gpu", "model", "params"),
 }
 MAY_IMPORT["corpus"] = (*MAY_IMPORT, "tables")
 MAY_IMPORT["porting"] = tuple(room for room in MAY_IMPORT if room != "corpus")
-MAY_IMPORT["verify"] = MAY_IMPORT["explorer"] = (*MAY_IMPORT["porting"], "corpus", "porting")
+MAY_IMPORT["verification"] = MAY_IMPORT["explorer"] = (*MAY_IMPORT["porting"], "corpus", "porting")
 MAY_IMPORT["cli"] = tuple(MAY_IMPORT)
 
 # Inside a function minclip's own modules are imported only where they in turn need an optional package.

@@ -2,8 +2,6 @@
 
 import ast
 import inspect
-import re
-import sys
 import warnings
 
 import numpy as np
@@ -12,6 +10,7 @@ import pytest
 import minclip
 from minclip import model
 from tests.support.oracles import random_params, random_tokens, relative
+from tests.support.pages import too_wide, wrong_shape_comments
 
 # Axes of different sizes, so that no shape comment is right by accident. L counts the trimmed positions.
 AXES = dict(B=3, L=11, D=40, H=5, K=8, F=160, E=24, V=97)
@@ -21,54 +20,15 @@ PARAMS = minclip.from_state_dict(
 TOKENS = random_tokens([5, 2, 11], context=19, vocabulary=97)
 
 
-def shape_comments():
-    """Return {line number: {name assigned there: the axes its comment states}} for all of model.py.
-
-    One shape holds for every name of the line; several are those of the names, in order.
-    """
-    lines = inspect.getsource(model).splitlines()
-    found = {}
-    for node in ast.walk(ast.parse("\n".join(lines))):
-        if not isinstance(node, ast.Assign):
-            continue
-        comment = lines[node.end_lineno - 1].partition("  # ")[2]
-        if re.fullmatch(r"(\([A-Z0-9, ]+\)(, )?)+", comment):
-            names = [name.id for name in ast.walk(node.targets[0]) if isinstance(name, ast.Name)]
-            shapes = [re.findall(r"\w+", shape) for shape in re.findall(r"\(([^)]+)\)", comment)]
-            shapes = shapes * len(names) if len(shapes) == 1 else shapes
-            found[node.lineno] = dict(zip(names, shapes, strict=True))
-    return found
-
-
 def test_every_shape_comment_of_model_py_is_true():
-    stated, seen, wrong = shape_comments(), set(), []
-    pending = {}  # frame → line whose assignment is about to be done
-
-    def check(frame, event, arg):
-        line = pending.pop(frame, None)
-        if line is not None:
-            for name, axes in stated[line].items():
-                seen.add(line)
-                expected = tuple(AXES[axis] if axis in AXES else 3 * AXES["D"] for axis in axes)
-                if frame.f_locals[name].shape != expected:
-                    wrong.append((line, name, frame.f_locals[name].shape, axes))
-        if event == "line" and frame.f_lineno in stated:
-            pending[frame] = frame.f_lineno
-        return check
-
-    def enter(frame, event, arg):
-        return check if frame.f_code.co_filename == model.__file__ else None
-
-    before = sys.gettrace()
-    sys.settrace(enter)
-    try:
+    def run():
         minclip.encode_text(PARAMS, TOKENS)
         minclip.hidden_states(PARAMS, TOKENS[:, : AXES["L"]], skip=1, pooled=True)
-    finally:
-        sys.settrace(before)
+
+    wrong, missed, count = wrong_shape_comments(model, AXES, run)
     assert not wrong
-    assert seen == set(stated), "a line with a shape comment was not reached"
-    assert len(stated) >= 20
+    assert not missed, "a line with a shape comment was not reached"
+    assert count >= 20
 
 
 def test_the_page_is_short():
@@ -154,22 +114,12 @@ def test_dtype_in_is_dtype_out_except_for_unrounded_changes_and_nothing_is_wider
         {name: array.astype(dtype) for name, array in PARAMS.items()}, activation=activation, heads=5
     )
     widest = np.dtype("float32" if dtype == "float16" else dtype)
-    stages, wider = {}, []
-
-    def watch(frame, event, arg):
-        if frame.f_code.co_filename == model.__file__:
-            for name, value in [*frame.f_locals.items(), ("return", arg)]:
-                if getattr(value, "dtype", widest).kind == "f" and getattr(value, "dtype", widest) > widest:
-                    wider.append((frame.f_lineno, name))
-            return watch
-        return None
-
-    before = sys.gettrace()
-    sys.settrace(watch)
-    try:
-        minclip.encode_text(params, TOKENS, tap=lambda n, a: stages.setdefault(n, a))
-    finally:
-        sys.settrace(before)
+    stages = {}
+    wider = too_wide(
+        model,
+        widest,
+        lambda: minclip.encode_text(params, TOKENS, tap=lambda n, a: stages.setdefault(n, a)),
+    )
     stages.pop("eot")
     for name, array in stages.items():
         assert array.dtype == (widest if name.endswith((".attn", ".mlp")) else dtype), name
