@@ -45,7 +45,7 @@ TEXTS = (
     "startoftext <<|>>",
     "one\ntwo\r\nthree\tfour",
     "a\u00a0b\u3000c\u2028d",
-    "a\x1cb \x85",
+    "a\x1cb\x1f c",
     "aaaa hahahaha bbbbbb",
     "### #: #... #@",
     "in thinking king",

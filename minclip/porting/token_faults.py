@@ -26,9 +26,11 @@ from minclip.porting.token_port import (
     END_ID,
     SPECIAL_IDS,
     START_ID,
+    TokenizerPort,
     end_word,
     number_piece,
     same,
+    spell_bytes,
 )
 from minclip.tokenizer import END, START, WORD_END
 
@@ -68,6 +70,15 @@ def basic_clean(text):
 def is_ideograph(c):
     ranges = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2CEAF), (0x2F800, 0x2FA1F))
     return any(first <= ord(c) <= last for first, last in ranges)
+
+
+ASCII_SPACES = r"\t-\r "
+
+
+def spaces_among(white):
+    """Return the step that collapses white space of these characters alone."""
+    pattern = regex.compile(f"[{white}]+")
+    return lambda text: pattern.sub(" ", text).strip(" ")
 
 
 def without_newlines(text):
@@ -220,6 +231,27 @@ def to_int16(id):
     return id - 65536 if id >= 32768 else id
 
 
+CAPITALS = "\ue000"  # a private character, put after special tokens that were not in lower case
+
+
+def mark_capitals(text):
+    """Put CAPITALS after each special token that is not in lower case."""
+    found = regex.compile(r"<\|(?:start|end)oftext\|>", regex.IGNORECASE)
+    return found.sub(lambda m: m[0] if m[0] in SPECIAL_IDS else m[0] + CAPITALS, text)
+
+
+def special_in_lower_case(word):
+    """Give a special token its id, or where it was in capitals the ids of its merged bytes."""
+    if word.endswith(CAPITALS):
+        return TokenizerPort([TokenFault("", "", "", "", {"special": {}.get})]).word_ids(word[:-1])
+    return SPECIAL_IDS.get(word)
+
+
+def spell_without_space(word):
+    """Drop the space that GPT-2's pattern leaves at the beginning of a word."""
+    return spell_bytes(word.replace(" ", ""))
+
+
 def special_characters(word):
     """Give a special token as the ids of its characters."""
     return tuple(tokenizer.vocabulary()[c] for c in word) if word in SPECIAL_IDS else None
@@ -355,6 +387,13 @@ CATALOGUE = (
         {"spaces": without_newlines},
     ),
     TokenFault(
+        "K18",
+        "only ASCII's white space counts: U+00A0, U+3000 and others are characters",
+        "stable-diffusion.cpp clip_tokenizer.cpp; \\s of Go and of std::regex",
+        "treat Unicode's White_Space as white space",
+        {"spaces": spaces_among(ASCII_SPACES), "white": ASCII_SPACES},
+    ),
+    TokenFault(
         "K17",
         "start and end are written into the text, so that a last punctuation mark swallows <|",
         "openai/CLIP#8",
@@ -375,6 +414,18 @@ CATALOGUE = (
         "ml-stable-diffusion BPETokenizer.swift",
         "use the reference's regular expression",
         {"contractions": "", "letters": "", "digits": "", "others": r"[^\s]+"},
+    ),
+    TokenFault(
+        "K4-gpt2",
+        "GPT-2's pattern: digits are grouped, and a space before ' hides the contraction",
+        "onnxruntime-extensions bpe_kernels.cc",
+        "use CLIP's pattern, in which no word begins with a space",
+        {
+            "letters": r" ?\p{L}+",
+            "digits": r" ?\p{N}+",
+            "others": r" ?[^\s\p{L}\p{N}]+|[\s]+",
+            "spell": spell_without_space,
+        },
     ),
     TokenFault(
         "K4-contractions",
@@ -485,9 +536,20 @@ CATALOGUE = (
         {"special": special_characters},
     ),
     TokenFault(
+        "K10-case",
+        "special tokens count only in lower case; <|ENDOFTEXT|> is merged like a word",
+        "transformers tokenization_clip.py (added tokens are found before lower-casing)",
+        "lower-case the text before looking for special tokens",
+        {
+            "mark": mark_capitals,
+            "special_pattern": r"<\|startoftext\|>\ue000?|<\|endoftext\|>\ue000?",
+            "special": special_in_lower_case,
+        },
+    ),
+    TokenFault(
         "K10-merged",
         "special tokens are matched as words, but spelled and merged like any other",
-        "transformers tokenization_clip.py, for <|ENDOFTEXT|> in capitals",
+        "no thread found",
         "give <|startoftext|> and <|endoftext|> their ids before merging",
         {"special": {}.get},
     ),

@@ -8,6 +8,7 @@ steps replaced. Without faults its ids are those of `minclip.tokenize`.
 import dataclasses
 import functools
 import html
+import itertools
 
 import ftfy
 import regex
@@ -63,6 +64,7 @@ CLEAN = {
     "repair": ftfy.fix_text,
     "unescape": unescape_twice,
     "normalize": same,  # a Unicode normalization form
+    "mark": same,  # for steps that tell capitals apart after lower-casing
     "spaces": single_spaces,
     "fold": str.lower,
     "accents": same,
@@ -74,6 +76,7 @@ SPLIT = {
     "letters": r"\p{L}+",
     "digits": r"\p{N}",
     "others": r"[^\s\p{L}\p{N}]+",
+    "white": r"\s",  # what \s stands for in the patterns above, inside brackets
     "ignore_case": True,
     "engine": regex,
 }
@@ -129,17 +132,30 @@ class TokenizerPort:
 
     def row(self, text, length=0, limit=CONTEXT):
         """Return the ids of a text with start and end, cut to limit, padded to length at least."""
-        steps = self.steps
-        shift, start, end = steps["shift"], steps["start"], steps["end"]
-        ids = [shift(id) for id in (*start, *self.content(text), *end)]
-        end = [shift(id) for id in end]
-        ids = steps["cut"](ids, end, limit)
+        steps, end = self.steps, self.around("end")
+        content = map(steps["shift"], self.content(text))
+        ids = steps["cut"]([*self.around("start"), *content, *end], end, limit)
         padding = [steps["pad"]] * (length - len(ids))
         if steps["side"] == "left":
             return [*padding, *ids]
         if steps["side"] == "before the end" and end:
             return [*ids[: -len(end)], *padding, *end]
         return [*ids, *padding]
+
+    def around(self, name):
+        """Return the "start" or the "end" ids, as a list."""
+        return [self.steps["shift"](id) for id in self.steps[name]]
+
+    def unpadded(self, row):
+        """Return a row without its padding."""
+        pad, side, end = self.steps["pad"], self.steps["side"], self.around("end")
+        if side == "left":
+            return list(itertools.dropwhile(pad.__eq__, row))
+        if side == "before the end" and end:
+            return [*strip_right(row[: -len(end)], pad), *row[-len(end) :]]
+        stripped = strip_right(row, pad)
+        # Where the padding is the end id itself, the first of the padding is the end.
+        return [*stripped, *end] if end and end[-1] == pad and len(stripped) < len(row) else stripped
 
     def content(self, text):
         """Return the ids of a text without start and end."""
@@ -160,6 +176,7 @@ class TokenizerPort:
         if cleaned not in self.split:
             parts = ("special_pattern", "contractions", "letters", "digits", "others")
             pattern = "|".join(self.steps[part] for part in parts if self.steps[part])
+            pattern = pattern.replace(r"\s", self.steps["white"])
             compiled = compile_pattern(self.steps["engine"], pattern, self.steps["ignore_case"])
             self.split[cleaned] = compiled.findall(cleaned)
         return self.split[cleaned]
@@ -174,6 +191,11 @@ class TokenizerPort:
                 ids = tuple(id for piece in pieces for id in steps["number"](piece))
             self.numbered[word] = ids
         return self.numbered[word]
+
+
+def strip_right(row, pad):
+    """Return a row without the ids at its end that are pad."""
+    return list(itertools.dropwhile(pad.__eq__, row[::-1]))[::-1]
 
 
 @functools.cache
