@@ -22,11 +22,11 @@ import ftfy
 import regex
 
 from minclip import tokenizer
+from minclip.porting.faults import Fault
 from minclip.porting.token_port import (
     END_ID,
     SPECIAL_IDS,
     START_ID,
-    TokenizerPort,
     end_word,
     number_piece,
     same,
@@ -36,21 +36,10 @@ from minclip.tokenizer import END, START, WORD_END
 
 
 @dataclass(frozen=True)
-class TokenFault:
-    """One known mistake of a tokenizer.
+class TokenFault(Fault):
+    """A mistake of the tokenizer. Its change is a dict from names of steps to what replaces them."""
 
-    id        of the catalogue, with a suffix where one entry holds several variants
-    summary   what the port does
-    source    where it happened
-    remedy    what to do instead
-    change    the steps it replaces: a dict from names of steps to functions or settings
-    """
-
-    id: str
-    summary: str
-    source: str
-    remedy: str
-    change: Mapping[str, Any] = field(repr=False, hash=False, compare=False)
+    change: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # type: ignore[assignment]
 
 
 # Steps that ports put in place of the reference's.
@@ -231,20 +220,13 @@ def to_int16(id):
     return id - 65536 if id >= 32768 else id
 
 
-CAPITALS = "\ue000"  # a private character, put after special tokens that were not in lower case
+# Two noncharacters stand for special tokens that were in lower case before lower-casing.
+IN_LOWER_CASE = {START: "\ufdd0", END: "\ufdd1"}
 
 
-def mark_capitals(text):
-    """Put CAPITALS after each special token that is not in lower case."""
-    found = regex.compile(r"<\|(?:start|end)oftext\|>", regex.IGNORECASE)
-    return found.sub(lambda m: m[0] if m[0] in SPECIAL_IDS else m[0] + CAPITALS, text)
-
-
-def special_in_lower_case(word):
-    """Give a special token its id, or where it was in capitals the ids of its merged bytes."""
-    if word.endswith(CAPITALS):
-        return TokenizerPort([TokenFault("", "", "", "", {"special": {}.get})]).word_ids(word[:-1])
-    return SPECIAL_IDS.get(word)
+def mark_lower_case(text):
+    """Replace special tokens in lower case by the characters of IN_LOWER_CASE."""
+    return text.replace(START, IN_LOWER_CASE[START]).replace(END, IN_LOWER_CASE[END])
 
 
 def spell_without_space(word):
@@ -537,13 +519,14 @@ CATALOGUE = (
     ),
     TokenFault(
         "K10-case",
-        "special tokens count only in lower case; <|ENDOFTEXT|> is merged like a word",
+        "special tokens count only in lower case; <|ENDOFTEXT|> is ordinary text",
         "transformers tokenization_clip.py (added tokens are found before lower-casing)",
         "lower-case the text before looking for special tokens",
         {
-            "mark": mark_capitals,
-            "special_pattern": r"<\|startoftext\|>\ue000?|<\|endoftext\|>\ue000?",
-            "special": special_in_lower_case,
+            "mark": mark_lower_case,
+            "special_pattern": "[\ufdd0\ufdd1]",
+            "special": specials({IN_LOWER_CASE[word]: ids for word, ids in SPECIAL_IDS.items()}),
+            "others": r"[^\s\p{L}\p{N}\ufdd0\ufdd1]+",
         },
     ),
     TokenFault(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from minclip import tokenizer
 from minclip.porting.probe_texts import probe_texts
@@ -20,7 +20,7 @@ from minclip.porting.token_rows import overlapping, read_frames, read_rows, row_
 from minclip.porting.verdict import Diagnosis, Finding
 
 TOGETHER = 3  # faults tried together, in every combination
-CHAIN = 6  # faults that are added one by one where no combination fits
+CHAIN = 8  # faults that are added one by one where no combination fits
 SEARCHED = 90  # texts that are searched on; the findings are checked on all
 LONGEST = 600  # characters of a text that is searched on
 SHOWN = 5  # findings that fit equally well
@@ -66,11 +66,7 @@ class TokenDiagnosis(Diagnosis):
     first: Divergence | None = None
     smallest: Divergence | None = None
 
-    headlines = {
-        "agrees": "agrees: the port gives OpenAI's ids",
-        "known": "known: this explains the port's ids",
-        "unknown": "unknown: no known mistakes explain the port's ids",
-    }
+    subject: ClassVar[str] = "ids"
 
     def to_dict(self) -> dict[str, Any]:
         """Return verdict, error, findings, notes and both divergences as plain values."""
@@ -91,10 +87,8 @@ def diagnose_tokens(
     Rows without start or end, padded otherwise, or with shifted ids are read too, and the finding says so.
     Returns a `TokenDiagnosis`. Raises ValueError or TypeError where texts or ids cannot be read.
 
-    >>> diagnosis = diagnose_tokens(["A photo", "a cat"], [[49406, 32, 1125, 49407], [49406, 320, 2368, 49407]])
-    >>> diagnosis.verdict
-    'unknown'
-    >>> diagnosis = diagnose_tokens("a cat", [49406, 64, 3237, 49407])
+    >>> port = [[49406, 64, 1153, 49407], [49406, 64, 2368, 49407]]
+    >>> diagnosis = diagnose_tokens(["a photo", "a cat"], port)
     >>> diagnosis.verdict, diagnosis.findings[0].faults[0].id
     ('known', 'K1')
     """
@@ -125,7 +119,8 @@ class Search:
         found = self.explanations()
         if found:
             return self.known(found)
-        return self.unknown()
+        chain, left = self.chain()
+        return self.unknown(chain, left) if left else self.known([(chain, self.likeliest)])
 
     # Trying faults.
 
@@ -143,10 +138,18 @@ class Search:
         port = TokenizerPort((*frame.faults, *faults), self.memory)
         return all(self.same(port, i) for i in self.sample)
 
+    def shows(self, fault, frame):
+        """Return whether a fault changes any row that is searched on."""
+        with_it = TokenizerPort((*frame.faults, fault), self.memory)
+        without = TokenizerPort(frame.faults, self.memory)
+        return any(
+            with_it.row(text) != without.row(text) for text in map(self.texts.__getitem__, self.sample)
+        )
+
     def choose(self):
         """Choose the texts to search on: short ones that differ first, since they rule out most faults."""
-        frame = min(self.frames, key=lambda frame: len(self.differing((), frame, self.given[:SEARCHED])))
-        wrong = set(self.differing((), frame, self.given))
+        self.likeliest = min(self.frames, key=lambda frame: len(self.differing((), frame, self.given)))
+        wrong = set(self.differing((), self.likeliest, self.given))
 
         def cost(i):
             return len(self.texts[i]) > LONGEST, len(self.texts[i])
@@ -164,12 +167,14 @@ class Search:
             if found:
                 fewest = min(len(faults) + len(frame.faults) for faults, frame in found)
                 return [(f, frame) for f, frame in found if len(f) + len(frame.faults) == fewest]
-        chain, frame, left = self.chain()
-        return [(chain, frame)] if not left else []
+        return []
 
     def combinations(self, frame, n) -> Iterator[tuple[TokenFault, ...]]:
         """Yield the sets of n faults that fit a frame and explain the rows that are searched on."""
-        for faults in itertools.combinations(self.candidates(frame), n):
+        candidates = self.candidates(frame)
+        if n == TOGETHER:  # of so many, each must show by itself
+            candidates = [fault for fault in candidates if self.shows(fault, frame)]
+        for faults in itertools.combinations(candidates, n):
             if not overlapping(faults) and self.fits(faults, frame):
                 yield faults
 
@@ -184,23 +189,21 @@ class Search:
         ]
 
     def chain(self):
-        """Add faults one by one, each the one that explains most rows.
+        """Add faults one by one, each the one that explains most rows, in the likeliest frame.
 
-        Returns the faults, their frame, and the texts that they leave unexplained.
+        Returns the faults, and the texts that they leave unexplained.
         """
-        best = min(self.frames, key=lambda frame: len(self.differing((), frame, self.given)))
-        chain, left = (), self.differing((), best, self.sample)
+        frame, chain = self.likeliest, ()
+        left = len(self.differing(chain, frame, self.sample))
         while left and len(chain) < CHAIN:
-            longer = [
-                (*chain, fault)
-                for fault in self.candidates(best)
-                if fault not in chain and not overlapping((*chain, fault))
-            ]
-            found = min(longer, key=lambda faults: len(self.differing(faults, best, self.sample)))
-            if len(self.differing(found, best, self.sample)) >= len(left):
+            longer = [(*chain, fault) for fault in self.candidates(frame) if fault not in chain]
+            longer = [faults for faults in longer if not overlapping(faults)]
+            counts = [len(self.differing(faults, frame, self.sample)) for faults in longer]
+            if min(counts, default=left) >= left:
                 break
-            chain, left = found, self.differing(found, best, self.sample)
-        return chain, best, self.differing(chain, best, self.given)
+            left = min(counts)
+            chain = longer[counts.index(left)]
+        return chain, self.differing(chain, frame, self.given)
 
     # Wording.
 
@@ -246,16 +249,14 @@ class Search:
                 return f"the text {shorten(text)} would tell it from {ids}"
         return f"no text of the probe tells it from {ids}"
 
-    def unknown(self):
-        """Return the verdict where nothing explains every row: what comes nearest, and what is left."""
-        chain, frame, left = self.chain()
-        faults = (*frame.faults, *chain)
+    def unknown(self, chain, left):
+        """Return the verdict where faults leave rows unexplained: what comes nearest, and what is left."""
+        faults = (*self.likeliest.faults, *chain)
         notes = [f"First difference: {self.first()}.", *self.remarks()]
         if faults and len(left) < len(self.wrong):
+            explained = f"{len(self.wrong) - len(left)} of the {len(self.wrong)} texts that differ"
             ids = "; ".join(f"{fault.id}, {fault.summary}" for fault in faults)
-            notes.append(
-                f"{len(self.wrong) - len(left)} of the {len(self.wrong)} texts that differ are explained by: {ids}."
-            )
+            notes.append(f"Known mistakes explain {explained}: {ids}.")
         else:
             faults, left = self.frame.faults, self.wrong
         smallest = self.divergence(left, faults)
@@ -274,7 +275,7 @@ class Search:
             a, b = differing_parts(expected, port.unpadded(self.rows[i]))
             part = tokenizer.decode([[id for id in a if 0 <= id < START_ID]])[0]
             found.append(Divergence(i, self.texts[i], part, tuple(map(piece, a)), tuple(map(piece, b))))
-        return min(found, key=lambda d: (len(d.part), len(d.found)), default=None)
+        return min(found, key=lambda d: (not d.part, len(d.part), len(d.found)), default=None)
 
 
 def differing_parts(a, b):

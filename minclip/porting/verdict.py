@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import html
-from typing import Any
+from typing import Any, ClassVar
 
 from minclip.porting.faults import Fault
 
 HEADLINES = {
-    "agrees": "agrees: the port gives the reference's features",
-    "known": "known: this explains the port's features",
-    "unknown": "unknown: no known bug explains the port's features",
+    "agrees": "agrees: the port gives the reference's {subject}",
+    "known": "known: this explains the port's {subject}",
+    "unknown": "unknown: no known bug explains the port's {subject}",
 }
 
 
@@ -59,8 +59,15 @@ class Diagnosis:
     notes: list[str]
     error: float
 
+    subject: ClassVar[str] = "features"
+
+    @property
+    def headline(self) -> str:
+        """The verdict as a line."""
+        return HEADLINES[self.verdict].format(subject=self.subject)
+
     def __repr__(self) -> str:
-        lines = [HEADLINES[self.verdict], *map(str, self.findings[:1])]
+        lines = [self.headline, *map(str, self.findings[:1])]
         if len(self.findings) > 1:
             lines.append("or, as these texts cannot tell:")
         lines += map(one_line, self.findings[1:])
@@ -68,7 +75,7 @@ class Diagnosis:
 
     def _repr_html_(self) -> str:
         """Return the same for Jupyter."""
-        head = f"<div><b>{html.escape(HEADLINES[self.verdict])}</b></div>"
+        head = f"<div><b>{html.escape(self.headline)}</b></div>"
         found = "".join(f"<div style='white-space: pre-wrap'>{escape(f)}</div>" for f in self.findings[:1])
         tied = "".join(f"<li>{html.escape(one_line(finding))}</li>" for finding in self.findings[1:])
         tied = tied and f"<div>or, as these texts cannot tell:</div><ul>{tied}</ul>"

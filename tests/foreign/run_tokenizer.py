@@ -2,7 +2,7 @@
 
     python run_tokenizer.py NAME FOLDER < texts.json > ids.json
 
-NAME is a function below. FOLDER holds OpenAI's vocabulary files, which `tokenizer_ports.write_vocabulary` writes.
+NAME is a function below. FOLDER holds OpenAI's vocabulary, as `tokenizer_ports.write_vocabulary` writes it.
 A text that the tokenizer refuses has null for ids.
 """
 
