@@ -16,7 +16,7 @@ from minclip.explorer import show
 from minclip.losses import contrastive_loss, normalize_backward
 from minclip.model import encode_text, hidden_states
 from minclip.params import Params
-from minclip.porting import compare, diagnose, probe_texts, probe_tokens, trace_torch
+from minclip.porting import compare, diagnose, diagnose_tokens, probe_texts, probe_tokens, trace_torch
 from minclip.tokenizer import decode, tokenize
 from minclip.tracing import trace
 from minclip.verification import verify
@@ -33,6 +33,7 @@ __all__ = [
     "corpus",
     "decode",
     "diagnose",
+    "diagnose_tokens",
     "encode_text",
     "fast",
     "from_state_dict",

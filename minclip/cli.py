@@ -15,7 +15,7 @@ from minclip.checkpoint.tensor_files import only_when_whole
 from minclip.corpus import cluster
 from minclip.corpus.lines import read_texts
 from minclip.params import ACTIVATIONS, architecture
-from minclip.porting import comparison, diagnosis, probe
+from minclip.porting import comparison, diagnosis, probe, token_probe, tokens
 
 SHOWN = 12  # texts whose similarities fit an 80-column terminal side by side
 NEAREST = 3
@@ -76,6 +76,9 @@ def parser():
     write = commands.add_parser("probe", help="write what to run a port on", description=run_probe.__doc__)
     write.set_defaults(run=run_probe)
     write.add_argument("-o", dest="output", metavar="probe.npz", required=True, help="the file to write")
+    write.add_argument(
+        "--texts", action="store_true", help="write texts alone, as JSON, to run a tokenizer on"
+    )
     add_model(write)
 
     diagnose = commands.add_parser(
@@ -100,6 +103,7 @@ def parser():
         "--model", metavar="NAME|PATH", help="the probe's model, to tell new error from inherited"
     )
     add_architecture(compare)
+    add_token_commands(commands)
     add_show(commands)
     add_verify(commands)
     return top
@@ -115,6 +119,21 @@ def add_states(encode):
     states.add_argument(
         "--pad", type=int, default=0, metavar="ID", help="pad texts with this id: 49407 for SD 1, 0 for SD 2"
     )
+
+
+def add_token_commands(commands):
+    tokenize = commands.add_parser(
+        "tokenize", help="show the ids and pieces of texts", description=run_tokenize.__doc__
+    )
+    tokenize.set_defaults(run=run_tokenize)
+    tokenize.add_argument("texts", nargs="+", metavar="TEXT")
+
+    diagnose = commands.add_parser(
+        "diagnose-tokens", help="name the bug that a tokenizer has", description=run_diagnose_tokens.__doc__
+    )
+    diagnose.set_defaults(run=run_diagnose_tokens)
+    diagnose.add_argument("ids", metavar="ids.json", help="the tokenizer's ids")
+    diagnose.add_argument("--json", action="store_true", help="print the diagnosis as JSON")
 
 
 def add_show(commands):
@@ -228,10 +247,37 @@ def run_verify(args):
 
 def run_probe(args):
     """Write probe tokens and every stage of the reference on them, for a port in any language to match."""
+    if args.texts:
+        token_probe.write_texts(args.output)
+        print(f"{args.output}: {len(token_probe.TEXTS)} texts; give a tokenizer's ids to diagnose-tokens")
+        return 0
     traced = probe.write_probe(args.output, load_model(args))
     size = os.path.getsize(args.output) / 1e6
     print(f"{args.output}: tokens {list(traced.tokens.shape)} and {len(traced)} stages, {size:.1f} MB")
     return 0
+
+
+def run_tokenize(args):
+    """Show the ids of each TEXT and the pieces that they stand for, start and end included."""
+    pieces = tokenizer.spellings()
+    start, end = (tokenizer.vocabulary()[word] for word in (tokenizer.START, tokenizer.END))
+    for text in args.texts:
+        ids = [start, *tokenizer.encode(text), end]
+        print(f"{text!r}: {len(ids)} tokens")
+        print("  ids    ", *ids)
+        print("  pieces ", *(pieces[id] for id in ids))
+    return 0
+
+
+def run_diagnose_tokens(args):
+    """Name the known mistakes that explain a tokenizer's ids. Exit status 1 unless they are OpenAI's.
+
+    The file is JSON: a list with the ids of each text that `minclip probe --texts` wrote, null where the
+    tokenizer refused the text; or an object with the lists "texts" and "ids". Rows may be padded or not.
+    """
+    diagnosed = tokens.diagnose_tokens(*token_probe.read_ids(args.ids))
+    print(json.dumps(diagnosed.to_dict(), indent=2) if args.json else diagnosed)
+    return int(diagnosed.verdict != "agrees")
 
 
 def run_compare(args):

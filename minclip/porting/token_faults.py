@@ -5,7 +5,7 @@
     TokenFault("K3", "no lower-casing", ..., {"fold": same})
 
 A fault's source names a project and a thread (`#n` is an issue or pull request there) or a file.
-"no thread found" marks mistakes that are easily made but for which no report is known.
+"no report found" marks mistakes that are easily made, but that we have not seen in a thread or a file.
 Ids are those of the port-bug catalogue: K tokenizer, D padding and special ids, P position of the end.
 """
 
@@ -287,7 +287,7 @@ CATALOGUE = (
     TokenFault(
         "K8-encoding",
         "ftfy.fix_encoding in place of ftfy.fix_text: curly quotes, ligatures and wide letters stay",
-        "no thread found",
+        "no report found",
         "call ftfy.fix_text, which also straightens quotes and widths",
         {"repair": ftfy.fix_encoding},
     ),
@@ -301,7 +301,7 @@ CATALOGUE = (
     TokenFault(
         "K9-once",
         "html.unescape is called once",
-        "no thread found; OpenAI's basic_clean calls it twice",
+        "no report found; OpenAI's basic_clean calls it twice",
         "call html.unescape twice: &amp;amp; becomes &",
         {"unescape": html.unescape},
     ),
@@ -322,7 +322,7 @@ CATALOGUE = (
     TokenFault(
         "K11-casefold",
         "case folding in place of lower-casing",
-        "no thread found",
+        "no report found",
         "lower-case: case folding turns ß into ss",
         {"fold": str.casefold},
     ),
@@ -350,14 +350,14 @@ CATALOGUE = (
     TokenFault(
         "K11-NFKC",
         "NFKC normalization: ½ becomes 1⁄2, ² becomes 2",
-        "the habit of SentencePiece models; no thread found",
+        "the habit of SentencePiece models; no report found",
         "do not normalize beyond ftfy, which composes (NFC)",
         {"normalize": functools.partial(unicodedata.normalize, "NFKC")},
     ),
     TokenFault(
         "K11-NFD",
         "NFD normalization: é becomes e and a combining accent",
-        "macOS file names and Swift's decomposed strings; no thread found",
+        "macOS file names and Swift's decomposed strings; no report found",
         "compose the text: ftfy.fix_text ends with NFC",
         {"normalize": functools.partial(unicodedata.normalize, "NFD")},
     ),
@@ -468,14 +468,14 @@ CATALOGUE = (
     TokenFault(
         "K6-digits",
         "\\d in place of \\p{N}: numbers such as ² ½ Ⅷ are split like punctuation",
-        "no thread found",
+        "no report found",
         "match \\p{N}, of which \\d is only a part",
         {"digits": r"\d", "others": r"[^\s\p{L}\d]+"},
     ),
     TokenFault(
         "K6-marks",
         "combining marks are taken for letters",
-        "the pattern of newer tokenizers ([\\p{L}\\p{M}]+); no thread found",
+        "the pattern of newer tokenizers ([\\p{L}\\p{M}]+); no report found",
         "use \\p{L}+: marks belong to the other characters",
         {"letters": r"[\p{L}\p{M}]+", "others": r"[^\s\p{L}\p{M}\p{N}]+"},
     ),
@@ -506,7 +506,7 @@ CATALOGUE = (
     TokenFault(
         "K10-pipe",
         "| is not escaped in the pattern of the special tokens",
-        "no thread found",
+        "no report found",
         "escape the special tokens: <\\|endoftext\\|>",
         {"special_pattern": "<|startoftext|>|<|endoftext|>"},
     ),
@@ -532,7 +532,7 @@ CATALOGUE = (
     TokenFault(
         "K10-merged",
         "special tokens are matched as words, but spelled and merged like any other",
-        "no thread found",
+        "no report found",
         "give <|startoftext|> and <|endoftext|> their ids before merging",
         {"special": {}.get},
     ),
@@ -572,7 +572,7 @@ CATALOGUE = (
     TokenFault(
         "K7-utf16",
         "each UTF-16 code unit is encoded by itself, so that emoji become six bytes",
-        "JavaScript, Java and C# strings; no thread found",
+        "JavaScript, Java and C# strings; no report found",
         "encode code points, not code units, as UTF-8",
         {"spell": spell_utf16},
     ),
@@ -605,14 +605,14 @@ CATALOGUE = (
     TokenFault(
         "K1-text",
         "</w> is appended as four characters",
-        "no thread found",
+        "no report found",
         "append </w> to the last symbol, as one string with it",
         {"end_word": mark_end_in_text},
     ),
     TokenFault(
         "K1-single",
         "words of one byte get no </w>",
-        "no thread found; OpenAI's bpe() returns early for them",
+        "no report found; OpenAI's bpe() returns early for them",
         "append </w> before the early return",
         {"end_word": end_word_of_several},
     ),
@@ -620,7 +620,7 @@ CATALOGUE = (
     TokenFault(
         "K2",
         "the longest known piece is taken from the left, in place of merging",
-        "no thread found; WordPiece's rule",
+        "no report found; WordPiece's rule",
         "merge neighbors in the order of the list of merges",
         {"merge": longest_pieces},
     ),
@@ -634,7 +634,7 @@ CATALOGUE = (
     TokenFault(
         "K2-left",
         "the leftmost pair is merged first, whatever its rank",
-        "no thread found",
+        "no report found",
         "merge the pair of the lowest rank first",
         {"merge": merge_leftmost},
     ),
@@ -692,7 +692,7 @@ CATALOGUE = (
     TokenFault(
         "K20",
         "merges that begin with # are skipped as comments",
-        "no thread found; merges.txt has one header line and no comments",
+        "no report found; merges.txt has one header line and no comments",
         "skip the first line alone",
         {"merge": merge_without_comments},
     ),
@@ -714,7 +714,7 @@ CATALOGUE = (
     TokenFault(
         "D5-bytes",
         "single bytes are numbered by their value, not by GPT-2's table",
-        "no thread found",
+        "no report found",
         "begin the vocabulary with the printable bytes, as bytes_to_unicode orders them",
         {"number": number_bytes_in_order},
     ),
@@ -728,7 +728,7 @@ CATALOGUE = (
     TokenFault(
         "P8",
         "ids went through int16: those from 32768 on became negative",
-        "no thread found; instant-clip-tokenizer gives uint16",
+        "no report found; instant-clip-tokenizer gives uint16",
         "keep ids in int32 or int64, or at least uint16",
         {"shift": to_int16},
     ),
@@ -742,7 +742,7 @@ CATALOGUE = (
     TokenFault(
         "D8",
         "start and end are swapped",
-        "no thread found",
+        "no report found",
         "start with 49406 and end with 49407",
         {"start": (END_ID,), "end": (START_ID,)},
     ),
@@ -754,7 +754,7 @@ CATALOGUE = (
         "put 49406 before the ids and 49407 after them",
         {"start": (), "end": ()},
     ),
-    TokenFault("D6-no-start", "no start", "no thread found", "put 49406 before the ids", {"start": ()}),
+    TokenFault("D6-no-start", "no start", "no report found", "put 49406 before the ids", {"start": ()}),
     TokenFault(
         "D6-no-end",
         "no end",
@@ -786,7 +786,7 @@ CATALOGUE = (
     TokenFault(
         "D7",
         "padded on the left",
-        'no thread found; padding_side="left" of decoder-only models',
+        'no report found; padding_side="left" of decoder-only models',
         "pad on the right: positions count from the start of the text",
         {"side": "left"},
     ),
@@ -807,7 +807,7 @@ CATALOGUE = (
     TokenFault(
         "P11-head",
         "truncation keeps the tail of a text",
-        'no thread found; truncation_side="left"',
+        'no report found; truncation_side="left"',
         "keep the first 75 ids",
         {"cut": cut_head},
     ),

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 from minclip import tokenizer
-from minclip.porting.probe_texts import probe_texts
 from minclip.porting.token_faults import CATALOGUE, TokenFault
 from minclip.porting.token_port import START_ID, Memory, TokenizerPort
+from minclip.porting.token_probe import probe_texts
 from minclip.porting.token_rows import overlapping, read_frames, read_rows, row_limit
 from minclip.porting.verdict import Diagnosis, Finding
 
@@ -24,6 +24,7 @@ CHAIN = 8  # faults that are added one by one where no combination fits
 SEARCHED = 90  # texts that are searched on; the findings are checked on all
 LONGEST = 600  # characters of a text that is searched on
 SHOWN = 5  # findings that fit equally well
+PIECES_SHOWN = 12
 PLACE = {fault.id: i for i, fault in enumerate(CATALOGUE)}
 
 
@@ -209,7 +210,9 @@ class Search:
 
     def result(self, verdict, findings, notes, smallest=None):
         error = len(self.wrong) / len(self.given)
-        return TokenDiagnosis(verdict, findings, notes, error, self.divergence(self.wrong[:1]), smallest)
+        first = self.first() if self.wrong else None
+        notes = [f"First difference: {first}.", *notes] if first else notes
+        return TokenDiagnosis(verdict, findings, notes, error, first, smallest)
 
     def remarks(self):
         """Return what must be said of the rows, whatever the verdict, as a list."""
@@ -224,8 +227,7 @@ class Search:
 
     def known(self, found):
         """Return the verdict with sets of faults that explain every row."""
-        found.sort(key=lambda pair: [PLACE.get(fault.id, 0) for fault in (*pair[1].faults, *pair[0])])
-        sets = list(dict.fromkeys((*frame.faults, *faults) for faults, frame in found))
+        sets = sorted({(*frame.faults, *faults) for faults, frame in found}, key=simplicity)
         mistakes = "this mistake" if len(sets[0]) == 1 else "these mistakes"
         evidence = (
             f"{len(self.wrong)} of {len(self.given)} texts have other ids than the reference; "
@@ -238,7 +240,7 @@ class Search:
             notes.append(f"{len(sets) - SHOWN} more sets of mistakes explain these texts.")
         if len(sets) > 1:
             notes.append("Run the port on the texts of minclip.probe_texts() to tell them apart.")
-        return self.result("known", findings, [f"First difference: {self.first()}.", *notes])
+        return self.result("known", findings, notes)
 
     def telling_apart(self, first, other):
         """Return a sentence: a text of the probe that tells two sets of faults apart."""
@@ -252,7 +254,7 @@ class Search:
     def unknown(self, chain, left):
         """Return the verdict where faults leave rows unexplained: what comes nearest, and what is left."""
         faults = (*self.likeliest.faults, *chain)
-        notes = [f"First difference: {self.first()}.", *self.remarks()]
+        notes = self.remarks()
         if faults and len(left) < len(self.wrong):
             explained = f"{len(self.wrong) - len(left)} of the {len(self.wrong)} texts that differ"
             ids = "; ".join(f"{fault.id}, {fault.summary}" for fault in faults)
@@ -264,7 +266,9 @@ class Search:
         return self.result("unknown", [], notes, smallest)
 
     def first(self):
-        return self.divergence(self.wrong[:1])
+        """Return the first `Divergence` of a text's own ids, or else of a row."""
+        own = self.differing((), self.likeliest, self.given)
+        return self.divergence(own[:1], self.likeliest.faults) or self.divergence(self.wrong[:1])
 
     def divergence(self, indices, faults=None):
         """Return the smallest `Divergence` of texts from the reference with faults, or None for no text."""
@@ -276,6 +280,11 @@ class Search:
             part = tokenizer.decode([[id for id in a if 0 <= id < START_ID]])[0]
             found.append(Divergence(i, self.texts[i], part, tuple(map(piece, a)), tuple(map(piece, b))))
         return min(found, key=lambda d: (not d.part, len(d.part), len(d.found)), default=None)
+
+
+def simplicity(faults):
+    """Return a key that puts faults first which change few steps, then those early in the catalogue."""
+    return sum(len(fault.change) for fault in faults), [PLACE.get(fault.id, 0) for fault in faults]
 
 
 def differing_parts(a, b):
@@ -298,6 +307,12 @@ def piece(id):
     """Return the spelling of an id, or its number where the vocabulary does not hold it."""
     pieces = tokenizer.spellings()
     return pieces[id] if 0 <= id < len(pieces) else f"[{id}]"
+
+
+def show_pieces(pieces):
+    """Return pieces with bars between them, in quotes, the first of them where there are many."""
+    more = f" and {len(pieces) - PIECES_SHOWN} more" if len(pieces) > PIECES_SHOWN else ""
+    return f"{'|'.join(pieces[:PIECES_SHOWN])!r}{more}" if pieces else "nothing"
 
 
 def shorten(text):

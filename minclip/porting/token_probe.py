@@ -1,5 +1,11 @@
 """The probe's texts: short strings on which every known tokenizer mistake shows."""
 
+import json
+from pathlib import Path
+from typing import Any
+
+from minclip.checkpoint.tensor_files import only_when_whole
+
 TEXTS = (
     "",
     "a",
@@ -71,3 +77,31 @@ def probe_texts() -> list[str]:
     True
     """
     return list(TEXTS)
+
+
+def write_texts(path: str | Path) -> None:
+    """Write the probe's texts to a JSON file: an object with the list "texts".
+
+    The file appears at path only once it is complete.
+    """
+    with only_when_whole(path) as partial:
+        Path(partial).write_text(json.dumps({"texts": probe_texts()}, indent=0) + "\n", encoding="ascii")
+
+
+def read_ids(path: str | Path) -> tuple[list[str], list[Any]]:
+    """Return the texts and a port's ids from a JSON file.
+
+    The file holds an object with the lists "texts" and "ids", or "ids" alone for the probe's texts, or the
+    list of ids itself. Raises OSError or ValueError where it cannot be read.
+    """
+    try:
+        read = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a JSON file: {str(error)[:80]}") from None
+    read = {"ids": read} if isinstance(read, list) else read
+    if not isinstance(read, dict) or not isinstance(read.get("ids"), list):
+        raise ValueError(f'{path} has no "ids": give a list with the ids of each text, or {{"texts", "ids"}}')
+    texts = read.get("texts", probe_texts())
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f'"texts" of {path} must be a list of strings')
+    return texts, read["ids"]
