@@ -68,16 +68,21 @@ def load(
     dtype: str | type[Float] | np.dtype[Float] | None = None,
     activation: str | None = None,
     heads: int | None = None,
+    text_only: bool | None = None,
 ) -> Params:
     """Return the `Params` of a model, ready for `encode_text`.
 
     source       "builtin", one of `available_models()`, which is downloaded once, or a path: OpenAI's .pt,
                  a file of torch.save, .safetensors, .npz, GGUF, or a folder of Hugging Face or OpenCLIP.
-                 FILE#PREFIX says which of several text towers in one file
+                 FILE#PREFIX says which of several text towers in one file. "hf:OWNER/NAME" downloads the text
+                 tower of a model of the Hugging Face hub
     device       "cpu" for NumPy arrays, "cuda" for CuPy arrays
     dtype        "float16", "float32" or "float64"; the default is float32 on the CPU and float16 on the GPU
     activation   "quick_gelu" or "gelu", for a file that does not say and has no config beside it
     heads        the number of attention heads, where neither the config nor width // 64 is right
+    text_only    whether to download the text tower of one of `available_models()` alone, half the bytes or
+                 less, without a sha256 of the complete file. None means the environment variable
+                 MINCLIP_TEXT_ONLY
 
     Nothing in a file is ever run. Where the file has the wanted dtype, arrays may be mapped from it.
 
@@ -95,7 +100,7 @@ def load(
         raise ValueError(f"dtype must be float16, float32 or float64, not {wanted}")
     if device == "cuda":
         working_cupy()  # an error comes before a download
-    path = fetched(source)
+    path = fetched(source, text_only)
     chosen = {
         name: value for name, value in (("activation", activation), ("heads", heads)) if value is not None
     }

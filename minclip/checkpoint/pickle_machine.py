@@ -312,7 +312,7 @@ def tensor(storage: Storage, offset: int, shape: Any, strides: Any, *, dtype: st
         flat = numbers(storage.data, dtype, start, reach + 1)
         return np.lib.stride_tricks.as_strided(flat, shape, [stride * flat.itemsize for stride in strides])
 
-    return Stored(shape, dtype, read, int(np.prod(shape, dtype=object)) * itemsize)
+    return Stored(shape, dtype, read, int(np.prod(shape, dtype=object)) * itemsize, storage=storage)
 
 
 def only(kind: type, value: Any) -> Any:

@@ -18,6 +18,7 @@ from minclip.checkpoint import dialects, formats
 from minclip.checkpoint.configs import activation_in, config_beside
 from minclip.checkpoint.download import available_models, download
 from minclip.checkpoint.gguf_file import read_gguf
+from minclip.checkpoint.ranges import download_from_hub, download_text_tower, text_file
 from minclip.checkpoint.recompose import recomposed, without_wrappers
 from minclip.checkpoint.tensor_files import read_safetensors
 from minclip.checkpoint.torch_archive import TorchFile, read_archive, read_legacy
@@ -49,9 +50,21 @@ class OpenTower(NamedTuple):
     foreign: list[str]
 
 
-def fetched(source: Source) -> Source:
-    """Return source, or the path of the model that it names, downloaded."""
-    return download(str(source)) if source in available_models() else source
+def fetched(source: Source, text_only: bool | None = None) -> Source:
+    """Return source, or the path of the model that it names, downloaded.
+
+    text_only   whether to download the text tower alone. None means $MINCLIP_TEXT_ONLY; without it, a text
+                tower that is there already is used, and else the complete file is downloaded
+    """
+    if str(source).startswith("hf:"):
+        return download_from_hub(str(source))
+    if source not in available_models():
+        return source
+    name = str(source)
+    if text_only is None:
+        text_only = os.environ.get("MINCLIP_TEXT_ONLY", "0") not in ("", "0")
+        text_only |= text_file(name).is_file()
+    return download_text_tower(name) if text_only else download(name)
 
 
 def open_tower(source: Source, chosen: dict[str, Any]) -> OpenTower:

@@ -37,6 +37,7 @@ class Stored:
     dtype    a name, such as "float16", "float8_e4m3fn" or GGUF's "Q8_0"
     nbytes   the size of the numbers in the file
     floats   whether the numbers are floats once they are read
+    storage  the storage that a tensor of PyTorch is a view of
     """
 
     def __init__(
@@ -47,9 +48,11 @@ class Stored:
         nbytes: int,
         *,
         floats: bool | None = None,
+        storage: Any = None,
     ):
         self.shape, self.dtype, self.read, self.nbytes = tuple(shape), dtype, read, nbytes
         self.floats = dtype in FLOATS if floats is None else floats
+        self.storage = storage
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
         return self.read()
