@@ -39,6 +39,7 @@ UNTYPED = {f"torch{module}.UntypedStorage" for module in ("", ".storage", ".cuda
 STORAGES |= dict.fromkeys(UNTYPED, ("uint8", 1))
 ITEMSIZES = {f"torch.{name}": size for name, size in DTYPES.values()}
 ITEMSIZES |= {"torch.float8_e4m3fn": 1, "torch.float8_e5m2": 1}
+ITEMSIZES |= {"torch.uint16": 2, "torch.uint32": 4, "torch.uint64": 8}
 
 DICTS = {"collections.OrderedDict", "collections.defaultdict", "collections.Counter"}
 TENSORS = {f"torch._utils._rebuild_tensor{version}" for version in ("", "_v2", "_v3")}
@@ -248,7 +249,8 @@ class PickleMachine:
             return self.reduced(only(Inert, arguments[0]).name, only(tuple, arguments[2]))
         if name in TENSORS:
             dtype = only(Inert, arguments[6]).name if name.endswith("_v3") else None
-            return tensor(*arguments[:4], dtype=dtype)
+            known = dtype is None or dtype in ITEMSIZES
+            return tensor(*arguments[:4], dtype=dtype) if known else Inert(name)
         return arguments[0] if name in WRAPPERS and arguments else Inert(name)
 
     def NEWOBJ(self, _):
@@ -289,10 +291,12 @@ def tensor(storage: Storage, offset: int, shape: Any, strides: Any, *, dtype: st
     dtype   torch's name of it, where the storage is one of untyped bytes
     """
     only(Storage, storage)
-    itemsize = storage.itemsize if dtype is None else ITEMSIZES.get(dtype, 1)
+    itemsize = storage.itemsize if dtype is None else ITEMSIZES[dtype]
     dtype = storage.dtype if dtype is None else dtype.removeprefix("torch.")
-    if len(only(tuple, shape)) > MOST_AXES or len(only(tuple, strides)) > MOST_AXES:
+    if len(only(tuple, shape)) > MOST_AXES:
         raise ValueError("a tensor with more axes than NumPy has")
+    if len(only(tuple, strides)) != len(shape):
+        raise ValueError(f"a tensor with {len(shape)} sizes and {len(strides)} strides")
     for number in (offset, *shape, *strides):
         if only(int, number) < 0:
             raise ValueError("a tensor with a negative size, stride or offset")
@@ -318,8 +322,13 @@ def tensor(storage: Storage, offset: int, shape: Any, strides: Any, *, dtype: st
 def only(kind: type, value: Any) -> Any:
     """Return value, if it is exactly of that kind."""
     if type(value) is not kind:
-        raise ValueError(f"the pickle has a {type(value).__name__} where a {kind.__name__} belongs")
+        found, wanted = (KINDS.get(of, of.__name__) for of in (type(value), kind))
+        raise ValueError(f"the pickle has {found} where {wanted} belongs")
     return value
+
+
+KINDS = {Inert: "a global", Storage: "a storage", Stored: "a tensor", type(None): "None", int: "an int"}
+KINDS |= {kind: f"a {kind.__name__}" for kind in (str, bytes, bool, float, tuple, list, dict)}
 
 
 PUSHES = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"}

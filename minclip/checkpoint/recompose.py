@@ -83,7 +83,7 @@ def computed(weight: Any, other: Any, function: Callable[[Any, Any], Any]) -> St
 
 def scaled_direction(direction: np.ndarray, magnitude: np.ndarray) -> np.ndarray:
     """Return magnitude * direction / |direction|, the norm taken over the axes where magnitude has size 1."""
-    sizes = magnitude.shape
+    sizes = magnitude.shape or (1,) * direction.ndim
     if len(sizes) != direction.ndim or any(
         m not in (1, d) for m, d in zip(sizes, direction.shape, strict=True)
     ):

@@ -279,7 +279,9 @@ def read_zip(path: Path, size: int) -> Contents:
 def torch_contents(file: TorchFile, size: int) -> Contents:
     if not file.tensors and file.foreign:
         few = ", ".join(dialects.shown(name) for name in file.foreign[:3])
-        raise ValueError(f"data.pkl holds no tensors. It would call {few} in another reader; nothing was run")
+        raise ValueError(
+            f"its pickle holds no tensors. It would call {few} in another reader; nothing was run"
+        )
     return Contents(file.tensors, openai_activation(file.classes), size, file.foreign)
 
 

@@ -49,7 +49,7 @@ def read_archive(archive: ZipArchive) -> TorchFile:
         raise ValueError("written on a big-endian machine: save it again on a little-endian one")
     archive.locate(pickles[0])
     machine = PickleMachine()
-    with refusing():
+    with refusing("its pickle, data.pkl,"):
         tree = machine.run(io.BytesIO(archive.read(pickles[0])))
         for storage in machine.storages.values():
             name = f"{folder}data/{storage.key}"
@@ -67,7 +67,7 @@ def read_legacy(path: str | os.PathLike[str]) -> TorchFile:
     """
     data = map_file(path)
     machine = PickleMachine()
-    with refusing():
+    with refusing("its pickle"):
         if machine.run(data) != MAGIC:
             raise ValueError("torch did not write it, and nothing is run: save its arrays with numpy.savez")
         _, system, tree, keys = (machine.run(data) for _ in range(4))
@@ -97,12 +97,12 @@ def place_storages(machine: PickleMachine, data: mmap.mmap, keys: list[Any]) -> 
 
 
 @contextlib.contextmanager
-def refusing() -> Iterator[None]:
-    """Say of a ValueError that it came from the pickle."""
+def refusing(pickle: str) -> Iterator[None]:
+    """Say of a ValueError that it came from a pickle."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"its pickle, data.pkl, is refused: {error}") from None
+        raise ValueError(f"{pickle} is refused: {error}") from None
 
 
 def check_size(storage: Storage, size: int) -> None:
