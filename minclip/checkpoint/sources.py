@@ -153,8 +153,8 @@ def by_hand(name: str) -> str:
     if cached.is_dir():
         return f" The Hugging Face hub's files are on this machine: give {cached}."
     return (
-        f" To use the Hugging Face hub's files, put config.json and model.safetensors from "
-        f"huggingface.co/{name} into a folder, and give the folder's path."
+        f" hf:{name} downloads it from the Hugging Face hub. By hand, put config.json and model.safetensors "
+        f"from huggingface.co/{name} into a folder, and give the folder's path."
     )
 
 
