@@ -16,7 +16,15 @@ from minclip.explorer import show
 from minclip.losses import contrastive_loss, normalize_backward
 from minclip.model import encode_text, hidden_states
 from minclip.params import Params
-from minclip.porting import compare, diagnose, diagnose_tokens, probe_texts, probe_tokens, trace_torch
+from minclip.porting import (
+    check_weights,
+    compare,
+    diagnose,
+    diagnose_tokens,
+    probe_texts,
+    probe_tokens,
+    trace_torch,
+)
 from minclip.tokenizer import decode, tokenize
 from minclip.tracing import trace
 from minclip.verification import verify
@@ -28,6 +36,7 @@ __all__ = [
     "attribute",
     "available_models",
     "backward",
+    "check_weights",
     "compare",
     "contrastive_loss",
     "corpus",

@@ -15,7 +15,7 @@ from minclip.checkpoint.tensor_files import only_when_whole
 from minclip.corpus import cluster
 from minclip.corpus.lines import read_texts
 from minclip.params import ACTIVATIONS, architecture
-from minclip.porting import comparison, diagnosis, probe, token_probe, tokens
+from minclip.porting import comparison, diagnosis, probe, token_probe, tokens, weight_files, weights
 
 SHOWN = 12  # texts whose similarities fit an 80-column terminal side by side
 NEAREST = 3
@@ -87,6 +87,14 @@ def parser():
     diagnose.set_defaults(run=run_diagnose)
     diagnose.add_argument("port", metavar="port.npz", help="the port's tokens and text_features")
     add_model(diagnose)
+
+    check = commands.add_parser(
+        "check-weights", help="tell which tensor is which", description=run_check_weights.__doc__
+    )
+    check.set_defaults(run=run_check_weights)
+    check.add_argument("port", metavar="PORT", help="the port's weights: a file or folder of any framework")
+    check.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_model(check)
 
     compare = commands.add_parser(
         "compare", help="find where a port diverges", description=run_compare.__doc__
@@ -289,6 +297,17 @@ def run_compare(args):
     if args.html:
         explorer.compare_page(compared).save(args.html)
     return int(compared.first is not None)
+
+
+def run_check_weights(args):
+    """Tell which of the model's tensors each of a port's arrays holds. Exit status 1 unless all are right.
+
+    PORT is anything that --model takes, an ONNX graph, a Keras or other HDF5 file, or a Flax msgpack file.
+    """
+    arrays = weight_files.read_weights(args.port)
+    check = weights.check_weights(load_model(args), arrays)
+    print(json.dumps(check.to_dict(), indent=1) if args.json else check)
+    return int(check.verdict != "agrees")
 
 
 def run_diagnose(args):

@@ -9,6 +9,7 @@ Read in this order:
 - target, runs, search (which faults explain a port's features), dump (the same, stage by stage)
 - verdict, describe, conclusions (how a diagnosis reads), diagnosis
 - token_port (the reference tokenizer in steps), token_faults (its catalogue), token_rows, tokens
+- layouts, quantization, scales, weight_matching, weight_names, weight_findings, weights (a port's weights)
 """
 
 from minclip.porting.comparison import compare
@@ -17,5 +18,14 @@ from minclip.porting.probe import probe_tokens
 from minclip.porting.token_probe import probe_texts
 from minclip.porting.tokens import diagnose_tokens
 from minclip.porting.torch_hooks import trace_torch
+from minclip.porting.weights import check_weights
 
-__all__ = ["compare", "diagnose", "diagnose_tokens", "probe_texts", "probe_tokens", "trace_torch"]
+__all__ = [
+    "check_weights",
+    "compare",
+    "diagnose",
+    "diagnose_tokens",
+    "probe_texts",
+    "probe_tokens",
+    "trace_torch",
+]
