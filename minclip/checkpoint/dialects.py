@@ -125,10 +125,10 @@ OTHERS = {  # how names end in files without CLIP's text tower
     "visual.conv1.weight": "an image tower alone",
 }
 ADAPTERS = {  # and the words in the names of adapters
-    "lora_": "a LoRA",
     "lokr_": "a LoKr adapter",
     "hada_": "a LoHa adapter",
-    "oft_": "an OFT adapter",
+    ".oft_": "an OFT adapter",
+    "lora_": "a LoRA",  # last: the names of all of kohya's adapters begin with lora_
 }
 EMBEDDINGS = {"clip_l", "clip_g", "string_to_param", "emb_params"}  # the keys of textual inversion files
 # Prefixes of Stable Diffusion's and Flux's files, and the short name of the tower behind each.

@@ -70,7 +70,7 @@ def protobuf(head: bytes) -> str | None:
     if head[2] != 0x12:
         return None
     name = head[4 : 4 + head[3]]
-    if name and re.fullmatch(rb"[ -~]+", name):
+    if re.fullmatch(rb"[ -~]*", name):
         return "an ONNX graph"
     if b"serve" in head or b"tensorflow" in head.lower():
         return "a TensorFlow SavedModel"
