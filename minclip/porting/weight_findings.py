@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from minclip.params import BLOCK
-from minclip.porting.layouts import Kind, Unit, fits_shape, orientation
 from minclip.porting.quantization import EXACT, FLOATS
+from minclip.porting.weight_layouts import Kind, Unit, fits_shape, orientation
 from minclip.porting.weight_matching import Piece, Reading, layout_words, shape_fits
 from minclip.porting.weight_names import first_layer, numbered, place_by_words, places_by_pattern, plain
 

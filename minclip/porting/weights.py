@@ -1,6 +1,6 @@
 """Check a port's weights: which of the reference's tensors each array holds, and which are in a wrong place.
 
-Read first: layouts (the reference's tensors and the orders of their axes), weight_matching (an array is
+Read first: weight_layouts (the reference's tensors and the orders of their axes), weight_matching (an array is
 recognized by its values), weight_names (the place that an array's name tells), quantization (formats).
 """
 
@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from minclip.params import architecture, as_params
-from minclip.porting.layouts import kinds_of
 from minclip.porting.scales import dequantized
 from minclip.porting.weight_findings import Findings, WeightFinding, WeightMatch
+from minclip.porting.weight_layouts import kinds_of
 from minclip.porting.weight_matching import recognize
 from minclip.tables import html_table, text_table
 
