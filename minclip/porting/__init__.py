@@ -9,7 +9,8 @@ Read in this order:
 - target, runs, search (which faults explain a port's features), dump (the same, stage by stage)
 - verdict, describe, conclusions (how a diagnosis reads), diagnosis
 - token_port (the reference tokenizer in steps), token_faults (its catalogue), token_rows, tokens
-- weight_layouts, quantization, scales, weight_matching, weight_names, weight_findings, weights (a port's weights)
+- weight_layouts, quantization, scales, weight_matching, weight_names, weight_findings, weight_files and
+  weights (a port's weights)
 """
 
 from minclip.porting.comparison import compare

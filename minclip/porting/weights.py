@@ -1,7 +1,7 @@
 """Check a port's weights: which of the reference's tensors each array holds, and which are in a wrong place.
 
-Read first: weight_layouts (the reference's tensors and the orders of their axes), weight_matching (an array is
-recognized by its values), weight_names (the place that an array's name tells), quantization (formats).
+Read first: weight_layouts (the reference's tensors and the orders of their axes), weight_matching (an
+array is recognized by its values), weight_names (the place that a name tells), quantization (formats).
 """
 
 from __future__ import annotations
