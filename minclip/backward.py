@@ -37,10 +37,10 @@ def backward(trace: Trace, grad_features: Any, *, tap: Tap | None = None, parame
     (128, 128)
     """
     dfeatures = gradient_of_features(trace, grad_features)  # (B, E)
-    gradients = Trace({}, params=trace.params, tokens=trace.tokens, gradient=dfeatures.copy())
+    gradients = Trace({}, params=trace.params, tokens=trace.tokens, tap=trace.tap)
+    gradients.gradient, grads = dfeatures.copy(), gradients if parameters else None
     trace = trimmed(trace) if parameters and tap is None and trace.tap is None else trace
     tap = checked(tap or keep if parameters else recorder(gradients, tap, only=trace))
-    grads = gradients if parameters else None
     dx = read_out_backward(dfeatures, trace, tap, grads)  # (B, L, D)
     dx = transformer_backward(dx, trace, tap, grads)  # (B, L, D)
     embed_backward(dx, trace, tap, grads)

@@ -6,6 +6,7 @@ Read in this order:
 - torch_hooks (record a torch model), probe (the tokens to run a port on), token_probe (the texts)
 - alignment (read foreign arrays as stages), comparison (which stage diverges first), display
 - port (the reference with a change), faults and catalogue (the known bugs)
+- gradients (the same for a port's backward pass)
 - target, runs, search (which faults explain a port's features), dump (the same, stage by stage)
 - verdict, describe, conclusions (how a diagnosis reads), diagnosis
 - token_port (the reference tokenizer in steps), token_faults (its catalogue), token_rows, tokens

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from minclip.arrays import as_array
 from minclip.params import keep
-from minclip.porting import display
-from minclip.porting.alignment import align, crop, rename, unpack
+from minclip.porting import display, gradients
+from minclip.porting.alignment import Match, align, crop, rename, unpack
+from minclip.porting.faults import Fault
 from minclip.porting.probe import as_trace, read_dump, read_probe
 from minclip.porting.rounding import (
     PRECISIONS,
@@ -88,6 +89,10 @@ def compare(
     Positions after the end of a text never reach its features: a stage where only they differ is
     reported, but does not count as diverging.
 
+    A reference from `minclip.backward` is compared with a port's gradients: of stages, under the stages'
+    names, and of parameters, under the port's own (`trace_torch(model, tokens, grad=...)` gives both).
+    `faults` then lists the known bugs of backward passes that explain every difference.
+
     Raises ValueError where nothing of the port can be matched, or where it was run on other tokens.
 
     >>> import minclip
@@ -98,9 +103,13 @@ def compare(
     'ln_final'
     """
     reference = reference if isinstance(reference, Trace) else as_trace(reference)
+    backwards = reference.gradient is not None
+    reference = gradients.complete(reference) if backwards else reference
     arrays = unpack(port)
     check_tokens(reference, arrays)
+    parameters = gradients.parameters_of(reference, arrays) if backwards else {}
     matches, misfits, unknown = align(reference, arrays)
+    matches |= {name: Match(array, theirs, axes(name), []) for name, (theirs, array) in parameters.items()}
     if not matches and not misfits:
         raise ValueError(
             f"no stage is called {listed(unknown)}: minclip.porting.alignment.rename gives stages their names"
@@ -111,14 +120,19 @@ def compare(
     added = {}
     if reference.params is not None:
         theirs = {name: port for name, (_, port) in pairs.items()}
-        added = distances(reference.params, tokens, theirs, shadow=True)
+        added = (
+            gradients.distances(reference, theirs, text, shadow=True)
+            if backwards
+            else distances(reference.params, tokens, theirs, shadow=True)
+        )
     stages, precision = {}, PRECISIONS[0]
+    given = list(reference)[:1] if backwards else LOOKED_UP
     for name in (name for name in reference if name in pairs or name in misfits):
         if name in misfits:
             stages[name] = Stage(*misfits[name])
             continue
         here = precision_of(name, *pairs[name])
-        if name not in LOOKED_UP:  # looking parameters up says nothing of the arithmetic that follows
+        if name not in given:  # says nothing of the arithmetic that follows
             here = precision = coarser(precision, here)
         tolerance, new_tolerance = tolerances(reference, name, here, rtol)
         stages[name] = Stage(
@@ -130,7 +144,13 @@ def compare(
             added.get(name),
             new_tolerance,
         )
-    return Comparison(judge(stages), reference, pairs, matches, unknown, text, rtol)
+    judged = judge(stages)
+    new = [name for name, stage in judged.items() if stage.state == "diverges"]
+    faults = []
+    if backwards and new and not misfits:
+        limits = {name: stages[name].tolerance for name in pairs}
+        faults = list(gradients.explain(reference, pairs, limits, new, text))
+    return Comparison(judged, reference, pairs, matches, unknown, text, rtol, faults)
 
 
 @np.errstate(all="ignore")
@@ -159,7 +179,8 @@ def tolerances(reference: Trace, name: str, precision: str, rtol: float | None) 
         return 0.0, 0.0
     if rtol is not None:
         return rtol, rtol
-    measured = rounding_of(reference, precision)
+    measuring = rounding_of if reference.gradient is None else gradients.rounding_of
+    measured = measuring(reference, precision)
     if measured is None or name not in measured:
         return UNMEASURED * UNIT[precision], UNMEASURED * UNIT[precision]
     inherited, own = measured[name]
@@ -237,6 +258,7 @@ class Comparison:
     missing   the names of the stages that the port does not show
     verdict   one sentence
     notes     further sentences: where in the arrays, how they were read, what was left out
+    faults    of gradients, the known bugs that explain every difference, each a `Fault`
 
     Prints as a table whose first line is the verdict; in Jupyter it is a picture, layers x stages.
     """
@@ -247,6 +269,7 @@ class Comparison:
     missing: list[str]
     verdict: str
     notes: list[str]
+    faults: list[Fault]
 
     def __init__(
         self,
@@ -257,15 +280,18 @@ class Comparison:
         unknown: list[str],
         text: Any,
         rtol: float | None,
+        faults: Iterable[Fault] = (),
     ):
         self.stages = stages
+        self.faults = list(faults)
         self.order = list(reference)
         self.pairs, self.text = pairs, text  # for a page of it
         self.missing = [name for name in reference if name not in stages]
         self.new = [name for name, stage in stages.items() if stage.state in ("diverges", "shape")]
         self.first = self.new[0] if self.new else None
-        self.verdict = verdict(stages, self.first, len(reference), rtol)
+        self.verdict = verdict(stages, self.first, reference, rtol)
         self.notes = [
+            *(f"{f.id} explains every difference: {f.summary}. Remedy: {f.remedy}" for f in self.faults),
             *(notes_on_first(self, reference, pairs, text) if self.first else ()),
             *notes_on_reading(self, reference, matches, text),
             *notes_on_gaps(self, reference, unknown, rtol),
@@ -281,20 +307,21 @@ class Comparison:
         """Return the comparison as plain values."""
         stages = {name: stage.to_dict() for name, stage in self.stages.items()}
         facts = {name: getattr(self, name) for name in ("verdict", "first", "new", "missing", "notes")}
-        return {**facts, "stages": stages}
+        return {**facts, "faults": [fault.to_dict() for fault in self.faults], "stages": stages}
 
 
-def verdict(stages: Mapping[str, Stage], first: str | None, count: int, rtol: float | None) -> str:
+def verdict(stages: Mapping[str, Stage], first: str | None, reference: Trace, rtol: float | None) -> str:
     """Return the verdict, which is the first line of the text."""
     precision = max((stage.precision or PRECISIONS[0] for stage in stages.values()), key=PRECISIONS.index)
     within = f"rtol {rtol:g}" if rtol is not None else f"the rounding of {precision}"
+    compared, at = ("stages", "") if reference.gradient is None else ("gradients", "the gradient of ")
     if first is None:
-        return f"agrees: {len(stages)} of {count} stages were compared, all are within {within}"
+        return f"agrees: {len(stages)} of {len(reference)} {compared} were compared, all are within {within}"
     if stages[first].state == "shape":
-        return f"diverges first at {first}, which has another shape"
+        return f"diverges first at {at}{first}, which has another shape"
     error, limit = stages[first].error, stages[first].tolerance
     times = f", {error / limit:.2g} times the error allowed" if limit else ""
-    return f"diverges first at {first}: relative error {error:.2g}{times}"
+    return f"diverges first at {at}{first}: relative error {error:.2g}{times}"
 
 
 def notes_on_first(comparison: Comparison, reference: Trace, pairs: Any, text: Any) -> Iterator[str]:

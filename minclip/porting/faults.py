@@ -24,7 +24,7 @@ class Fault:
     summary   a sentence that says what the port does
     source    the project and thread, or file, where it happened; `#n` is an issue or pull request
     remedy    what to do instead
-    change    change(port) makes the mistake in a fresh `Port`
+    change    change(port) makes the mistake in a fresh `Port`; for a bug of gradients, see `gradients.Pass`
     fits      fits(port) tells whether a port of this model and these tokens can make the mistake
     needs     "padding" if positions after the end of text matter, "batch" if other rows do
     """
@@ -33,7 +33,7 @@ class Fault:
     summary: str
     source: str
     remedy: str
-    change: Callable[[Port], Any] | None = dataclasses.field(repr=False)
+    change: Callable[..., Any] | None = dataclasses.field(repr=False)
     fits: Callable[[Port], Any] = dataclasses.field(default=lambda port: True, repr=False)
     needs: str = ""
 

@@ -32,8 +32,15 @@ def part_of(name: str) -> str:
     return name.removeprefix(block_of(name) or "").lstrip(".")
 
 
+def is_parameter(name: str) -> bool:
+    """Tell whether name is a parameter's, of OpenAI's or another dialect, and not a stage's."""
+    return name.endswith((".weight", "_weight", "bias", "positional_embedding", "text_projection"))
+
+
 def axes(name: str) -> str:
-    """Return the axes of a stage as letters, such as "B L D"."""
+    """Return the axes of a stage as letters, such as "B L D". Those of a parameter are O I or O."""
+    if is_parameter(name) and name not in AXES:
+        return "O" if name.endswith("bias") or "ln_" in name else "O I"
     return AXES.get(part_of(name), "B L D")
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any
 
 from minclip.arrays import as_array
 
 
-def trace_torch(torch_model: Any, tokens: Any) -> dict[str, Any]:
+def trace_torch(torch_model: Any, tokens: Any, *, grad: Any = None) -> dict[str, Any]:
     """Run a live torch model on tokens [B, L] and return the outputs of its modules, name to array.
 
     torch_model   OpenAI's CLIP, OpenCLIP's, Hugging Face's CLIPModel, CLIPTextModelWithProjection and
                   CLIPTextModel, or any module that is called as module(tokens)
+    grad          [B, E]: return the gradients of (features * grad).sum() instead, by the same tensors and,
+                  under their own names, by the parameters. Their .grad stays as it is
 
     The names are the model's own module names, which `minclip.compare` knows. A tensor made between
     modules and passed to one, such as the residual stream, has that module's name and ".input". Tensors
@@ -33,7 +36,7 @@ def trace_torch(torch_model: Any, tokens: Any) -> dict[str, Any]:
         hook for name, module in torch_model.named_modules() if name for hook in recorder.hook(name, module)
     ]
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(grad is not None):
             output = call(torch_model, ids)
     finally:
         for hook in hooks:
@@ -43,7 +46,31 @@ def trace_torch(torch_model: Any, tokens: Any) -> dict[str, Any]:
     else:  # of a tuple the first; under this name also where a module has returned it already
         output = output[0] if isinstance(output, tuple) else output
         recorder.stages["text_features"] = as_array(output).copy()
-    return recorder.stages
+        recorder.tensors["text_features"] = output
+    return recorder.stages if grad is None else gradients_of(recorder.tensors, torch_model, output, grad)
+
+
+def gradients_of(tensors: dict[str, Any], torch_model: Any, output: Any, grad: Any) -> dict[str, Any]:
+    """Return the gradients of (features * grad).sum() by tensors, where they have one, and by parameters.
+
+    A parameter of the text tower that the features do not depend on has zeros.
+    """
+    torch = sys.modules["torch"]
+    if isinstance(output, dict):
+        output = output["text_embeds"] if "text_embeds" in output else output["pooler_output"]
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
+    parameters = {
+        name: p
+        for name, p in torch_model.named_parameters()
+        if p.requires_grad and not re.search("visual|vision|logit_scale", name)
+    }
+    wanted = [*tensors.values(), *parameters.values()]
+    start = torch.as_tensor(as_array(grad)).to(output).reshape(output.shape)
+    found = torch.autograd.grad(output, wanted, start, allow_unused=True)
+    arrays = {name: array for name, array in zip(tensors, found, strict=False) if array is not None}
+    for (name, p), array in zip(parameters.items(), found[len(tensors) :], strict=True):
+        arrays[name] = torch.zeros_like(p) if array is None else array
+    return {name: as_array(array) for name, array in arrays.items()}
 
 
 def call(torch_model: Any, ids: Any) -> Any:
@@ -61,6 +88,7 @@ class Recorder:
     def __init__(self, tensor_type: type):
         self.tensor_type = tensor_type
         self.stages: dict[str, Any] = {}
+        self.tensors: dict[str, Any] = {}
         self.seen: dict[tuple[int, int], Any] = {}
 
     def hook(self, name: str, module: Any) -> tuple[Any, Any]:
@@ -82,4 +110,5 @@ class Recorder:
             version = 0 if value.is_inference() else value._version  # counts writes in place
             if (id(value), version) not in self.seen:
                 self.seen[id(value), version] = value  # kept alive, or another tensor could get its id
+                self.tensors[name] = value
                 self.stages[name] = as_array(value).copy()
