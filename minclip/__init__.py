@@ -11,7 +11,7 @@ from minclip.arrays import normalize
 from minclip.attribution import attribute
 from minclip.backward import backward
 from minclip.builtin import pictures
-from minclip.checkpoint import available_models, from_state_dict, load, save
+from minclip.checkpoint import apply_lora, available_models, from_state_dict, load, save
 from minclip.explorer import show
 from minclip.losses import contrastive_loss, normalize_backward
 from minclip.model import encode_text, hidden_states
@@ -33,6 +33,7 @@ __version__ = "0.2.0.dev0"
 
 __all__ = [
     "Params",
+    "apply_lora",
     "attribute",
     "available_models",
     "backward",

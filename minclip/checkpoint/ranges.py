@@ -307,7 +307,7 @@ def plan_archive(file: Any) -> Plan:
     except (zipfile.BadZipFile, NotImplementedError, struct.error, OverflowError, RuntimeError) as error:
         raise file.raw.failure or ValueError(f"not a complete zip archive ({error})") from None
     machine = PickleMachine()
-    with refusing():
+    with refusing("its pickle, data.pkl,"):
         tensors, _ = flatten(machine.run(io.BytesIO(program)))
     tower = dialects.Tower(tensors, dialects.choose_prefix(dialects.find_towers(tensors), None))
     storages = {f"{folder}data/{key}": machine.storages[key] for key in storage_keys(tower)}
