@@ -116,7 +116,7 @@ class Vectors:
 
     def labels(self) -> list[str]:
         """Return one prompt per vector, to name it by."""
-        return [self.templates[0].format(word) for word in self.words]
+        return [fill(self.templates[0], word) for word in self.words]
 
     def compute(self, params: Mapping[str, Any], rows: slice = slice(None)) -> np.ndarray:
         """Return the features [words, E] that params give, float64 on the host."""

@@ -92,6 +92,15 @@ def test_three_publishers_print_the_same_start_of_text():
     np.testing.assert_array_equal(starts[0], starts[2])
 
 
+def test_every_vector_has_a_prompt_to_name_it_by():
+    for source in SOURCES:
+        labels = source.labels()
+        assert len(labels) == len(source.figures)
+        assert not any("{" in label for label in labels)
+    assert BY_ID["clipself"].labels()[4] == "There is an airplane in the scene."
+    assert len(set(BY_ID["clipself"].templates)) == 63  # as many as ViLD's
+
+
 def test_every_source_says_where_it_is_from_and_why_its_tolerance():
     for source in SOURCES:
         assert len(source.origin) > 10

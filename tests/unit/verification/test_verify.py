@@ -14,9 +14,12 @@ from minclip.verification.published import HALF, Model, Printed, Vectors
 from tests.support.make_published import pack
 from tests.support.oracles import random_params
 
-WORDS = "cat dog apple traffic-light umbrella ox tower boat zebra kite car spoon bed vase clock bus".split()
+WORDS = (
+    "cat dog apple traffic-light umbrella ox tower boat zebra kite car spoon bed vase clock bus cup".split()
+)
 EXACT = Vectors("exact", "Stand-in", "here", 1e-4, "float32")
 COARSE = Vectors("coarse", "Stand-in", "here", HALF, "float16 on a GPU", templates=("a {}",))
+# Two prompts a word: more than FEW, and so through minclip.fast.
 UNIT = Vectors("unit", "Stand-in", "here", HALF, "unit rows", templates=("a {}", "the {}"), unit=True)
 OTHER = Vectors("other", "Other", "elsewhere", HALF, "float16", templates=("a {}",))
 
@@ -65,16 +68,16 @@ def test_the_published_model_agrees_and_is_recognized_among_others_of_its_shapes
     publish()
     certificate = minclip.verify(tower)
     assert (certificate.verdict, certificate.model, certificate.cause) == ("agrees", "Stand-in", "")
-    assert certificate.sentence == "this is Stand-in of a test: 52 of 52 vectors agree"
+    assert certificate.sentence == "this is Stand-in of a test: 55 of 55 vectors agree"
     assert [(c.id, c.vectors, c.agreeing) for c in certificate.sources] == [
-        ("exact", 16, 16),
-        ("coarse", 16, 16),
-        ("unit", 16, 16),
+        ("exact", 17, 17),
+        ("coarse", 17, 17),
+        ("unit", 17, 17),
         ("printed", 4, 4),
     ]
     assert all(c.largest <= c.allowed for c in certificate.sources)
     assert "Other, Silent have the same shapes" in certificate.notes[0]
-    assert minclip.verify(another).sentence == "this is Other of a test: 16 of 16 vectors agree"
+    assert minclip.verify(another).sentence == "this is Other of a test: 17 of 17 vectors agree"
     assert minclip.verify(tower, "Stand-in").verdict == "agrees"
     differs = minclip.verify(tower, "Other")
     assert (differs.verdict, differs.cause[:22]) == ("differs", "the weights are others")
@@ -241,7 +244,7 @@ def test_the_certificate_prints_shows_and_converts(publish, tower):
     publish(coarse=doubled)
     certificate = minclip.verify(tower)
     text, page, facts = str(certificate), certificate._repr_html_(), certificate.to_dict()
-    assert text.startswith("differs: Stand-in's shapes, but not its figures: 36 of 52 vectors agree")
+    assert text.startswith("differs: Stand-in's shapes, but not its figures: 38 of 55 vectors agree")
     assert repr(certificate) == text
     assert "! coarse" in text
     assert "float16 on a GPU" in text
@@ -256,7 +259,7 @@ def test_the_command_ends_with_0_1_or_2(publish, tower, another, tmp_path, capsy
     publish()
     minclip.save(tower, tmp_path / "tower.safetensors")
     assert cli.main(["verify", str(tmp_path / "tower.safetensors")]) == 0
-    assert capsys.readouterr().out.startswith("agrees: this is Stand-in of a test: 52 of 52 vectors agree\n")
+    assert capsys.readouterr().out.startswith("agrees: this is Stand-in of a test: 55 of 55 vectors agree\n")
     arguments = ["verify", str(tmp_path / "tower.safetensors"), "--model-name", "Other", "--json"]
     assert cli.main(arguments) == 1
     assert json.loads(capsys.readouterr().out)["verdict"] == "differs"
