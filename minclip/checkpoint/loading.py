@@ -36,7 +36,7 @@ def from_state_dict(
     end-of-text id.
 
     Raises ValueError for a tensor that is missing, has another shape, or belongs to another architecture.
-    Warns where there is no text projection, and names weights that are NaN or infinite.
+    Warns about weights that are NaN or infinite, by name.
 
     >>> import minclip
     >>> other = {f"module.{name}": array for name, array in minclip.load().items()}
@@ -87,8 +87,8 @@ def load(
     Nothing in a file is ever run. Where the file has the wanted dtype, arrays may be mapped from it.
 
     Raises OSError for a file that cannot be read, ValueError for one that is not CLIP's text tower or where
-    there is no GPU, MemoryError where the GPU is too full. Warns where there is no text projection, and names
-    weights that are NaN or infinite.
+    there is no GPU, MemoryError where the GPU is too full. Warns about weights
+    that are NaN or infinite, by name.
 
     >>> load()["positional_embedding"].shape
     (77, 128)
@@ -151,7 +151,7 @@ def to_params(
     with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
         arrays = dict(pool.map(read, tower.sources))
     params = Params(arrays, activation=activation, heads=heads, eot=config.get("eot"))
-    return params, notes_on(tower, spoiled, dtype)
+    return params, notes_on(spoiled, dtype)
 
 
 def checked_heads(heads: Any, width: int) -> int:
@@ -167,11 +167,9 @@ def checked_heads(heads: Any, width: int) -> int:
     return heads
 
 
-def notes_on(tower: dialects.Tower, spoiled: Mapping[str, bool], dtype: np.dtype[Any] | None) -> list[str]:
-    """Return the warnings about a tower: no projection, weights that are not finite."""
+def notes_on(spoiled: Mapping[str, bool], dtype: np.dtype[Any] | None) -> list[str]:
+    """Return the warnings about weights that are not finite."""
     notes = []
-    if not tower.projection:
-        notes.append("has no text projection: minclip.hidden_states works, encode_text needs one")
     overflowed = [name for name, was_finite in spoiled.items() if was_finite]
     if overflowed:
         notes.append(f"has weights beyond the range of {dtype}, infinite now, in {listed(overflowed)}")

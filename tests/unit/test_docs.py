@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import minclip
+from tests.support.oracles import random_params
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,6 +38,7 @@ LEFT_OUT = {
     "pytest -m gpu tests/unit/gpu": "needs a GPU",
     'pip install ".[cuda13]"': "fetches CuPy, for a GPU",
     'pip install ".[dask]"': "fetches Dask",
+    'pip install ".[gguf]"': "fetches gguf",
     'pip install ".[lessons]"': "fetches JupyterLab",
     "jupyter lab lessons": "opens a browser",
     "python -m tests.benchmarks.gpu": "needs a GPU; test_gpu.py runs it on a stand-in",
@@ -82,6 +84,18 @@ def commands():
                 yield from (part.strip() for part in line.partition("  #")[0].split("&&"))
 
 
+def write_sdxl(folder):
+    """Write the two text encoders of a small SDXL, in place of the reader's own."""
+    for name, activation, embed in (("text_encoder", "quick_gelu", 1), ("text_encoder_2", "gelu", 64)):
+        params = random_params(width=64, layers=2, embed=embed)
+        if embed == 1:
+            del params["text_projection"]
+        (folder / name).mkdir(parents=True)
+        minclip.save(
+            minclip.Params(params, activation=activation, heads=1), folder / name / "model.safetensors"
+        )
+
+
 def walk(folder, environment, skip=()):
     """What the README's commands and its Python print, run in a folder: {index of the block: its output}."""
 
@@ -98,6 +112,7 @@ def walk(folder, environment, skip=()):
         return done.stdout
 
     (folder / "captions.txt").write_text("a photo of a cat\ntwo dogs\n", encoding="utf-8")
+    write_sdxl(folder / "sdxl")
     printed = {}
     for command in commands():
         if command in LEFT_OUT:
