@@ -268,16 +268,16 @@ def check_add_positions(add_positions):
     return "the table is as it was"
 
 
-# 03 Normalise a vector
+# 03 Normalize a vector
 
 
-def normed(x, weight=1, bias=0, *, eps=1e-5, ddof=0, outside=False, centre=True, axis=-1):
+def normed(x, weight=1, bias=0, *, eps=1e-5, ddof=0, outside=False, center=True, axis=-1):
     """Layer norm with every known slip as an option."""
     if axis is None:
         mean, variance = x.mean(), x.var()
     else:
         mean, variance = x.mean(axis=axis, keepdims=True), x.var(axis=axis, keepdims=True, ddof=ddof)
-    if not centre:
+    if not center:
         mean, variance = 0, (x * x).mean(axis=-1, keepdims=True)
     spread = variance**0.5 + eps if outside else (variance + eps) ** 0.5
     return (x - mean) / spread * weight + bias
@@ -305,8 +305,8 @@ def check_layer_norm(layer_norm):
             x, weight, bias, outside=True, ddof=1
         ),
         "eps is missing": normed(x, weight, bias, eps=0),
-        "the mean is not taken off": normed(x, weight, bias, centre=False),
-        "you normalised over the tokens: the axis is -1": normed(x, weight, bias, axis=-2),
+        "the mean is not taken off": normed(x, weight, bias, center=False),
+        "you normalized over the tokens: the axis is -1": normed(x, weight, bias, axis=-2),
         "one mean for everything: each row has its own": normed(x, weight, bias, axis=None),
         "divide by the root of the variance, not by the variance": (x - x.mean(-1, keepdims=True))
         / (x.var(-1, keepdims=True) + 1e-5) * weight + bias,
@@ -341,7 +341,7 @@ def check_unchanged(unchanged):
 
 SUSPECTS = {
     "A": ("outside", {"outside": True}), "B": ("unbiased", {"ddof": 1}),
-    "C": ("mean", {"centre": False}), "D": ("eps", {"eps": 1e-7}),
+    "C": ("mean", {"center": False}), "D": ("eps", {"eps": 1e-7}),
 }  # fmt: skip
 
 
@@ -649,7 +649,7 @@ def check_block(block):
 
     y = call(block, x, ln_1, attention, ln_2, mlp)
     like(y, x.shape, cause="(L, D) in, (L, D) out")
-    # On paper: the centred rows are (-4, -1, 5) / 3 and (7, -2, -5) / 3, their running sum is attention's.
+    # On paper: the centered rows are (-4, -1, 5) / 3 and (7, -2, -5) / 3, their running sum is attention's.
     after = [[-1 / 3, 5 / 3, 17 / 3], [4, -1, -1]]
     truth = np.zeros((2, 3))
     for i, d in np.ndindex(2, 3):
@@ -657,7 +657,7 @@ def check_block(block):
     h, mid = ln_1(x), x + attention(ln_1(x))
     misses = {
         "the MLP reads the stream after attention was added, not before": mid + mlp(ln_2(x)),
-        "add to the stream x, not to its normalised copy": h + attention(h) + mlp(ln_2(h + attention(h))),
+        "add to the stream x, not to its normalized copy": h + attention(h) + mlp(ln_2(h + attention(h))),
         "that is post-norm: the norm belongs before the stage": ln_2(
             ln_1(x + attention(x)) + mlp(ln_1(x + attention(x)))
         ),
@@ -665,9 +665,9 @@ def check_block(block):
         "the second plus is missing: the MLP's result is added to the stream": mlp(ln_2(mid)),
         "there is no plus: results are added to the stream": mlp(ln_2(attention(h))),
         "ln_1 and ln_2 are exchanged": x + attention(ln_2(x)) + mlp(ln_1(x + attention(ln_2(x)))),
-        "the stages read normalised copies, and no norm is in it": x + attention(x) + mlp(x + attention(x)),
-        "the MLP reads a normalised copy: ln_2 is missing": mid + mlp(mid),
-        "attention reads a normalised copy: ln_1 is missing": x
+        "the stages read normalized copies, and no norm is in it": x + attention(x) + mlp(x + attention(x)),
+        "the MLP reads a normalized copy: ln_2 is missing": mid + mlp(mid),
+        "attention reads a normalized copy: ln_1 is missing": x
         + attention(x) + mlp(ln_2(x + attention(x))),
     }  # fmt: skip
     equal(y, truth, misses)
@@ -824,7 +824,185 @@ def check_missing_end(position):
     return "twice ⟨start⟩, once padding: nobody reads the sentence"
 
 
-# 09 Compare sentences
+# 09 Write the encoder
+
+
+def clumsy_encoder(params, tokens, stages):
+    """Somebody's first try, for the lesson to look at: one factor is wrong. (Reading on spoils it.)"""
+    port = Port(params, tokens)
+    K = params["ln_final.weight"].size // params.heads
+    port.replace("attn.scores", lambda at: at["attn.scores"] * (K / params.heads) ** 0.5)
+
+    def tap(name, array):
+        stages[name] = port.tap(name, array).copy()
+        return stages[name]
+
+    return port.run(tap)
+
+
+def report(found):
+    """One line on a comparison: where the first divergence is, after which stage that agrees."""
+    if found.first is None:
+        return f"all {len(found.stages)} stages that you show agree"
+    before = [name for name in found.stages if found.stages[name].state == "agrees"]
+    order = found.order
+    before = [name for name in before if order.index(name) < order.index(found.first)]
+    after = f"; {short(before[-1])} still agrees" if before else ""
+    if found.stages[found.first].state == "shape":
+        after = ", which has another shape" + after
+    return f"your first divergence is {short(found.first)}{after}"
+
+
+def short(name):
+    """block 0 attn.scores, for transformer.resblocks.0.attn.scores."""
+    if not name.startswith(BLOCK):
+        return name
+    i, _, part = name.removeprefix(BLOCK).partition(".")
+    return f"block {i} {part or 'output'}"
+
+
+@functools.cache
+def small_tower():
+    """Params of two blocks whose sizes are all different, and tokens [3, 9] for them."""
+    rng = np.random.default_rng(9)
+    D, F, V, E = 24, 96, 60, 20
+
+    def normal(*shape, mean=0.0, std=0.3):
+        return (mean + std * rng.standard_normal(shape)).astype(np.float32)
+
+    arrays = {
+        "token_embedding.weight": normal(V, D), "positional_embedding": normal(11, D),
+        "ln_final.weight": normal(D, mean=1), "ln_final.bias": normal(D), "text_projection": normal(D, E),
+    }  # fmt: skip
+    for i in range(2):
+        sizes = {
+            "attn.in_proj_": (3 * D, D),
+            "attn.out_proj.": (D, D),
+            "mlp.c_fc.": (F, D),
+            "mlp.c_proj.": (D, F),
+        }
+        for norm in ("ln_1", "ln_2"):
+            arrays[f"{BLOCK}{i}.{norm}.weight"] = normal(D, mean=1)
+            arrays[f"{BLOCK}{i}.{norm}.bias"] = normal(D)
+        for layer, (out, into) in sizes.items():
+            arrays[f"{BLOCK}{i}.{layer}weight"], arrays[f"{BLOCK}{i}.{layer}bias"] = (
+                normal(out, into),
+                normal(out),
+            )
+    params = minclip.Params(arrays, activation="quick_gelu", heads=3)
+    tokens = np.array(
+        [[58, 3, 7, 59, 0, 0, 0, 0, 0], [58, 0, 5, 0, 9, 59, 59, 59, 59], [58, *range(20, 27), 59]], np.int32
+    )
+    return params, tokens
+
+
+def nearest_fault(answer, truths):
+    """The cause whose value the answer is, or None."""
+    return next((cause for cause, value in truths.items() if close(answer, value, 1e-4)), None)
+
+
+@exercise
+def check_heads(attention):
+    params, tokens = small_tower()
+    reference = minclip.trace(params, tokens)
+    for i in range(2):
+        x, truth = reference[f"{BLOCK}{i}.ln_1"], reference[f"{BLOCK}{i}.attn"]
+        y = call(attention, x, params, f"{BLOCK}{i}")
+        like(y, truth.shape, np.float32, "(B, L, D) in, (B, L, D) out")
+        if not close(y, truth, 1e-4):
+            raise Wrong(attention_fault(y, x, params, f"{BLOCK}{i}"))
+    return "three heads of 8, two blocks"
+
+
+def attention_fault(y, x, params, block):
+    """What is likely wrong with an attention that gave y."""
+
+    def variant(**how):
+        return attention_by_loops(x, params, block, **how)
+
+    causes = {
+        "the future is not masked": variant(causal=False),
+        "the scores are not divided by √K": variant(scale=1.0),
+        "K is the head's width, D / H, not D": variant(scale=x.shape[-1] ** -0.5),
+        "W.T: the matrices are (out, in), and the square ones do not warn you": variant(turned=True),
+        "the heads are cut without a transpose: reshape (B, L, H, K), then transpose": variant(straight=True),
+        "the heads are not put back: transpose, then reshape": variant(unmerged=True),
+        "the output layer is missing": variant(out=False),
+        "the biases are missing": variant(bias=False),
+        "one head only: H is params.heads": variant(heads=1),
+    }
+    return nearest_fault(y, causes) or "the numbers differ: show q, k, v and scores one by one and compare"
+
+
+def attention_by_loops(
+    x, params, block, *, causal=True, scale=None, turned=False, straight=False, unmerged=False, out=True,
+    bias=True, heads=None,
+):  # fmt: skip
+    """Attention, one head and one text at a time, with mistakes to order."""
+    (B, L, D), H = x.shape, heads or params.heads
+    K = D // H
+    W, b = params[f"{block}.attn.in_proj_weight"], params[f"{block}.attn.in_proj_bias"] * bias
+    parts = [x @ (w.T if not turned else w) + v for w, v in zip(np.split(W, 3), np.split(b, 3), strict=True)]
+    cut = [p.reshape(B, H, L, K) if straight else p.reshape(B, L, H, K).transpose(0, 2, 1, 3) for p in parts]
+    context = np.empty((B, H, L, K))
+    for t, h in np.ndindex(B, H):
+        q, k, v = (part[t, h] for part in cut)
+        scores = q @ k.T * (K**-0.5 if scale is None else scale)
+        if causal:
+            scores = np.where(np.tri(L, dtype=bool), scores, -np.inf)
+        e = np.exp(scores - scores.max(-1, keepdims=True))
+        context[t, h] = e / e.sum(-1, keepdims=True) @ v
+    merged = (context if unmerged else context.transpose(0, 2, 1, 3)).reshape(B, L, D)
+    W, b = params[f"{block}.attn.out_proj.weight"], params[f"{block}.attn.out_proj.bias"] * bias
+    return merged @ (W if turned else W.T) + b if out else merged
+
+
+@exercise
+def check_whole_block(block):
+    params, tokens = small_tower()
+    reference = minclip.trace(params, tokens)
+    name = f"{BLOCK}0"
+    x, truth = reference["embedding"], reference[name]
+    y = call(block, x, params, name)
+    like(y, truth.shape, np.float32, "(B, L, D) in, (B, L, D) out")
+    mid, mlp = reference[f"{name}.residual"], reference[f"{name}.mlp"]
+    inner = reference[f"{name}.mlp.c_fc"]
+    exact = np.vectorize(lambda v: 0.5 * v * (1 + math.erf(v / 2**0.5)))(inner)
+    W, b = params[f"{name}.mlp.c_proj.weight"], params[f"{name}.mlp.c_proj.bias"]
+    causes = {
+        "the MLP's result is not added to the stream": mlp,
+        "the MLP is missing: that is the stream after attention": mid,
+        "the second addition is to the block's input, not to the stream after attention": x + mlp,
+        "the gate is QuickGELU, x * sigmoid(1.702 x), not the exact GELU": mid + exact @ W.T + b,
+        "the MLP's second bias is missing": truth - b,
+    }
+    cause = None if close(y, truth, 1e-4) else nearest_fault(y, causes)
+    expect(cause is None, cause)
+    equal(y, truth, tolerance=1e-4)
+    second = call(block, truth, params, f"{BLOCK}1")
+    expect(close(second, reference[f"{BLOCK}1"], 1e-4), "block 1 differs: does your code say 0 somewhere?")
+    return "two blocks, to rounding"
+
+
+@exercise
+def check_encoder(encode):
+    for params, tokens in (small_tower(), (minclip.load(), minclip.probe_tokens())):
+        stages = {}
+        with np.errstate(all="ignore"):
+            features = encode(params, tokens, stages)
+        expect(features is not None, "your function returns None: does it end in return?")
+        expect(isinstance(stages, dict) and features is not stages, "return the features, not the stages")
+        reference = minclip.trace(params, tokens)
+        known = {name: array for name, array in stages.items() if name in reference}
+        strange = [name for name in stages if name not in reference]
+        expect(not strange, f"no stage is called {strange[:1]}: the names are those of the table above")
+        shown = {**known, "text_features": np.asarray(features)}
+        found = minclip.compare(reference, shown)
+        expect(found.first is None, report(found))
+    return f"{len(stages)} stages shown, all agree, and so do the features of two models"
+
+
+# 10 Compare sentences
 
 
 def unit(x):
@@ -840,8 +1018,8 @@ def check_similarity(similarity):
     truth = [[0, 1, -2 / 3, 0], [2 / 3, 22 / 30, 0, -2 / 15]]
     misses = {
         "those are plain products: divide each row by its length": a @ b.T,
-        "only one of the two was normalised": unit(a) @ b.T,
-        "only the second was normalised": a @ unit(b).T,
+        "only one of the two was normalized": unit(a) @ b.T,
+        "only the second was normalized": a @ unit(b).T,
         "divide by the length, not by its square": (a / (a * a).sum(-1, keepdims=True))
         @ (b / (b * b).sum(-1, keepdims=True)).T,
         "divide by the root of the sum of squares, not by the sum of the numbers' sizes": (
@@ -895,9 +1073,9 @@ def check_ensemble(ensemble):
     third, fifth = 1 / 3**0.5, 1 / 5**0.5  # a word's directions: one each of x, y, z; two of y and one of z
     truth = [[third, third, third], [0, 2 * fifth, fifth]]
     misses = {
-        "a long feature weighs more: normalise before the mean as well": unit(features.mean(0)),
-        "the mean of unit vectors is shorter than 1: normalise after it as well": unit(features).mean(0),
-        "nothing is normalised: unit, mean, unit": features.mean(0),
+        "a long feature weighs more: normalize before the mean as well": unit(features.mean(0)),
+        "the mean of unit vectors is shorter than 1: normalize after it as well": unit(features).mean(0),
+        "nothing is normalized: unit, mean, unit": features.mean(0),
     }
     equal(rows, truth, misses)
     like(rows, (2, 3), np.float32, "float32 in, float32 out")
@@ -922,7 +1100,7 @@ def check_nearest(nearest):
     return "the best first"
 
 
-# 10 Choose a precision and a device
+# 16 Choose a precision and a device
 
 
 @exercise
@@ -1015,7 +1193,7 @@ def check_array_module(array_module):
     return "the array says where it lives"
 
 
-# 11 Make it fast
+# 18 Make it fast
 
 START, END = 49406, 49407
 
@@ -1126,7 +1304,7 @@ def check_four_products(ways):
     return f"all four are right; times as multiples of the best: {told}"
 
 
-# 12 Debug a port
+# 19 Debug a port
 
 SIX = {  # letter: ids in the catalogue, first stage to diverge (reading on spoils exercises 2 to 4)
     "A": ({"A1"}, "mlp.gelu"), "B": ({"T6-out"}, "attn"), "C": ({"M3-late"}, "attn.masked"),
@@ -1214,13 +1392,13 @@ def check_bugs(bugs):
 
 
 @exercise
-def check_mends(mends):
+def check_fixes(fixes):
     params, tokens = minclip.load(), probe.probe_tokens()
-    reference, mended = minclip.trace(params, tokens), []
-    for letter in letters_of(mends):
+    reference, fixed = minclip.trace(params, tokens), []
+    for letter in letters_of(fixes):
         port, kept = broken(letter, params, tokens), {}
         try:
-            mends[letter](port)
+            fixes[letter](port)
         except NotImplementedError:
             continue
 
@@ -1231,11 +1409,11 @@ def check_mends(mends):
         port.run(tap)
         wrong = [name for name in reference if not close(kept[name], reference[name], 1e-3)]
         if wrong and "text_features" not in wrong:
-            raise Wrong(f"{letter}: the features are right, but not {wrong[0]}: mend where it is born")
+            raise Wrong(f"{letter}: the features are right, but not {wrong[0]}: fix where it is born")
         if wrong:
             raise Wrong(f"{letter}: still wrong from {wrong[0]} on")
-        mended.append(letter)
-    if not mended:
+        fixed.append(letter)
+    if not fixed:
         raise NotImplementedError
-    all_six(mended)
+    all_six(fixed)
     return "six encoders, every stage of each"

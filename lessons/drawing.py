@@ -2,8 +2,8 @@
 
 Only matplotlib, and no pyplot: nothing depends on a backend or on what was drawn before, so the
 same numbers give the same picture. Figures stand on an opaque light card, so that they read
-alike on a light and on a dark page. Each axis of the arrays has one colour in all lessons, and
-its letter beside the colour. A picture's alt text says what a reader who cannot see it needs.
+alike on a light and on a dark page. Each axis of the arrays has one color in all lessons, and
+its letter beside the color. A picture's alt text says what a reader who cannot see it needs.
 """
 
 import base64
@@ -122,7 +122,7 @@ def pipeline(*lit):
 
 
 def letters(ax, x, y, shape, size=9):
-    """A shape such as BLD, each letter in the colour of its axis, centred at (x, y)."""
+    """A shape such as BLD, each letter in the color of its axis, centered at (x, y)."""
     step = 1.8
     for i, letter in enumerate(shape):
         ax.text(
@@ -173,7 +173,7 @@ def arrow(ax, x0, y0, x1, y1, color=FAINT):
 
 
 def axis_names(ax, rows=None, columns=None, pad=4):
-    """Name the axes of a heat map by their letters, in their colours, with what they count."""
+    """Name the axes of a heat map by their letters, in their colors, with what they count."""
     if rows:
         ax.set_ylabel(rows, color=AXIS[rows[0]], weight="bold", labelpad=pad)
     if columns:
@@ -189,7 +189,7 @@ def word_ticks(set_ticks, labels, turned=False):
 
 
 def heat(ax, matrix, rows=None, columns=None, limit=None, numbers=None):
-    """A matrix as coloured cells: orange above zero, purple below; a matrix without negatives in blue ink.
+    """A matrix as colored cells: orange above zero, purple below; a matrix without negatives in blue ink.
 
     rows and columns are words for the two axes. -inf is hatched. Numbers stand in the cells of a small one.
     """
@@ -244,7 +244,7 @@ def heatmaps(
 
     names are the axes' letters, each with words after it if you like: ("L queries", "L keys").
     across is how many stand in a row (at most 4 by default), numbers a format such as ".1f" for the cells,
-    share gives all panels one scale of colour.
+    share gives all panels one scale of color.
     """
     across = across or min(len(panels), 4)
     down = -(-len(panels) // across)
@@ -271,7 +271,7 @@ def bars(
 ):
     """Bar charts side by side, [(title, values), ...]; labels go under the bars, numbers (".2f") over them.
 
-    name is the letter of the axis that the bars run along, and gives them their colour.
+    name is the letter of the axis that the bars run along, and gives them their color.
     """
     across = across or len(panels)
     down = -(-len(panels) // across)
@@ -482,7 +482,7 @@ def lookup(labels, ids, table, positions):
     return Picture(draw, 62 + 31 * len(ids), alt)
 
 
-# 03 Normalise a vector
+# 03 Normalize a vector
 
 
 # 04 Let tokens attend
@@ -492,7 +492,7 @@ def lookup(labels, ids, table, positions):
 
 
 def head_columns(x, heads, labels):
-    """[L, D] with its columns in the colours of their heads, moved aside into H sheets [L, K], and back."""
+    """[L, D] with its columns in the colors of their heads, moved aside into H sheets [L, K], and back."""
     x = np.asarray(x, dtype=float)
     L, D = x.shape
     K = D // heads
@@ -633,7 +633,7 @@ def readout(x, eot, labels, features):
     )
 
 
-# 09 Compare sentences
+# 10 Compare sentences
 
 
 def rank_change(labels, ranks):
@@ -662,10 +662,10 @@ def rank_change(labels, ranks):
     return Picture(draw, 90 + 24 * len(labels), f"Ranks with {first} and with {second}: {told}.")
 
 
-# 10 Choose a precision and a device
+# 16 Choose a precision and a device
 
 
-# 11 Make it fast
+# 18 Make it fast
 
 
 def prefix_tree(rows):
@@ -690,11 +690,11 @@ def prefix_tree(rows):
     return Picture(draw, 34 * len(rows) + 48, f"{alt}for a beginning that no row above has.")
 
 
-# 12 Debug a port
+# 19 Debug a port
 
 
 def traffic_lights(rows, columns, states, alt=""):
-    """A table of lights: "ok", "warn", "bad" or "" for each row and column, with a sign beside the colour."""
+    """A table of lights: "ok", "warn", "bad" or "" for each row and column, with a sign beside the color."""
     look = {
         "ok": (GOOD, INK, "✓"),
         "warn": (WARN, INK, "~"),
@@ -719,3 +719,26 @@ def traffic_lights(rows, columns, states, alt=""):
             spine.set_visible(False)
 
     return Picture(draw, 110 + 27 * len(rows), alt)
+
+
+COLUMNS = (
+    *("ln_1", "attn.q", "attn.k", "attn.v", "attn.scores", "attn.weights", "attn.context", "attn"),
+    *("residual", "ln_2", "mlp.c_fc", "mlp.gelu", "mlp", "output"),
+)
+LIGHT = {"agrees": "ok", "padding": "ok", "inherits": "warn", "diverges": "bad", "shape": "bad"}
+
+
+def lights(found):
+    """The traffic lights of a `minclip.Comparison`: blocks against stages; a stage not shown has none."""
+    names = list(dict.fromkeys(".".join(n.split(".")[:3]) for n in found.order if "resblocks" in n))
+    states = [
+        [
+            LIGHT[found.stages[name].state] if name in found.stages else ""
+            for name in (f"{block}.{part}".removesuffix(".output") for part in COLUMNS)
+        ]
+        for block in names
+    ]
+    others = [name for name in found.stages if "resblocks" not in name]
+    outside = ", ".join(f"{name} {found.stages[name].state}" for name in others)
+    alt = f"Blocks against stages; the first divergence is {found.first}. Outside the blocks: {outside}."
+    return traffic_lights([f"block {name.split('.')[-1]}" for name in names], COLUMNS, states, alt)

@@ -230,7 +230,7 @@ def test_reading_and_writing_a_lesson_changes_nothing(path):
 # What a red-, green- or blue-blind eye makes of linear RGB: Machado, Oliveira and Fernandes,
 # IEEE Transactions on Visualization and Computer Graphics 15 (2009), severity 1.0.
 EYES = {
-    "all colours": np.eye(3),
+    "all colors": np.eye(3),
     "no red": [
         [0.152286, 1.052583, -0.204868],
         [0.114503, 0.786281, 0.099216],
@@ -262,7 +262,7 @@ def lab(rgb):
 
 @pytest.mark.parametrize("palette", [drawing.AXIS.values(), drawing.SERIES], ids=["axes", "series"])
 @pytest.mark.parametrize("eye", EYES)
-def test_colours_can_be_told_apart_by_every_eye_and_read_on_the_card(palette, eye):
+def test_colors_can_be_told_apart_by_every_eye_and_read_on_the_card(palette, eye):
     seen = [lab(np.clip(EYES[eye] @ linear(color), 0, 1)) for color in palette]
     assert min(np.linalg.norm(a - b) for a, b in combinations(seen, 2)) > 15  # 2.3 is just noticeable
     contrast = [

@@ -4,8 +4,10 @@ WRONG[check name] lists (answer, words that the message must hold); tests/test_l
 At least two for each check. The messages of one check must differ from each other.
 """
 
+import math
 from itertools import pairwise
 
+import checks
 import numpy as np
 import regex
 
@@ -134,12 +136,10 @@ WRONG["check_add_positions"] = [
     (lambda x, positions: (x + positions).astype(float), "float64"),
 ]
 
-# 03 Normalise a vector
+# 03 Normalize a vector
 
 
 def normed(*inputs, **slips):
-    import checks
-
     return checks.normed(*inputs, **slips)
 
 
@@ -160,7 +160,7 @@ WRONG["check_layer_norm"] = [
     (layer_norm_with(outside=True), "inside the root"),
     (layer_norm_with(outside=True, ddof=1), "Annotated Transformer"),
     (layer_norm_with(eps=0), "eps is missing"),
-    (layer_norm_with(centre=False), "mean is not taken off"),
+    (layer_norm_with(center=False), "mean is not taken off"),
     (layer_norm_with(axis=-2), "the axis is -1"),
     (layer_norm_with(axis=None), "each row has its own"),
     (lambda x, weight, bias: normed(x, weight), "bias is not in it"),
@@ -356,7 +356,7 @@ def states_in_place(embedding, updates):
 
 WRONG["check_block"] = [
     (block_post, "post-norm"),
-    (block_from_norm, "not to its normalised copy"),
+    (block_from_norm, "not to its normalized copy"),
     (lambda x, ln_1, attend, ln_2, mlp: x + attend(ln_1(x)) + mlp(ln_2(x)), "not before"),
     (lambda x, ln_1, attend, ln_2, mlp: mlp(ln_2(attend(ln_1(x)))), "no plus"),
     (lambda x, ln_1, attend, ln_2, mlp: mlp(ln_2(x + attend(ln_1(x)))), "second plus"),
@@ -415,7 +415,101 @@ WRONG["check_missing_end"] = [
 ]
 
 
-# 09 Compare sentences
+# 09 Write the encoder
+
+
+def heads_with(**how):
+    return lambda x, params, block: checks.attention_by_loops(x, params, block, **how).astype(np.float32)
+
+
+right_heads = heads_with()
+
+WRONG["check_heads"] = [
+    (heads_with(causal=False), "the future is not masked"),
+    (heads_with(scale=1.0), "not divided by"),
+    (heads_with(scale=24**-0.5), "D / H, not D"),
+    (heads_with(straight=True), "without a transpose"),
+    (heads_with(unmerged=True), "not put back"),
+    (heads_with(out=False), "the output layer is missing"),
+    (heads_with(bias=False), "the biases are missing"),
+    (heads_with(heads=1), "one head only"),
+    (lambda x, params, block: right_heads(x, params, "transformer.resblocks.0"), "the numbers differ"),
+    (lambda x, params, block: None, "does it end in return"),
+]
+
+
+def own_norm(x, params, name):
+    centered = x - x.mean(-1, keepdims=True)
+    scaled = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-5)
+    return (scaled * params[f"{name}.weight"] + params[f"{name}.bias"]).astype(np.float32)
+
+
+def whole_block(x, params, name, *, gate=None, second=1, keep=True, read="stream", fixed=None):
+    name = fixed or name
+    mid = x + right_heads(own_norm(x, params, f"{name}.ln_1"), params, name)
+    inner = own_norm(mid, params, f"{name}.ln_2") @ params[f"{name}.mlp.c_fc.weight"].T
+    inner = inner + params[f"{name}.mlp.c_fc.bias"]
+    gated = (gate or (lambda h: h / (1 + np.exp(-1.702 * h))))(inner)
+    mlp = gated @ params[f"{name}.mlp.c_proj.weight"].T + second * params[f"{name}.mlp.c_proj.bias"]
+    return ((x if read == "input" else mid if keep else 0) + mlp).astype(np.float32)
+
+
+def exact_gelu(h):
+    return np.vectorize(lambda v: 0.5 * v * (1 + math.erf(v / 2**0.5)))(h)
+
+
+WRONG["check_whole_block"] = [
+    (lambda x, params, name: whole_block(x, params, name, keep=False), "not added to the stream"),
+    (lambda x, params, name: whole_block(x, params, name, read="input"), "not to the stream after attention"),
+    (lambda x, params, name: whole_block(x, params, name, gate=exact_gelu), "not the exact GELU"),
+    (lambda x, params, name: whole_block(x, params, name, second=0), "second bias is missing"),
+    (
+        lambda x, params, name: x + right_heads(own_norm(x, params, f"{name}.ln_1"), params, name),
+        "MLP is missing",
+    ),
+    (
+        lambda x, params, name: whole_block(x, params, name, fixed="transformer.resblocks.0"),
+        "does your code say 0",
+    ),
+]
+
+
+def encoder(params, tokens, stages, *, positions=True, order=None, norm=True, row=None, turned=False):
+    x = params["token_embedding.weight"][tokens]
+    x = stages["embedding"] = x + params["positional_embedding"][: tokens.shape[1]] * np.float32(positions)
+    layers = sum(name.endswith(".ln_1.weight") for name in params)
+    for i in order or range(layers):
+        x = stages[f"transformer.resblocks.{i}"] = whole_block(x, params, f"transformer.resblocks.{i}")
+    x = stages["ln_final"] = own_norm(x, params, "ln_final") if norm else x
+    end = tokens.argmax(-1) if row is None else np.full(len(tokens), row)
+    pooled = stages["pooled"] = x[np.arange(len(x)), end]
+    P = params["text_projection"]
+    return pooled @ (P[:, ::-1] if turned else P)
+
+
+def silent(params, tokens, stages):
+    """A wrong encoder that shows nothing."""
+    return encoder(params, tokens, {}, norm=False)
+
+
+def misnamed(params, tokens, stages):
+    features = encoder(params, tokens, {})
+    stages["embeddings"] = features
+    return features
+
+
+WRONG["check_encoder"] = [
+    (lambda p, t, s: encoder(p, t, s, positions=False), "your first divergence is embedding"),
+    (lambda p, t, s: encoder(p, t, s, order=[0, 0]), "your first divergence is block 0 output"),
+    (lambda p, t, s: encoder(p, t, s, norm=False), "ln_final; block 1 output still agrees"),
+    (lambda p, t, s: encoder(p, t, s, row=-1), "your first divergence is pooled; ln_final still agrees"),
+    (lambda p, t, s: encoder(p, t, s, turned=True), "your first divergence is text_features"),
+    (silent, "your first divergence is text_features"),
+    (misnamed, "no stage is called ['embeddings']"),
+    (lambda p, t, s: None, "does it end in return"),
+]
+
+# 10 Compare sentences
 
 
 def unit(x, axis=-1):
@@ -448,7 +542,7 @@ WRONG["check_shares_of"] = [
 WRONG["check_ensemble"] = [
     (lambda features: unit(features.mean(axis=0)), "before the mean"),
     (lambda features: unit(features).mean(axis=0), "after it as well"),
-    (lambda features: features.mean(axis=0), "nothing is normalised"),
+    (lambda features: features.mean(axis=0), "nothing is normalized"),
     (lambda features: unit(unit(features).mean(axis=1)), "mean over the words"),
     (lambda features: unit(unit(features.astype(float)).mean(axis=0)), "float64"),
 ]
@@ -461,7 +555,7 @@ WRONG["check_nearest"] = [
 ]
 
 
-# 10 Choose a precision and a device
+# 16 Choose a precision and a device
 
 
 def half_norm_with(**slips):
@@ -506,7 +600,7 @@ WRONG["check_array_module"] = [
 ]
 
 
-# 11 Make it fast
+# 18 Make it fast
 
 
 def upto(row):
@@ -576,7 +670,7 @@ WRONG["check_four_products"] = [
 ]
 
 
-# 12 Debug a port
+# 19 Debug a port
 
 
 def divergence_by(differs, order=lambda reference: reference):
@@ -633,8 +727,8 @@ WRONG["check_bugs"] = [
     ({**SIX_BUGS, "D": "transposed"}, "the catalogue has no"),
     ({"A": "A1"}, "still to do: B, C"),
 ]
-WRONG["check_mends"] = [
-    ({"A": features_from_elsewhere}, "mend where it is born"),
+WRONG["check_fixes"] = [
+    ({"A": features_from_elsewhere}, "fix where it is born"),
     ({"B": lambda port: port.weights("attn.in_proj_bias", lambda bias: 0 * bias)}, "still wrong from"),
     ({"D": lambda port: port.weights("text_projection", lambda weight: weight.T)}, "still to do: A, B, C"),
     ({"G": features_from_elsewhere}, "the letters are A to F"),
