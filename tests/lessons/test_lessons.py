@@ -63,7 +63,7 @@ def test_committed_outputs_are_fresh(path):
     committed, executed = read(path), run(path, False).result()
     for old, new in zip(committed.cells, executed.cells, strict=True):
         outputs = [text_of(output) for output in new.get("outputs", [])]
-        remedy = f"{path.name}, cell {new.id}: run `python tests/refresh_lessons.py {path.name[:2]}`"
+        remedy = f"{path.name}, cell {new.id}: run `python -m tests.lessons.refresh {path.name[:2]}`"
         assert [text_of(output) for output in old.get("outputs", [])] == outputs, remedy
     for (name, a, tall), (_, b, high) in zip(pictures(committed), pictures(executed), strict=True):
         assert tall == high, name
