@@ -3,7 +3,8 @@
 A .pt is read in torch_archive (its zip archive) and pickle_machine (its pickle, of which nothing is run);
 tensor_files, zip_archive and gguf_file read the other formats. Read in this order: loading, saving,
 inspecting and lora; sources (which file a name means) and formats (refusals); dialects (names of parameters),
-recompose (weights stored in parts) and configs; then the readers of formats; download (OpenAI's files).
+recompose (weights stored in parts) and configs; then the readers of formats; download (OpenAI's files) and
+ranges (the text tower alone, by HTTP ranges).
 """
 
 from minclip.checkpoint.download import available_models
