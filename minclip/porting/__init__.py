@@ -4,11 +4,12 @@ Read in this order:
 
 - stages (names and axes), rounding (how far a correct port may be from the reference)
 - torch_hooks (record a torch model), probe (the tokens to run a port on), token_probe (the texts)
-- alignment (read foreign arrays as stages), comparison (which stage diverges first), display
+- names and layouts (how others call and store the stages), alignment (recognize arrays as stages)
 - port (the reference with a change), faults and catalogue (the known bugs)
 - gradients (the same for a port's backward pass)
-- target, runs, search (which faults explain a port's features), dump (the same, stage by stage)
-- verdict, describe, conclusions (how a diagnosis reads), diagnosis
+- target, runs, search (which faults explain a port's features), agreement (whether the features agree)
+- comparison (which stage diverges first), notes and display (how a comparison reads)
+- dump (find bugs one after the other), verdict, describe, conclusions (how a diagnosis reads), diagnosis
 - token_port (the reference tokenizer in steps), token_faults (its catalogue), token_rows, tokens
 - weight_layouts, quantization, scales, weight_matching, weight_names, weight_findings, weight_files and
   weights (a port's weights)

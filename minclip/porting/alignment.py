@@ -1,213 +1,310 @@
-"""Read another implementation's arrays as our stages: whatever they are called and however they lie."""
+"""Recognize another implementation's arrays as stages: by their values, their names, and their shapes.
 
-import difflib
+Every array is compared with every stage that it can be by shape and layout, on a sample of the numbers up to
+the end of each text. Values decide. A name helps where the values fit no stage, as after a divergence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
 import math
-import re
-from collections import namedtuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
-from einops import rearrange
 
 from minclip.arrays import as_array
 from minclip.params import BLOCK
-from minclip.porting.stages import axes
+from minclip.porting.layouts import Match, Reading, readings, reversed_axes, same
+from minclip.porting.names import stages_of
+from minclip.porting.stages import AXES, axes, is_parameter, part_of, text_of
 
-# What a block's stages are called elsewhere, after the block's number: by OpenAI's and OpenCLIP's
-# modules, Hugging Face's, timm's. ".input" is what `minclip.trace_torch` calls a module's input.
-INSIDE = {
-    "": ("output", "0", "output.0"),
-    "ln_1": ("layer_norm1", "norm1", "ln1"),
-    "attn.qkv": ("self_attn.qkv", "attn.in_proj", "self_attn.qkv_proj", "attn.qkv_proj"),
-    "attn.q": ("self_attn.q_proj", "self_attn.q", "attn.q_proj"),
-    "attn.k": ("self_attn.k_proj", "self_attn.k", "attn.k_proj"),
-    "attn.v": ("self_attn.v_proj", "self_attn.v", "attn.v_proj"),
-    "attn.scores": ("self_attn.scores",),
-    "attn.masked": ("self_attn.masked",),
-    "attn.weights": ("attn.1", "self_attn.1", "self_attn.weights", "attn.probs"),
-    "attn.context": ("attn.out_proj.input", "self_attn.out_proj.input", "self_attn.context"),
-    "attn": (
-        "attn.0",
-        "self_attn",
-        "self_attn.0",
-        "attn.out_proj",
-        "self_attn.out_proj",
-        "attn.proj",
-        "ls_1",
-    ),
-    "residual": ("ln_2.input", "layer_norm2.input", "norm2.input"),
-    "ln_2": ("layer_norm2", "norm2", "ln2"),
-    "mlp.c_fc": ("mlp.fc1",),
-    "mlp.gelu": ("mlp.activation_fn", "mlp.act", "mlp.c_proj.input", "mlp.fc2.input"),
-    "mlp": ("mlp.fc2", "mlp.c_proj", "ls_2"),
-}
-OUTSIDE = {
-    "token_embedding": (),
-    "positional_embedding": ("position_embedding",),
-    "embedding": ("embeddings", "transformer.input", "encoder.input", "resblocks.input", "layers.input"),
-    "ln_final": ("final_layer_norm", "last_hidden_state"),
-    "eot": (),
-    "pooled": ("pooler_output", "pooled_output", "text_projection.input"),
-    "text_features": ("text_embeds", "text_projection", "features", "encode_text"),
-}
-INSIDE_BY_WORD = {word: stage for stage in INSIDE for word in (stage, *INSIDE[stage])}
-OUTSIDE_BY_WORD = {word: stage for stage in OUTSIDE for word in (stage, *OUTSIDE[stage])}
-
-# How a stage may lie in memory: letters are axes, brackets merge them. P is the 3 of q, k, v packed.
-LAYOUTS = {
-    "B L D": ("B L D", "L B D", "(B L) D", "(L B) D", "B D L"),
-    "B H L K": (
-        *("B H L K", "B L (H K)", "L B (H K)", "(B H) L K", "B L H K", "L B H K", "H B L K"),
-        *("(B L) (H K)", "(L B) (H K)"),
-    ),
-    "B H L M": ("B H L M", "(B H) L M", "H B L M"),
-    "P B H L K": (
-        *("B L (P H K)", "L B (P H K)", "P B H L K", "P B L (H K)", "P L B (H K)", "B L P H K"),
-        *("B L P (H K)", "B L (H P K)", "B L H P K", "(B L) (P H K)", "(L B) (P H K)"),
-    ),
-}
-
-# A port's array as one of our stages: the array in our layout, the port's name for it and layout of
-# it, and the other layouts that have the same shape.
-Match = namedtuple("Match", "array name layout rivals")
+FITS = 0.05  # the largest relative error at which an array counts as a stage by its values
+CLEARLY = 3  # how many times nearer to that stage than to any other
+SAMPLE = 2000  # numbers of an array that are compared
+PACKED = "attn.qkv"  # q, k and v in one array
+SILENT = (".masked", "eot")  # recognized by name only: integers, and scores with any large negative number
 
 
-def align(reference, port):
-    """Read a port's arrays as stages: ({stage: Match}, {stage: (name, shape)}, [names of no stage]).
+@dataclasses.dataclass
+class Alignment:
+    """A dump read as stages.
 
-    The second holds arrays whose name is a stage's and whose shape is none of its layouts.
+    matches   {stage: `Match`}
+    misfits   {stage: (name, shape)}: arrays with a stage's name whose shape is none of its layouts
+    moved     {name: (the stage that it names, the stage that it holds)}
+    strays    {name: stage}: arrays that name a stage which another array holds
+    unknown   the names of arrays that are no stage
     """
-    matches, misfits, unknown = {}, {}, []
+
+    matches: dict[str, Match]
+    misfits: dict[str, tuple[str, list[int]]]
+    moved: dict[str, tuple[str, str]]
+    strays: dict[str, str]
+    unknown: list[str]
+
+
+class Candidate(NamedTuple):
+    """A stage that an array may be: the relative error on the sample, and how the array is read."""
+
+    error: float
+    stage: str
+    reading: Reading
+
+
+class StageKind:
+    """The stages of the same axes and shape, with a sample of each.
+
+    names    the stages; a block's packed q, k, v are one
+    index    the sampled places in minclip's layout
+    rows     [stages, n], the reference's numbers there, in float64
+    """
+
+    def __init__(self, goal: str, names: list[str], arrays: list[Any], text: Any):
+        self.goal, self.names = goal, names
+        self.sizes = dict(zip(goal.split(), arrays[0].shape, strict=True))
+        self.index = sampled_places(goal, arrays[0].shape, text)
+        with np.errstate(all="ignore"):
+            self.rows = np.stack([array[self.index] for array in arrays]).astype(np.float64)
+
+    def candidates(self, array: Any, batch: int) -> Iterator[Candidate]:
+        """Return the stages that an array can be by its shape, each with its best reading."""
+        best: dict[str, Candidate] = {}
+        for reading in readings(array, self.goal, {"B": batch, **self.sizes}):
+            inside = self.inside(reading.length)
+            numbers = reading.array[tuple(axis[inside] for axis in self.index)].astype(np.float64)
+            for stage, error in zip(self.names, relative_errors(numbers, self.rows[:, inside]), strict=True):
+                if stage not in best or error < best[stage].error:
+                    best[stage] = Candidate(float(error), stage, reading)
+        yield from best.values()
+
+    def inside(self, length: int) -> Any:
+        """Return which sampled places are among the first positions."""
+        limits = [
+            axis < length
+            for axis, letter in zip(self.index, self.goal.split(), strict=True)
+            if letter in "LM"
+        ]
+        return np.logical_and.reduce(limits) if limits else np.full(self.rows.shape[1], True)
+
+
+def sampled_places(goal: str, shape: tuple[int, ...], text: Any) -> tuple[Any, ...]:
+    """Return an index of at most SAMPLE places, up to the end of each text and visible to the mask."""
+    rng = np.random.default_rng(0)
+    letters = goal.split()
+    size = math.prod(shape)
+    flat = np.arange(size) if size <= 4 * SAMPLE else np.unique(rng.integers(size, size=40 * SAMPLE))
+    index = dict(zip(letters, np.unravel_index(flat, shape), strict=True))
+    good = np.full(len(flat), True)
+    if "M" in index:
+        good &= index["M"] <= index["L"]
+    if text is not None and "B" in index and "L" in index:
+        good &= text[index["B"], index["L"]]
+    chosen = np.flatnonzero(good)
+    chosen = np.sort(rng.permutation(chosen)[:SAMPLE])
+    return tuple(index[letter][chosen] for letter in letters)
+
+
+def relative_errors(numbers: Any, rows: Any) -> Any:
+    """Return the relative L2 distance of numbers from each row; inf where a number is not finite."""
+    with np.errstate(all="ignore"):
+        errors = np.linalg.norm(rows - numbers, axis=1) / np.linalg.norm(rows, axis=1)
+    return np.where(np.isfinite(errors), errors, np.inf)
+
+
+class Recognizer:
+    """Tells which stages of a reference an array can be."""
+
+    def __init__(self, reference: Any):
+        text = text_of(reference)
+        self.backwards = getattr(reference, "gradient", None) is not None
+        self.arrays = {
+            name: as_array(array)
+            for name, array in reference.items()
+            if name in AXES or not is_parameter(name)  # a trace of gradients holds those of parameters too
+        }
+        self.kinds = [StageKind(*kind, text) for kind in stage_kinds(self.arrays)]
+        self.batch = next((array.shape[0] for name, array in self.arrays.items() if axes(name)[0] == "B"), 1)
+
+    def candidates(self, array: Any) -> list[Candidate]:
+        """Return the stages that an array can be by its shape, nearest first."""
+        if array.dtype.kind != "f":
+            return []
+        found = [c for kind in self.kinds for c in kind.candidates(array, self.batch)]
+        if not any(candidate.error <= FITS for candidate in found):
+            for other in reversed_axes(array):
+                found += [
+                    c._replace(reading=c.reading._replace(layout=f"{c.reading.layout} in reverse"))
+                    for kind in self.kinds
+                    for c in kind.candidates(other, self.batch)
+                    if c.error <= FITS
+                ]
+        return sorted(map(masked_if_hidden, found), key=lambda candidate: candidate.error)
+
+    def kind_of(self, stage: str) -> StageKind:
+        """Return the kind of a stage."""
+        stage = stage.replace(".masked", ".scores")
+        return next(kind for kind in self.kinds if stage in kind.names)
+
+
+def masked_if_hidden(candidate: Candidate) -> Candidate:
+    """Return scores as masked scores if the first query's score of a later key is very low."""
+    if not candidate.stage.endswith("attn.scores") or candidate.reading.length < 2:
+        return candidate
+    hidden = candidate.reading.array[..., 0, 1]
+    masked = candidate.stage.replace(".scores", ".masked")
+    return candidate._replace(stage=masked) if (hidden < -1000).all() else candidate
+
+
+def stage_kinds(arrays: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[Any]]]:
+    """Return (axes, stages, arrays) of stages that have the same axes and shape, and of packed q, k, v."""
+    kinds: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for name, array in arrays.items():
+        if not name.endswith(SILENT) and array.dtype.kind == "f":
+            kinds.setdefault((axes(name), array.shape), []).append(name)
+    for (goal, _), names in kinds.items():
+        yield goal, names, [arrays[name] for name in names]
+    packed = {
+        f"{name[:-1]}qkv": np.stack([arrays[f"{name[:-1]}{part}"] for part in "qkv"])
+        for name in arrays
+        if part_of(name) == "attn.q" and all(f"{name[:-1]}{part}" in arrays for part in "qkv")
+    }
+    if packed:
+        yield "P B H L K", list(packed), list(packed.values())
+
+
+def align(reference: Mapping[str, Any], port: Mapping[str, Any]) -> Alignment:
+    """Read a port's arrays as stages of a reference."""
+    recognizer = Recognizer(reference)
     layers = len({name.split(".")[2] for name in reference if name.startswith(BLOCK)})
-    named = {name: stage_of(name, layers) for name in port}
-    for name in sorted(port, key=lambda name: name != named[name]):  # our own names go before others' words
-        stage, array = named[name], port[name]
-        parts = [f"{stage[:-3]}{part}" for part in "qkv"] if stage and stage.endswith("attn.qkv") else [stage]
-        if parts[0] not in reference:
-            unknown.append(name)
-        elif parts[0] not in matches:
-            found = fit([as_array(reference[part]) for part in parts], array, axes(parts[0]))
-            for part, arranged in zip(parts, found.array if found else (), strict=bool(found)):
-                matches[part] = found._replace(array=arranged, name=name)
-                misfits.pop(part, None)
-            if not found:
-                misfits[parts[0]] = name, list(array.shape)
-    return matches, misfits, unknown
+    named = stages_of(list(port), layers)
+    candidates = {name: recognizer.candidates(array) for name, array in port.items()}
+    return Aligner(recognizer, dict(port), named, candidates).align()
 
 
-def stage_of(name, layers):
-    """Our name for what another implementation calls name, or None: see INSIDE and OUTSIDE.
+class Aligner:
+    """Decides which array is which stage.
 
-    Words in front (model., text_model., module.) do not matter, and hidden_states.{i} are the
-    embedding and then each block's output, as Hugging Face counts.
+    named        name -> the stage that it means, or None
+    candidates   name -> the stages that its array can be, nearest first
+    held         name -> the stage that its array clearly is by its values, or None
     """
-    name = name.replace("/", ".").strip(".")
-    if re.search(r"visual|vision", name):
+
+    def __init__(self, recognizer: Recognizer, port: dict[str, Any], named: Any, candidates: Any):
+        self.recognizer, self.port, self.named, self.candidates = recognizer, port, named, candidates
+        self.known = {*recognizer.arrays, *(s for kind in recognizer.kinds for s in kind.names)}
+        self.held = {name: clear_stage(found, named[name]) for name, found in candidates.items()}
+        self.result = Alignment({}, {}, {}, {}, [])
+        # Where the features agree there is no bug: values alone decide, and names that disagree mislead.
+        self.trusting = not recognizer.backwards and any(
+            stage == "text_features" and named[name] in (stage, None) for name, stage in self.held.items()
+        )
+
+    def align(self) -> Alignment:
+        """Return the alignment: arrays whose values and name agree come first, then values, then names."""
+        agreeing = [name for name in self.port if self.held[name] and self.held[name] == self.named[name]]
+        agreeing.sort(key=lambda name: name != self.named[name])  # minclip's own names come first
+        for name in agreeing:
+            self.assign(name, self.held[name])
+        for name in self.port:
+            if name not in agreeing and self.held[name] and self.may_move(name):
+                self.assign(name, self.held[name])
+        for name in sorted(self.port, key=lambda name: name != self.named[name]):
+            if not self.is_done(name):
+                self.assign_by_name(name)
+        for stage in [stage for stage in self.result.misfits if stage in self.result.matches]:
+            name, _ = self.result.misfits.pop(stage)
+            self.result.strays[name] = stage
+        return self.result
+
+    def may_move(self, name: str) -> bool:
+        """Tell whether an array may be taken for the stage that it holds rather than the one it names.
+
+        A port with a bug may well have one stage's numbers in another's place, such as q's in k. The name is
+        given up only where another array, without a name of its own, holds the stage that it names.
+        """
+        stage = self.named[name]
+        return stage not in self.known or self.trusting or self.is_held_elsewhere(name, stage)
+
+    def is_held_elsewhere(self, name: str, stage: str) -> bool:
+        """Tell whether another array holds a stage, and names that stage or none."""
+        return any(
+            held == stage
+            and other != name
+            and (self.named[other] == stage or self.named[other] not in self.known)
+            for other, held in self.held.items()
+        )
+
+    def is_done(self, name: str) -> bool:
+        """Tell whether an array has been assigned."""
+        return any(match.name == name for match in self.result.matches.values()) or name in self.result.moved
+
+    def assign(self, name: str, stage: str) -> None:
+        """Take an array for the stage that it holds, unless another array has been."""
+        candidate = next(c for c in self.candidates[name] if c.stage == stage)
+        if self.take(name, stage, candidate, by_value=True) and self.named[name] in self.known - {stage}:
+            self.result.moved[name] = self.named[name], stage
+
+    def assign_by_name(self, name: str) -> None:
+        """Take an array for the stage that it names, unless another array holds that stage."""
+        stage = self.named[name]
+        if stage not in self.known:
+            if not self.held[name]:
+                self.result.unknown.append(name)
+            return
+        candidate = next((c for c in self.candidates[name] if c.stage == stage), None)
+        if stage.endswith(SILENT):
+            self.assign_silent(name, stage)
+        elif candidate is None:
+            self.result.misfits.setdefault(parts(stage)[0], (name, list(self.port[name].shape)))
+        elif not self.take(name, stage, candidate, by_value=candidate.error <= FITS):
+            self.result.strays[name] = stage
+
+    def assign_silent(self, name: str, stage: str) -> None:
+        """Take an array for a stage that is recognized by name only."""
+        expected, array = self.recognizer.arrays[stage], self.port[name]
+        sizes = {"B": self.recognizer.batch, **dict(zip(axes(stage).split(), expected.shape, strict=True))}
+        found = readings(array, axes(stage), sizes)
+        if not found:
+            self.result.misfits.setdefault(stage, (name, list(array.shape)))
+        elif stage not in self.result.matches:
+            best = min(found, key=lambda reading: distance(reading, expected))
+            self.result.matches[stage] = Match(best.array, name, best.layout, [])
+
+    def take(self, name: str, stage: str, candidate: Candidate, by_value: bool) -> bool:
+        """Record an array as a stage, or as q, k and v; tell whether the stage was free."""
+        reading, free = candidate.reading, [part for part in parts(stage) if part not in self.result.matches]
+        arrays = dict(
+            zip(parts(stage), reading.array if stage.endswith(PACKED) else [reading.array], strict=True)
+        )
+        kind = self.recognizer.kind_of(stage)
+        others = readings(self.port[name], kind.goal, {"B": self.recognizer.batch, **kind.sizes})
+        rivals = [r.layout for r in others if r.layout != reading.layout and not same(r.array, reading.array)]
+        for part in free:
+            self.result.matches[part] = Match(arrays[part], name, reading.layout, rivals, by_value)
+        return bool(free)
+
+
+def parts(stage: str) -> list[str]:
+    """Return the stages that an array of packed q, k, v is, or the stage itself."""
+    return [f"{stage[:-3]}{part}" for part in "qkv"] if stage.endswith(PACKED) else [stage]
+
+
+def clear_stage(candidates: list[Candidate], named: str | None) -> str | None:
+    """Return the stage that an array clearly is by its values, or None. A name decides between equals."""
+    if not candidates or candidates[0].error > FITS:
         return None
-    counted = re.search(r"(hidden_states|attentions)[._](\d+)$", name)
-    if counted:
-        i = int(counted[2])
-        if counted[1] == "attentions":
-            return f"{BLOCK}{i}.attn.weights"
-        return f"{BLOCK}{i - 1}" if i else "embedding"
-    inside = re.search(r"(?:^|\.)(?:resblocks|layers|layer|blocks|block|h)\.(\d+)(?:\.(.+))?$", name)
-    if inside:
-        i, word = int(inside[1]), inside[2] or ""
-        if word in ("input", "ln_1.input", "layer_norm1.input"):
-            return f"{BLOCK}{i - 1}" if i else "embedding"
-        stage = INSIDE_BY_WORD.get(word)
-        return None if stage is None else f"{BLOCK}{i}.{stage}".rstrip(".")
-    words = name.split(".")
-    tails = [".".join(words[n:]) for n in range(len(words))]
-    if {"ln_final.input", "final_layer_norm.input"} & set(tails) or words[-1] in ("transformer", "encoder"):
-        return f"{BLOCK}{layers - 1}"
-    return next((OUTSIDE_BY_WORD[tail] for tail in tails if tail in OUTSIDE_BY_WORD), None)
+    best = candidates[0]
+    near = {c.stage for c in candidates if c.error <= CLEARLY * best.error}
+    if named in near:
+        return named
+    ties = {c.stage for c in candidates if c.error <= best.error}
+    return best.stage if near == ties else None
 
 
-def fit(reference, array, letters):
-    """A port's array in the reference's layout, as a `Match` without a name, or None if none fits.
-
-    reference   the stage's array, or those of q, k and v, in a list
-    letters     the axes of each. The result holds as many arrays; L may have come out shorter, for a
-                port that leaves the last positions out.
-    Of several layouts of the same shape, it is the one whose numbers are nearest to the reference's.
-    """
-    sizes = dict(zip(letters.split(), reference[0].shape, strict=True)) | {"P": 3}
-    goal = f"P {letters}" if len(reference) == 3 else letters
-    expected = np.stack(reference) if len(reference) == 3 else reference[0]
-    for length in range(sizes.get("L", 1), 0, -1):
-        sizes |= {"L": length, "M": length} if "L" in sizes else {}
-        layouts = [layout for layout in layouts_of(goal) if has_layout(array.shape, layout, sizes)]
-        if layouts:
-            cropped = crop(goal, expected, length)
-            read = {layout: arrange(array, layout, goal, sizes) for layout in layouts}
-            best = min(layouts, key=lambda layout: apart(cropped, read[layout]))
-            rivals = [other for other in layouts if not same(read[other], read[best])]
-            arranged = list(read[best]) if len(reference) == 3 else [read[best]]
-            return Match(arranged, None, best, rivals)
-    return None
-
-
-def layouts_of(letters):
-    """The layouts a stage of these axes may come in; the others than LAYOUTS' only in their own."""
-    return LAYOUTS.get(letters, (letters,))
-
-
-def has_layout(shape, layout, sizes):
-    """Whether shape is that of layout, axes of size 1 left out or put in anywhere."""
-    merged = [math.prod(sizes[axis] for axis in group) for group in groups(layout)]
-    return [n for n in shape if n != 1] == [n for n in merged if n != 1]
-
-
-def arrange(array, layout, goal, sizes):
-    """Return an array of a layout with its axes split and in the goal's order."""
-    merged = [math.prod(sizes[axis] for axis in group) for group in groups(layout)]
-    flat = {axis: sizes[axis] for group in groups(layout) for axis in group}
-    return rearrange(array.reshape(merged), f"{layout} -> {goal}", **flat)
-
-
-def groups(layout):
-    """[["B"], ["H", "K"]] of "B (H K)"."""
-    return [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\w", layout)]
-
-
-def crop(letters, array, length):
-    """array with no more than length positions, as queries and as keys."""
-    return array[tuple(slice(length if axis in "LM" else None) for axis in letters.split())]
-
-
-def apart(a, b):
-    """Euclidean distance over the numbers that are finite in both."""
+def distance(reading: Reading, expected: Any) -> float:
+    """Return the distance of an array from the reference, over the numbers that are finite in both."""
+    a = reading.array
+    b = expected[tuple(slice(n) for n in a.shape)]
     both = np.isfinite(a) & np.isfinite(b)
-    return np.linalg.norm(a[both].astype(np.float64) - b[both].astype(np.float64))
-
-
-def same(a, b):
-    return np.array_equal(a, b, equal_nan=True)
-
-
-def rename(port, names):
-    """A port's dump with the arrays that names lists called as we call them: {"theirs": "ours"}.
-
-    Raises ValueError for a name that the dump does not have.
-    """
-    for theirs in names:
-        if theirs not in port:
-            near = difflib.get_close_matches(theirs, port, n=1)
-            raise ValueError(
-                f"the port has no {theirs!r}" + (f"; the nearest is {near[0]!r}" if near else "")
-            )
-    return {names.get(name, name): array for name, array in port.items()}
-
-
-def unpack(port):
-    """A port's dump as a flat dict of arrays on the host: tuples and stacks get a number each."""
-    if not hasattr(port, "items"):
-        raise ValueError(f"a port is a mapping from stage name to array, not {type(port).__name__}")
-    arrays = {}
-    for name, value in port.items():
-        stacked = name.endswith(("hidden_states", "attentions")) and not isinstance(value, (tuple, list))
-        if isinstance(value, (tuple, list)) or (stacked and as_array(value).ndim > 3):
-            arrays |= {f"{name}.{i}": as_array(part) for i, part in enumerate(value) if part is not None}
-        elif value is not None:
-            arrays[name] = as_array(value)
-    return arrays
+    return float(np.linalg.norm(a[both].astype(np.float64) - b[both].astype(np.float64)))

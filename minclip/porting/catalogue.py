@@ -27,6 +27,7 @@ from minclip.porting.faults import (
     low_bits,
     norm,
     norm_after_projection,
+    norm_with,
     option,
     other_heads,
     other_order,
@@ -543,6 +544,13 @@ CATALOGUE = (
     Fault("N1-outside", "layer norm with eps added to the deviation, not to the variance",
           "BERT-pytorch#30; annotated-transformer#119", NORMS,
           norm(outside=True)),
+    *(
+        Fault(f"N1-final-{eps}", f"ln_final alone with eps {eps}",
+              source, NORMS, norm_with("ln_final", eps=float(eps)))
+        for eps, source in (
+            ("1e-6", "KerasHub's CLIP text encoder"), ("1e-12", "BERT's eps"), ("1e-3", "Keras's default"),
+        )
+    ),
     Fault("N2", "layer norm with the unbiased variance (ddof=1)",
           "lbann#2024; annotated-transformer#119", NORMS,
           norm(ddof=1)),

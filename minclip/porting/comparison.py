@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from minclip.arrays import as_array
-from minclip.params import keep
+from minclip.params import keep, text_dtype
 from minclip.porting import display, gradients
-from minclip.porting.alignment import Match, align, crop, rename, unpack
+from minclip.porting.agreement import Agreement, agree
+from minclip.porting.alignment import Alignment, align
 from minclip.porting.faults import Fault
+from minclip.porting.layouts import Match, crop
+from minclip.porting.names import rename, unpack
+from minclip.porting.notes import listed, notes_on, verdict_on
 from minclip.porting.probe import as_trace, read_dump, read_probe
 from minclip.porting.rounding import (
     PRECISIONS,
@@ -24,12 +28,17 @@ from minclip.porting.rounding import (
     coarser,
     distances,
     holds,
+    named_precision,
+    possible_precisions,
     ratio,
     relative_l2,
     rounding_of,
     run,
 )
-from minclip.porting.stages import LOOKED_UP, axes, entries, part_of, text_of
+from minclip.porting.runs import Runs
+from minclip.porting.search import Search
+from minclip.porting.stages import LOOKED_UP, PRODUCTS, STREAM, axes, entries, is_product, part_of, text_of
+from minclip.porting.target import Target
 from minclip.tracing import Trace
 
 
@@ -37,7 +46,7 @@ from minclip.tracing import Trace
 class Stage:
     """One stage side by side.
 
-    name, layout     the port's name for the stage, and how its axes lie in the port's array
+    stage, name, layout    the stage, the port's name for it, and how its axes lie in the port's array
     precision        the precision of the port's numbers, which the tolerance is for, such as "float32"
     max_abs, relative_l2, cosine, norm_ratio    port against reference, over every position
     nan              the share of NaN
@@ -45,21 +54,23 @@ class Stage:
     new, new_tolerance  the same for the error that this stage adds; None where it was not shadowed
     state            "agrees"; "padding", where only positions after the end of text differ; "diverges",
                      with an error of its own; "inherits", where an earlier stage diverged and this stage
-                     is not known to add to it; "shape", where the port's array has no layout of this stage
+                     is not known to add to it; "stray", where the numbers are not the stage's although
+                     later stages agree; "shape", where the port's array has no layout of this stage
     """
 
+    stage: str
     name: str
     layout: Any
     precision: str | None = None
-    max_abs: float | None = None
-    relative_l2: float | None = None
-    cosine: float | None = None
-    norm_ratio: float | None = None
-    nan: float | None = None
-    error: float | None = None
-    tolerance: float | None = None
-    new: float | None = None
-    new_tolerance: float | None = None
+    max_abs: Any = None
+    relative_l2: Any = None
+    cosine: Any = None
+    norm_ratio: Any = None
+    nan: Any = None
+    error: Any = None
+    tolerance: Any = None
+    new: Any = None
+    new_tolerance: Any = None
     state: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,19 +79,30 @@ class Stage:
 
 
 def compare(
-    reference: Mapping[str, Any], port: Mapping[str, Any], *, rtol: float | None = None
+    reference: Mapping[str, Any],
+    port: Mapping[str, Any],
+    *,
+    rtol: float | None = None,
+    dtype: Any = None,
 ) -> Comparison:
     """Compare a port's stages with the reference's, and return a `Comparison`.
 
     reference  a `Trace`, from `minclip.trace` or from a probe's file
     port       mapping from name to array: as many stages as the port has, of a run on the same tokens.
-               Names may be minclip's, OpenAI's, OpenCLIP's or Hugging Face's (`alignment.rename` is for
-               others), arrays NumPy's, CuPy's or torch's. The layout of each array is recognized.
+               Arrays (NumPy's, CuPy's or torch's) are recognized by their values, in any usual layout, and
+               by name where the values fit nothing: minclip's, OpenAI's, OpenCLIP's, Hugging Face's, MLX's,
+               Keras's or Flax's. `minclip.porting.names.rename` is for others.
     rtol       the relative L2 error allowed at every stage, instead of the measured tolerance
+    dtype      the precision that the port computes in, such as "bfloat16" or "tf32", where its numbers do
+               not show it
 
     The tolerance of a stage is a multiple of what rounding does to the reference at the port's precision,
     see `minclip.porting.rounding`. That precision is the coarsest that the numbers of this stage and of
-    earlier stages show: float32 arrays that hold only float16 numbers count as float16.
+    earlier stages show: float32 arrays that hold only float16 numbers count as float16. A port may also
+    compute in a coarser precision than it shows.
+
+    Where the port's last stages agree, the verdict is that it agrees. An earlier array that does not fit
+    is then a stray, and a note says what it probably is.
 
     Where the reference carries its params, each stage is also *shadowed*: compared with the result of
     the reference, in float64, from the port's own earlier stages. Inherited error drops out, and `new` is
@@ -99,66 +121,168 @@ def compare(
     >>> params, tokens = minclip.load(), minclip.tokenize("a cat")
     >>> port = dict(minclip.trace(params, tokens))
     >>> port["ln_final"] = port["transformer.resblocks.3"]  # the last norm forgotten
+    >>> port["pooled"] = port["ln_final"][:, 3]
+    >>> port["text_features"] = port["pooled"] @ params["text_projection"]
     >>> compare(minclip.trace(params, tokens), port).first
     'ln_final'
     """
     reference = reference if isinstance(reference, Trace) else as_trace(reference)
-    backwards = reference.gradient is not None
-    reference = gradients.complete(reference) if backwards else reference
+    reference = reference if reference.gradient is None else gradients.complete(reference)
     arrays = unpack(port)
     check_tokens(reference, arrays)
-    parameters = gradients.parameters_of(reference, arrays) if backwards else {}
-    matches, misfits, unknown = align(reference, arrays)
-    matches |= {name: Match(array, theirs, axes(name), []) for name, (theirs, array) in parameters.items()}
-    if not matches and not misfits:
+    alignment = (
+        align_gradients(reference, arrays) if reference.gradient is not None else align(reference, arrays)
+    )
+    if not alignment.matches and not alignment.misfits:
         raise ValueError(
-            f"no stage is called {listed(unknown)}: minclip.porting.alignment.rename gives stages their names"
+            f"no array can be recognized as a stage, such as {listed(list(arrays))}: neither names nor "
+            "numbers fit; minclip.porting.names.rename gives stages their names"
         )
-    pairs, tokens = crop_alike(reference, matches)
-    text = text_of(reference)
-    text = None if text is None else text[:, : tokens.shape[1]]
-    added = {}
-    if reference.params is not None:
-        theirs = {name: port for name, (_, port) in pairs.items()}
-        added = (
-            gradients.distances(reference, theirs, text, shadow=True)
-            if backwards
-            else distances(reference.params, tokens, theirs, shadow=True)
-        )
-    stages, precision = {}, PRECISIONS[0]
-    given = list(reference)[:1] if backwards else LOOKED_UP
-    for name in (name for name in reference if name in pairs or name in misfits):
-        if name in misfits:
-            stages[name] = Stage(*misfits[name])
-            continue
-        here = precision_of(name, *pairs[name])
-        if name not in given:  # says nothing of the arithmetic that follows
-            here = precision = coarser(precision, here)
-        tolerance, new_tolerance = tolerances(reference, name, here, rtol)
-        stages[name] = Stage(
-            matches[name].name,
-            matches[name].layout,
-            here,
-            *measure(name, *pairs[name], text),
-            tolerance,
-            added.get(name),
-            new_tolerance,
-        )
-    judged = judge(stages)
-    new = [name for name, stage in judged.items() if stage.state == "diverges"]
-    faults = []
-    if backwards and new and not misfits:
-        limits = {name: stages[name].tolerance for name in pairs}
-        faults = list(gradients.explain(reference, pairs, limits, new, text))
-    return Comparison(judged, reference, pairs, matches, unknown, text, rtol, faults)
+    return Comparer(reference, alignment, rtol, dtype).compare()
+
+
+def align_gradients(reference: Trace, arrays: dict[str, Any]) -> Alignment:
+    """Return a port's gradients of stages, aligned as stages are, and of parameters, read as a state_dict is."""
+    parameters = gradients.parameters_of(reference, arrays)
+    alignment = align(reference, arrays)
+    for name, (theirs, array) in parameters.items():
+        alignment.matches[name] = Match(array, theirs, axes(name), [])
+    return alignment
+
+
+class Comparer:
+    """Measures and judges the stages of a port that was aligned with a reference."""
+
+    def __init__(self, reference: Trace, alignment: Alignment, rtol: float | None, dtype: Any):
+        self.reference, self.alignment, self.rtol, self.dtype = reference, alignment, rtol, dtype
+        self.pairs, self.tokens = crop_alike(reference, alignment.matches)
+        text = text_of(reference)
+        self.text = None if text is None else text[:, : self.tokens.shape[1]]
+        self.order = [name for name in reference if name in self.pairs or name in alignment.misfits]
+        self.backwards = reference.gradient is not None
+        self.agreement: Agreement | None = None
+
+    def compare(self) -> Comparison:
+        """Return the comparison."""
+        stages = self.measured = self.measure_all()
+        precision, agrees = self.decide(stages)
+        if precision is not None:
+            stages = {name: self.with_tolerance(stage, precision) for name, stage in stages.items()}
+        judged = judge(stages, self.final if agrees else None)
+        return Comparison(judged, self, precision, self.explain_gradients(judged))
+
+    def explain_gradients(self, stages: Mapping[str, Stage]) -> list[Fault]:
+        """Return the known bugs of backward passes that explain every difference of a port's gradients."""
+        new = [name for name, stage in stages.items() if stage.state == "diverges"]
+        if not self.backwards or not new or self.alignment.misfits:
+            return []
+        limits = {name: stages[name].tolerance for name in self.pairs}
+        return list(gradients.explain(self.reference, self.pairs, limits, new, self.text))
+
+    def measure_all(self) -> dict[str, Stage]:
+        """Return every stage with its numbers, and the tolerance for the precision that its digits show."""
+        added: dict[str, float] = {}
+        if self.reference.params is not None:
+            theirs = {name: port for name, (_, port) in self.pairs.items()}
+            if self.backwards:
+                added = gradients.distances(self.reference, theirs, self.text, shadow=True)
+            else:
+                added = distances(self.reference.params, self.tokens, theirs, shadow=True)
+        stages: dict[str, Stage] = {}
+        precision = PRECISIONS[0]
+        given = list(self.reference)[:1] if self.backwards else LOOKED_UP
+        for name in self.order:
+            if name in self.alignment.misfits:
+                stages[name] = Stage(name, *self.alignment.misfits[name])
+                continue
+            here = precision_of(name, *self.pairs[name])
+            if name not in given:  # which says nothing of the arithmetic that follows
+                here = precision = coarser(precision, here)
+            match, numbers = self.alignment.matches[name], measure(name, *self.pairs[name], self.text)
+            stage = Stage(name, match.name, match.layout, here, **numbers, new=added.get(name))
+            stages[name] = self.with_tolerance(stage, here)
+        return stages
+
+    def with_tolerance(self, stage: Stage, precision: str) -> Stage:
+        """Return a stage with the tolerance for a precision, unless its digits show a coarser one."""
+        if stage.precision is None:
+            return stage
+        precision = coarser(precision, stage.precision)
+        both = tolerances(self.reference, stage.stage, precision, self.rtol)
+        return dataclasses.replace(stage, precision=precision, tolerance=both[0], new_tolerance=both[1])
+
+    @property
+    def final(self) -> str | None:
+        """The last stage shown that every earlier stage flows through."""
+        if self.backwards:  # the first gradients are given, and the last flow through no other
+            return None
+        shown = (name for name in reversed(self.order) if name in self.pairs and STREAM.search(name))
+        return next(shown, None)
+
+    def decide(self, stages: Mapping[str, Stage]) -> tuple[str | None, bool]:
+        """Return the precision that the port computes in, if found, and whether its last stages agree."""
+        if self.final is None:
+            return None, False
+        if self.rtol is not None:
+            return None, bool(stages[self.final].error <= self.rtol)
+        precision = self.precision_of_features() if self.can_ask_for_features() else self.precision_of_final()
+        if precision is None or not self.is_plausible(precision, stages):
+            self.agreement = None
+            return None, False
+        return precision, True
+
+    def precision_of_final(self) -> str | None:
+        """Return the finest precision whose rounding explains the error of the last stage, or None."""
+        stage = self.measured[self.final]
+        digits = stage.precision if self.dtype is None else named_precision(self.dtype)
+        coarse = PRECISIONS[PRECISIONS.index(digits) :] if self.dtype is None else [digits]
+        fitting = (p for p in coarse if stage.error <= tolerances(self.reference, self.final, p, None)[0])
+        return next(fitting, None)
+
+    def can_ask_for_features(self) -> bool:
+        """Tell whether the port's features can be judged as `diagnose` judges them."""
+        reference, params = self.reference, self.reference.params
+        if params is None or reference.tap is not None or self.final != "text_features":
+            return False
+        return text_dtype(params) != np.float64 and len(self.tokens) > 0
+
+    def precision_of_features(self) -> str | None:
+        """Return the precision at which the features agree, as `diagnose` finds it, or None."""
+        params, features = self.reference.params, self.pairs[self.final][1]
+        target = Target(params, self.tokens, features, self.dtype)
+        if self.dtype is None:  # the reference's own numbers may be coarse as well
+            target.precisions = possible_precisions(features, at_least=self.measured[self.final].precision)
+        found = agree(Search(target, Runs(target)))
+        if found is None or found.judgment.finding.faults or found.shows_a_fault:
+            return None
+        self.agreement = found
+        return found.precision
+
+    def is_plausible(self, precision: str, stages: Mapping[str, Stage]) -> bool:
+        """Tell whether the port may compute in a precision that is coarser than its numbers show.
+
+        Then no stage after a matrix product agrees to a much finer precision, the looked-up parameters
+        agree, and most products add an error of their own.
+        """
+        if self.dtype is not None or precision in ("float64", "float32"):
+            return True
+        finer = [s for s in stages.values() if s.error is not None and s.precision != precision]
+        if any(s.error > s.tolerance for s in finer if s.stage in LOOKED_UP):
+            return False
+        allowed = {s.stage: tolerances(self.reference, s.stage, precision, None) for s in finer}
+        if any(s.error <= s.tolerance < allowed[s.stage][0] / 20 for s in finer if is_product(s.stage)):
+            return False
+        products = [s for s in finer if part_of(s.stage) in PRODUCTS and s.new is not None]
+        exact = [s for s in products if s.new <= s.new_tolerance < allowed[s.stage][1] / 20]
+        return len(exact) <= len(products) / 2
 
 
 @np.errstate(all="ignore")
-def measure(name: str, reference: Any, port: Any, text: Any) -> tuple[float, ...]:
-    """Return max abs, relative L2, cosine, norm ratio, share of NaN; and relative L2 up to each text's end.
+def measure(name, reference, port, text):
+    """Return a stage's numbers by their names in `Stage`.
 
-    The first four are of numbers that are finite in both, except that relative L2 is inf where one
-    side alone is finite.
+    All but `error` and `nan` are of numbers that are finite in both, except that relative L2 is inf
+    where one side alone is finite.
     """
     a, b = entries(name, reference, port)
     nan = float(np.isnan(b).mean()) if b.size else 0.0
@@ -170,7 +294,14 @@ def measure(name: str, reference: Any, port: Any, text: Any) -> tuple[float, ...
     a, b = a[both], b[both]
     sizes = np.linalg.norm(a), np.linalg.norm(b)
     cosine = float(a @ b / (sizes[0] * sizes[1])) if all(sizes) else math.nan
-    return float(abs(b - a).max(initial=0)), whole, cosine, ratio(sizes[1], sizes[0]), nan, error
+    return {
+        "max_abs": float(abs(b - a).max(initial=0)),
+        "relative_l2": whole,
+        "cosine": cosine,
+        "norm_ratio": ratio(sizes[1], sizes[0]),
+        "nan": nan,
+        "error": error,
+    }
 
 
 def tolerances(reference: Trace, name: str, precision: str, rtol: float | None) -> tuple[float, float]:
@@ -179,8 +310,7 @@ def tolerances(reference: Trace, name: str, precision: str, rtol: float | None) 
         return 0.0, 0.0
     if rtol is not None:
         return rtol, rtol
-    measuring = rounding_of if reference.gradient is None else gradients.rounding_of
-    measured = measuring(reference, precision)
+    measured = (rounding_of if reference.gradient is None else gradients.rounding_of)(reference, precision)
     if measured is None or name not in measured:
         return UNMEASURED * UNIT[precision], UNMEASURED * UNIT[precision]
     inherited, own = measured[name]
@@ -197,20 +327,25 @@ def precision_of(name: str, reference: Any, port: Any) -> str:
     return coarser(ours, theirs)
 
 
-def judge(stages: Mapping[str, Stage]) -> dict[str, Stage]:
-    """Return the stages with their states, in order."""
-    judged, diverged = {}, False
+def judge(stages, final=None):
+    """Return the stages with their states, in order. Stages before `final`, which agrees, do not diverge."""
+    judged, diverged, before = {}, False, final is not None
     for name, stage in stages.items():
+        before = before and name != final
         if stage.error is None:
             state = "shape"
         elif stage.relative_l2 <= stage.tolerance:
             state = "agrees"
         elif stage.error <= stage.tolerance:
             state = "padding"
+        elif name == final:
+            state = "agrees"
         elif diverged and (stage.new is None or stage.new <= stage.new_tolerance):
             state = "inherits"
         else:
             state = "diverges"
+        if before and state in ("shape", "diverges", "inherits"):
+            state = "stray"
         diverged = diverged or state in ("diverges", "shape")
         judged[name] = dataclasses.replace(stage, state=state)
     return judged
@@ -252,13 +387,14 @@ def crop_alike(reference: Trace, matches: Mapping[str, Any]) -> tuple[dict[str, 
 class Comparison:
     """A port beside the reference, stage by stage.
 
-    stages    {stage: `Stage`}, in the order of computation: the stages that the port shows
-    first     the name of the first stage that diverges, or None
-    new       the names of all stages that diverge with an error of their own, as far as shadowing tells
-    missing   the names of the stages that the port does not show
-    verdict   one sentence
-    notes     further sentences: where in the arrays, how they were read, what was left out
-    faults    of gradients, the known bugs that explain every difference, each a `Fault`
+    stages     {stage: `Stage`}, in the order of computation: the stages that the port shows
+    first      the name of the first stage that diverges, or None
+    new        the names of all stages that diverge with an error of their own, as far as shadowing tells
+    missing    the names of the stages that the port does not show
+    verdict    one sentence
+    notes      further sentences: where in the arrays, how they were read, what was left out
+    agrees     whether the port agrees with the reference
+    faults     of gradients, the known bugs that explain every difference, each a `Fault`
 
     Prints as a table whose first line is the verdict; in Jupyter it is a picture, layers x stages.
     """
@@ -271,31 +407,20 @@ class Comparison:
     notes: list[str]
     faults: list[Fault]
 
-    def __init__(
-        self,
-        stages: dict[str, Stage],
-        reference: Trace,
-        pairs: Mapping[str, tuple[Any, Any]],
-        matches: Mapping[str, Any],
-        unknown: list[str],
-        text: Any,
-        rtol: float | None,
-        faults: Iterable[Fault] = (),
-    ):
-        self.stages = stages
-        self.faults = list(faults)
-        self.order = list(reference)
-        self.pairs, self.text = pairs, text  # for a page of it
-        self.missing = [name for name in reference if name not in stages]
+    def __init__(self, stages: dict[str, Stage], compared: Any, precision: str | None, faults: list[Fault]):
+        self.stages, self.faults = stages, faults
+        self.order = list(compared.reference)
+        self.pairs, self.text = compared.pairs, compared.text  # for a page of it
+        self.missing = [name for name in compared.reference if name not in stages]
         self.new = [name for name, stage in stages.items() if stage.state in ("diverges", "shape")]
         self.first = self.new[0] if self.new else None
-        self.verdict = verdict(stages, self.first, reference, rtol)
-        self.notes = [
-            *(f"{f.id} explains every difference: {f.summary}. Remedy: {f.remedy}" for f in self.faults),
-            *(notes_on_first(self, reference, pairs, text) if self.first else ()),
-            *notes_on_reading(self, reference, matches, text),
-            *notes_on_gaps(self, reference, unknown, rtol),
-        ]
+        self.verdict = verdict_on(self, compared)
+        self.notes = list(notes_on(self, compared, precision))
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the port agrees with the reference."""
+        return self.first is None
 
     def __repr__(self) -> str:
         return display.text(self)
@@ -307,116 +432,8 @@ class Comparison:
         """Return the comparison as plain values."""
         stages = {name: stage.to_dict() for name, stage in self.stages.items()}
         facts = {name: getattr(self, name) for name in ("verdict", "first", "new", "missing", "notes")}
-        return {**facts, "faults": [fault.to_dict() for fault in self.faults], "stages": stages}
-
-
-def verdict(stages: Mapping[str, Stage], first: str | None, reference: Trace, rtol: float | None) -> str:
-    """Return the verdict, which is the first line of the text."""
-    precision = max((stage.precision or PRECISIONS[0] for stage in stages.values()), key=PRECISIONS.index)
-    within = f"rtol {rtol:g}" if rtol is not None else f"the rounding of {precision}"
-    compared, at = ("stages", "") if reference.gradient is None else ("gradients", "the gradient of ")
-    if first is None:
-        return f"agrees: {len(stages)} of {len(reference)} {compared} were compared, all are within {within}"
-    if stages[first].state == "shape":
-        return f"diverges first at {at}{first}, which has another shape"
-    error, limit = stages[first].error, stages[first].tolerance
-    times = f", {error / limit:.2g} times the error allowed" if limit else ""
-    return f"diverges first at {at}{first}: relative error {error:.2g}{times}"
-
-
-def notes_on_first(comparison: Comparison, reference: Trace, pairs: Any, text: Any) -> Iterator[str]:
-    """Return sentences on the first divergence: where in the array, of what kind, which others are new."""
-    first, stage = comparison.first, comparison.stages[comparison.first]
-    before = comparison.order[: comparison.order.index(first)]
-    hidden: list[str] = []
-    while before and before[-1] in comparison.missing:
-        hidden.insert(0, before.pop())
-    if hidden:
-        yield f"the port does not show {listed(hidden)}, just before: the error is there or in {first}"
-    if stage.state == "shape":
-        yield f"the port's {stage.name} is {stage.layout}, no layout of {list(reference[first].shape)}"
-        return
-    yield from whereabouts(first, *pairs[first], text, stage.tolerance)
-    if stage.cosine > 0.99999 and abs(stage.norm_ratio - 1) > 1e-3:
-        yield f"it is {stage.norm_ratio:.5g} times the reference's: right but for its scale"
-    if stage.new is not None and stage.new <= stage.new_tolerance:
-        yield "no stage up to there adds more than rounding: the errors add up over the stages"
-    if len(comparison.new) > 1:
-        yield f"errors of their own are also in {listed(comparison.new[1:])}"
-    if only_coarser(comparison, reference):
-        yield "no error is larger than float16 rounding: does the port compute in float16 or TF32?"
-
-
-def whereabouts(name: str, reference: Any, port: Any, text: Any, limit: float) -> Iterator[str]:
-    """Return sentences on which texts and which positions differ, where not all of them do."""
-    letters = axes(name).split()
-    a, b = np.float64(reference), np.float64(port)
-    if "M" in letters:  # a masked key has no difference
-        a, b = np.where(np.isfinite(a), a, 0), np.where(np.isfinite(a), b, 0)
-    for axis, word in (("B", "text"), ("L", "position")):
-        if axis not in letters:
-            continue
-        others = tuple(n for n, letter in enumerate(letters) if letter != axis)
-        square = np.where(np.isnan(b), np.inf, b - a) ** 2
-        if text is not None and letters[0] == "B" and "L" in letters:
-            shape = [size if letter in "BL" else 1 for letter, size in zip(letters, a.shape, strict=True)]
-            square = np.where(text.reshape(shape), square, 0)
-        sizes = (a**2).sum(axis=others)
-        wrong = np.flatnonzero(square.sum(axis=others) > limit**2 * sizes)
-        compared = text.any(axis=0).sum() if axis == "L" and text is not None else len(sizes)
-        if 0 < len(wrong) < compared:
-            yield f"in {word} {listed([str(i) for i in wrong], most=8)} of 0 to {len(sizes) - 1} only"
-
-
-def only_coarser(comparison: Comparison, reference: Trace) -> bool:
-    """Tell whether a port of finer numbers than float16 is within float16's rounding everywhere."""
-    stages = comparison.stages
-    if any(stage.error is None for stage in stages.values()):
-        return False
-    if coarser(list(stages.values())[-1].precision, "float32") != "float32":
-        return False
-    return all(
-        stage.error <= tolerances(reference, name, "float16", None)[0] for name, stage in stages.items()
-    )
-
-
-def notes_on_reading(comparison: Comparison, reference: Trace, matches: Any, text: Any) -> Iterator[str]:
-    """Return sentences on how the port's arrays were read."""
-    if text is not None and text.shape[1] < reference.tokens.shape[1]:
-        L = reference.tokens.shape[1]
-        yield f"the port has the first {text.shape[1]} of {L} positions, and only those are compared"
-    padding = [name for name, stage in comparison.stages.items() if stage.state == "padding"]
-    if padding:
-        yield f"only positions after the end of text, which reach no feature, differ in {listed(padding, 2)}"
-    layouts: dict[tuple[str, str], list[str]] = {}
-    for name, match in matches.items():
-        if match.layout not in (axes(name), f"P {axes(name)}"):
-            layouts.setdefault((match.layout, axes(name)), []).append(name)
-    for (layout, ours), names in layouts.items():
-        rivals = {rival for name in names for rival in matches[name].rivals}
-        fits = f"; the same shape as {listed(sorted(rivals))}, but only this fits" if rivals else ""
-        yield f"read {layout} as {ours}: {listed(names, 2)}{fits}"
-
-
-def notes_on_gaps(
-    comparison: Comparison, reference: Trace, unknown: list[str], rtol: float | None
-) -> Iterator[str]:
-    """Return sentences on what was not compared."""
-    for name, stage in comparison.stages.items():
-        if stage.state == "shape" and name != comparison.first:
-            yield f"not compared: {stage.name} is {stage.layout}, no layout of {list(reference[name].shape)}"
-    if unknown:
-        yield f"{len(unknown)} of the port's arrays are no stage of ours: {listed(unknown)}"
-    if comparison.missing:
-        yield f"{len(comparison.missing)} of {len(reference)} stages are not shown by the port"
-    if rtol is None and reference.params is None and not reference.roundings:
-        yield f"the reference has no params to measure a tolerance with: {UNMEASURED} roundings are allowed"
-
-
-def listed(names: list[str], most: int = 4) -> str:
-    """Return names as words: the first few, and how many more."""
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+        faults = [fault.to_dict() for fault in self.faults]
+        return {"agrees": self.agrees, **facts, "faults": faults, "stages": stages}
 
 
 def compare_files(

@@ -5,38 +5,84 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from minclip.porting.agreement import Agreement
 from minclip.porting.describe import describe, tell_apart
 from minclip.porting.rounding import allowed
 from minclip.porting.runs import names
-from minclip.porting.search import Judgment, Search, Trial
+from minclip.porting.search import Search, Trial
 from minclip.porting.target import Target
 from minclip.porting.verdict import Diagnosis, Finding
 
 
-def agrees(search: Search, clean: Judgment, precision: str) -> Diagnosis:
+def agrees(search: Search, agreement: Agreement) -> Diagnosis:
     """Return the verdict where the port gives the reference's features, or differs in how it shows them."""
-    target = search.target
+    target, clean, precision = search.target, agreement.judgment, agreement.precision
     within = f"relative error {clean.error:.2g}, where {precision} rounding alone makes {clean.rounding:.2g}"
     if clean.finding.faults:
         finding = dataclasses.replace(clean.finding, explanation=f"apart from this the port agrees: {within}")
         return Diagnosis("known", [finding], notes_on_rows(target), target.error)
-    notes = [*notes_on_rows(target), f"{within}."]
+    notes = [*notes_on_rows(target), f"{within[0].upper()}{within[1:]}."]
+    told = {"float16": "float16 or TF32"}.get(precision, precision)
     if precision != target.precisions[0]:
         notes.append(
-            f"That is what a {precision} or TF32 port does. If yours is {target.precisions[0]} throughout, "
-            "this small difference is unexplained."
+            f"That is what a port does that computes in {told}, or stores its weights so. If yours is "
+            f"{target.precisions[0]} throughout, this difference is unexplained."
         )
-    return Diagnosis("agrees", [], notes, target.error)
+    return Diagnosis("agrees", [], notes + notes_on_faults(agreement), target.error)
 
 
-def known(search: Search, findings: Sequence[Finding], trials: Sequence[Trial]) -> Diagnosis:
+def notes_on_faults(agreement: Agreement) -> list[str]:
+    """Return sentences on the faults that the error fits, and on those that are too small to see."""
+    notes = []
+    if agreement.seen:
+        fault = agreement.seen[0].fault
+        notes.append(
+            f"Within this rounding, the error fits {fault.id} ({fault.summary}): it is "
+            f"{agreement.seen[0].coefficient:.2f} times the change that this makes. {fault.remedy}."
+        )
+    return notes + notes_on_hidden(agreement)
+
+
+def notes_on_hidden(agreement: Agreement) -> list[str]:
+    """Return a sentence on the faults that are too small to see."""
+    ids = ", ".join(fault.id for fault in agreement.hidden)
+    return [f"Too small to see at {agreement.precision}: {ids}."] if ids else []
+
+
+def seen_through(search: Search, agreement: Agreement) -> Diagnosis:
+    """Return the verdict where the port is within rounding, but its error shows a fault."""
+    best = min(projection.left for projection in agreement.seen)
+    place = {fault.id: i for i, fault in enumerate(search.catalogue)}
+    equal = [projection for projection in agreement.seen if projection.left <= 1.1 * best]
+    findings = []
+    for projection in sorted(equal, key=lambda projection: place[projection.fault.id]):
+        judgment = search.judge((projection.fault,), "", agreement.precision)
+        told = (
+            f"the error is {projection.coefficient:.2f} times the change that this bug makes; relative error "
+            f"{search.target.error:.2g} against the reference, {judgment.finding.error:.2g} with this bug, "
+            f"where {agreement.precision} rounding alone makes {judgment.rounding:.2g}"
+        )
+        findings.append(dataclasses.replace(judgment.finding, explanation=told))
+    notes = notes_on_rows(search.target) + notes_on_hidden(agreement)
+    return Diagnosis("known", findings, notes, search.target.error)
+
+
+def known(
+    search: Search, findings: Sequence[Finding], trials: Sequence[Trial], precision: str = "float32"
+) -> Diagnosis:
     """Return the verdict with findings that fit: evidence for the first, and texts that tell the others."""
     first, *tied = findings
     explained = [dataclasses.replace(first, explanation=evidence(search, findings, trials))]
     for other in tied:
         told = f"relative error {other.error:.2g}; {tell_apart(search, first, other)}"
         explained.append(dataclasses.replace(other, explanation=told))
-    return Diagnosis("known", explained, notes_on_rows(search.target), search.target.error)
+    notes = notes_on_rows(search.target)
+    if precision != search.target.precisions[0]:
+        notes.append(
+            f"The error that remains, {first.error:.2g}, is what {precision} rounding does. If the port "
+            f"computes in {search.target.precisions[0]} throughout, another bug is left."
+        )
+    return Diagnosis("known", explained, notes, search.target.error)
 
 
 def evidence(search: Search, findings: Sequence[Finding], trials: Sequence[Trial]) -> str:

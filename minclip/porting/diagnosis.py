@@ -5,30 +5,37 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from minclip.porting.conclusions import agrees, known, unknown
+from minclip.porting.agreement import agree
+from minclip.porting.conclusions import agrees, known, seen_through, unknown
 from minclip.porting.dump import StagewiseSearch
 from minclip.porting.runs import Runs
 from minclip.porting.search import Search
 from minclip.porting.target import Target
-from minclip.porting.verdict import Diagnosis
+from minclip.porting.verdict import Diagnosis, Finding
+
+BUDGET = 60.0  # seconds
 
 
 def diagnose(
     params: Mapping[str, Any],
     tokens: Any,
-    features: Any,
+    output: Any,
     *,
     trace: Mapping[str, Any] | None = None,
+    dtype: Any = None,
+    budget: float = BUDGET,
 ) -> Diagnosis:
     """Name the known porting bugs that turn the reference into the port.
 
-    params     the model that was ported, as `encode_text` takes it
-    tokens     integers [..., L] that the port was given
-    features   the port's floats [..., E] for them. Fewer rows, another order, normalized rows and float16
-               are recognized
-    trace      the port's own stages where there is a dump: a dict from names to arrays, as `compare` reads
-               them, as many as there are. Bugs are then found one after the other, each at the first
-               stage that diverges
+    params    the model that was ported, as `encode_text` takes it
+    tokens    integers [..., L] that the port was given
+    output    the port's features, floats [..., E]. Fewer rows, another order, normalized rows and float16
+              are recognized
+    trace     the port's own stages where there is a dump: a dict from names to arrays, as `compare` reads
+              them, as many as there are. Several bugs are then found one after the other
+    dtype     the precision that the port computes in, such as "bfloat16" or "tf32", where its numbers do
+              not show it
+    budget    seconds after which no new candidates are tried
 
     Returns a `Diagnosis`. A long search shows a progress bar on a terminal.
     Raises ValueError where tokens or features do not fit the model or each other.
@@ -40,22 +47,53 @@ def diagnose(
     >>> diagnosis.verdict, diagnosis.findings[0].faults[0].id
     ('known', 'A1')
     """
-    target = Target(params, tokens, features)
-    search = Search(target, Runs(target))
-    if trace is not None:
-        return StagewiseSearch(search, trace).diagnose()
-    for precision in target.precisions:
-        clean = search.judge((), "", precision)
-        if clean.fits:
-            return agrees(search, clean, precision)
+    target = Target(params, tokens, output, dtype)
+    search = Search(target, Runs(target), budget)
+    dump = None if trace is None else StagewiseSearch(search, trace)
+    diagnosis = decide(search, dump)
+    if dump is not None:
+        diagnosis.notes.extend(dump.notes)
+    elif diagnosis.verdict == "unknown":
+        diagnosis.notes.append(
+            "A dump of the port's stages (trace=) would show where it leaves the reference."
+        )
+    if diagnosis.verdict == "unknown" and search.expired:
+        diagnosis.notes.append(f"The search stopped after {budget:g} seconds; budget= lets it go on.")
+    return diagnosis
+
+
+def decide(search: Search, dump: StagewiseSearch | None) -> Diagnosis:
+    """Return the verdict on a port: agreement first, then single bugs, the dump's bugs, and pairs."""
+    agreement = agree(search)
+    for precision in search.target.precisions:
+        if agreement and agreement.precision == precision:
+            return seen_through(search, agreement) if agreement.shows_a_fault else agrees(search, agreement)
         if found := search.judge_nearest(search.singles(), precision):
-            pairs = search.pairs_with(found) if precision != target.precisions[0] else []
-            better = search.judge_nearest(pairs, target.precisions[0])
-            return known(search, better or found, search.singles())
+            return explained_by_single(search, dump, found, precision)
+        if dump and (found := dump.findings(precision)):
+            return checked(known(search, found, [], precision), dump)
     pairs = search.pairs()
-    for precision in target.precisions:
+    for precision in search.target.precisions:
         if found := search.judge_nearest(pairs, precision):
-            return known(search, found, pairs)
+            return checked(known(search, found, pairs, precision), dump)
     diagnosis = unknown(search)
-    diagnosis.notes.append("A dump of the port's stages (trace=) would show where it leaves the reference.")
+    if dump:
+        dump.explain_failure(diagnosis)
+    return diagnosis
+
+
+def explained_by_single(
+    search: Search, dump: StagewiseSearch | None, found: list[Finding], precision: str
+) -> Diagnosis:
+    """Return the verdict with single bugs or, where they leave a coarse error, with pairs that leave less."""
+    finest = search.target.precisions[0]
+    if precision != finest and (better := search.judge_nearest(search.pairs_with(found), finest)):
+        found, precision = better, finest
+    return checked(known(search, found, search.singles(), precision), dump)
+
+
+def checked(diagnosis: Diagnosis, dump: StagewiseSearch | None) -> Diagnosis:
+    """Return a diagnosis with notes on whether the dump bears it out."""
+    if dump:
+        dump.check(diagnosis)
     return diagnosis

@@ -43,8 +43,8 @@ def shown_stages(comparison: Any) -> list[str]:
     return [n for n in stages if block_of(n) not in blocks or n in lasts or n in comparison.new]
 
 
-MARKS = {"agrees": "=", "padding": "~", "inherits": ">", "diverges": "!", "shape": "?"}
-LEGEND = "= agrees   ~ only after the end of text   ! own error   > inherited error   ? another shape"
+MARKS = {"agrees": "=", "padding": "~", "inherits": ">", "diverges": "!", "stray": "x", "shape": "?"}
+LEGEND = "= agrees   ~ only after the end of text   ! own error   > inherited   x other numbers   ? shape"
 TITLES = ("  stage", "max abs", "rel L2", "allowed", "new", "cosine", "norms", "NaN")
 
 
@@ -73,6 +73,10 @@ SHAPES = {
     "inherits": (
         "inherited error",
         '<path d="M0-8 8 0 0 8-8 0z" fill="none" stroke="#E69F00" stroke-width="2"/>',
+    ),
+    "stray": (
+        "another array",
+        '<path d="M-5-5 5 5M5-5-5 5" stroke="currentColor" stroke-width="1.5" opacity=".6"/>',
     ),
     "shape": (
         "another shape",

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
-from minclip.porting.alignment import align, unpack
-from minclip.porting.conclusions import agrees, known, unknown
-from minclip.porting.faults import Fault, port_with
+from minclip.porting.alignment import SILENT, align
+from minclip.porting.faults import Fault
+from minclip.porting.names import unpack
 from minclip.porting.rounding import allowed, relative_l2
 from minclip.porting.runs import names
-from minclip.porting.search import Search
-from minclip.porting.stages import entries, up_to_end
-from minclip.porting.target import ROWS
+from minclip.porting.search import Search, exclusive
+from minclip.porting.stages import STREAM, entries, up_to_end
+from minclip.porting.target import ROWS, fitted_factor
 from minclip.porting.verdict import Diagnosis, Finding
 from minclip.tracing import trace as record_trace
 
-DEEPEST = 4  # bugs that a dump is searched for
+DEEPEST = 8  # bugs that a dump is searched for
 
 Faults = tuple[Fault, ...]
 
@@ -30,85 +33,143 @@ class Stop(Exception):
 class StagewiseSearch:
     """A port's stages: where they diverge from the reference, and which faults take them further.
 
-    order    the stages that the dump shows, in the order of computation
-    stages   {stage: the port's array in the reference's layout}
+    order     the stages that the dump shows, in the order of computation
+    stages    {stage: the port's array in the reference's layout}
+    notes     sentences on what was not used
     """
 
     def __init__(self, search: Search, dump: Mapping[str, Any]):
         self.search, self.target = search, search.target
-        target = self.target
-        if not target.aligned or not target.complete:
-            raise ValueError(f"with a trace, give the features of every text, and {ROWS} texts at most")
-        reference = record_trace(target.params, target.tokens)
-        matches = align(reference, {**unpack(dump), "text_features": target.features})[0]
-        # A mask of -1e4 is as good as one of -inf, so masked scores say nothing, and eot is no float.
-        silent = (".masked", "eot")
-        self.order = [name for name in reference if name in matches and not name.endswith(silent)]
-        if self.order in ([], ["text_features"]):
-            raise ValueError(
-                "no name in trace is a stage's: minclip.porting.alignment.rename gives stages their names"
+        self.order: list[str] = []
+        self.stages: dict[str, Any] = {}
+        self.notes: list[str] = []
+        self.precision = self.target.precisions[0]
+        self.text = up_to_end(self.target.tokens, self.target.length - 1)
+        if self.target.aligned and self.target.complete:
+            self.read(dump)
+        else:
+            self.notes.append(
+                f"The dump was not used: it needs the features of every text, and {ROWS} texts at most."
             )
-        self.stages = {name: matches[name].array for name in self.order}
-        self.precision = target.precisions[0]
-        self.text = up_to_end(target.tokens, target.length - 1)
 
-    def diagnose(self) -> Diagnosis:
-        """Extend chains of faults as long as each next fault moves the first divergence to a later stage."""
+    def read(self, dump: Mapping[str, Any]) -> None:
+        """Recognize the dump's arrays."""
+        reference = record_trace(self.target.params, self.target.tokens)
+        found = align(reference, {**unpack(dump), "text_features": self.target.features})
+        # Masked scores show nothing: a mask of -1e4 is as good as one of -inf. eot is no float.
+        self.order = [name for name in reference if name in found.matches and not name.endswith(SILENT)]
+        self.stages = {
+            name: found.matches[name].array
+            for name in self.order
+            if found.matches[name].array.shape == reference[name].shape
+        }
+        self.order = [name for name in self.order if name in self.stages]
+        for name, (named, held) in list(found.moved.items())[:4]:
+            self.notes.append(f"The dump's {name} is not {named}: it holds {held}.")
+        if not set(self.order) - {"text_features"}:
+            self.order = []
+            self.notes.append("No array of the dump could be recognized as a stage.")
+
+    @functools.cached_property
+    def start(self) -> int:
+        """The place in order of the first stage that differs from the reference."""
+        return self.divergence(())
+
+    def findings(self, precision: str) -> list[Finding]:
+        """Return chains of faults that explain the features, each found at the first divergence left."""
+        found: dict[Faults, Finding] = {}
+        for chain in self.chains[0]:
+            for transform in ("", "scaled", "shuffled"):  # as it is, if that fits
+                judgment = self.search.judge(chain, transform, precision)
+                if chain and judgment.fits:
+                    found.setdefault(chain, judgment.finding)
+        return list(found.values())
+
+    @functools.cached_property
+    def chains(self) -> tuple[list[Faults], int]:
+        """The longest chains of faults, and the place of the first stage that they do not explain.
+
+        A chain is extended as long as one more fault moves the first divergence to a later stage.
+        """
         chains: list[Faults] = [()]
-        first = start = self.divergence(())
-        while first < len(self.order) and len(chains[0]) < DEEPEST:
+        first = self.start
+        while first < len(self.order) and len(chains[0]) < DEEPEST and not self.search.expired:
             reached = self.extend(chains, first)
             if not reached:
                 break
             first = max(reached.values())
             chains = [chain for chain, place in reached.items() if place == first][:4]
-        return self.conclude(chains, first, start)
+        return chains, first
 
     def extend(self, chains: Sequence[Faults], first: int) -> dict[Faults, int]:
-        """Return the chains with one more fault that fix the stage at place first, and how far each gets."""
+        """Return the chains with one more fault that explains the first divergence, and how far each gets.
+
+        Where no fault explains that stage itself, the next stage of the residual stream is tried. A scale
+        folded into q, say, is a fault of the scores in the catalogue.
+        """
+        stream = (place for place in range(first + 1, len(self.order)) if STREAM.search(self.order[place]))
+        for place in [first, *itertools.islice(stream, 1)]:
+            reached = self.extend_at(chains, place)
+            reached = {chain: end for chain, end in reached.items() if end > first}
+            if reached:
+                return reached
+        return {}
+
+    def extend_at(self, chains: Sequence[Faults], place: int) -> dict[Faults, int]:
+        """Return the chains with one more fault that explains a stage, and the next divergence after it."""
         reached = {}
-        place = self.search.runs.place[self.order[first]]
-        acting = self.search.runs.first_stage
-        candidates = [fault for fault in self.search.catalogue if acting[fault.id] <= place]
+        last, acting = self.search.runs.place[self.order[place]], self.search.runs.first_stage
+        candidates = [fault for fault in self.search.catalogue if acting[fault.id] <= last]
         for chain in chains:
-            before = self.error_at(first, chain)
-            for fault in tqdm(candidates, self.order[first], disable=None, leave=False):
+            before = self.error_at(place, chain)
+            for fault in tqdm(candidates, f"bugs before {self.order[place]}", disable=None, leave=False):
+                possible = fault not in chain and not any(exclusive(fault, other) for other in chain)
+                if not possible or self.search.expired:
+                    continue
                 longer = (*chain, fault)
-                if fault not in chain and self.error_at(first, longer) < 0.1 * before:
-                    reached[longer] = self.divergence(longer)
+                if self.error_at(place, longer) < 0.1 * before:
+                    reached[longer] = self.divergence(longer, place)
         return reached
 
-    def conclude(self, chains: Sequence[Faults], first: int, start: int) -> Diagnosis:
-        """Judge the chains by the features, and return the verdict."""
-        for precision in self.target.precisions:
-            judged = [
-                (chain, judgment)
-                for chain in chains
-                for transform in ("", "scaled", "shuffled")
-                if (judgment := self.search.judge(chain, transform, precision)).fits
-            ]
-            if judged and not judged[0][1].finding.faults:
-                return agrees(self.search, judged[0][1], precision)
-            if judged:
-                plainest: dict[Faults, Finding] = {}  # of each chain: as it is, before scaled or shuffled
-                for chain, judgment in judged:
-                    plainest.setdefault(chain, judgment.finding)
-                diagnosis = known(self.search, list(plainest.values()), [])
-                if start < len(self.order):
-                    diagnosis.notes.insert(0, self.where(start))
-                return diagnosis
-        return self.unexplained(chains[0], first, start)
+    def check(self, diagnosis: Diagnosis) -> None:
+        """Add to a diagnosis whether its finding explains the dump as well as the features."""
+        if not self.order:
+            return
+        if self.start < len(self.order):
+            diagnosis.notes.insert(0, self.where(self.start))
+        if diagnosis.verdict == "known" and diagnosis.findings:
+            place = self.divergence(self.own_faults(diagnosis.findings[0]))
+            if place == len(self.order):
+                if self.start < place:
+                    diagnosis.notes.append("The finding explains every stage of the dump.")
+            else:
+                name = self.order[place]
+                diagnosis.notes.append(
+                    f"The finding explains the features but not the dump's {name}"
+                    f"{self.scale_note(name)}: the port may make the same mistake in another place."
+                )
 
-    def unexplained(self, chain: Faults, first: int, start: int) -> Diagnosis:
-        """Return the verdict where no chain explains the features."""
-        diagnosis = unknown(self.search)
+    def own_faults(self, finding: Finding) -> Faults:
+        """Return the faults of a finding that change stages before the features."""
+        return tuple(fault for fault in finding.faults if fault.change and fault in self.search.catalogue)
+
+    def scale_note(self, name: str) -> str:
+        """Return words on a stage that is a multiple of the reference's, or nothing."""
+        a, b = entries(name, self.record((), "float64", None)[name], self.stages[name], self.text)
+        factor = fitted_factor(b, a)
+        near = np.isfinite(factor) and relative_l2(b, factor * a) < 1e-3
+        return f", which is {factor:.5g} times the reference's" if near and abs(factor - 1) > 1e-3 else ""
+
+    def explain_failure(self, diagnosis: Diagnosis) -> None:
+        """Add to an unknown diagnosis how far the dump agrees, and how far known bugs explain it."""
+        if not self.order:
+            return
         agree = "Every stage of the dump agrees."
-        diagnosis.notes.append(self.where(start) if start < len(self.order) else agree)
-        if chain:
-            diagnosis.notes.append(
-                f"{names(chain)} explains the dump up to {self.order[max(first - 1, 0)]}, but not further."
-            )
-        return diagnosis
+        diagnosis.notes.append(self.where(self.start) if self.start < len(self.order) else agree)
+        chains, first = self.chains
+        if chains[0]:
+            last = self.order[max(first - 1, 0)]
+            diagnosis.notes.append(f"{names(chains[0])} explains the dump up to {last}, but not further.")
 
     def where(self, place: int) -> str:
         """Return a sentence on the first divergence."""
@@ -116,10 +177,10 @@ class StagewiseSearch:
             return f"The dump diverges at its first stage, {self.order[0]}."
         return f"The dump agrees up to {self.order[place - 1]} and diverges at {self.order[place]}."
 
-    def divergence(self, faults: Faults) -> int:
-        """Return the place in order of the first stage that differs with these faults, or their number."""
+    def divergence(self, faults: Faults, start: int = 0) -> int:
+        """Return the place of the first stage from start on that differs with these faults, or the end."""
         exact, rounded = (self.record(faults, precision, None) for precision in ("float64", self.precision))
-        for place, name in enumerate(self.order):
+        for place, name in list(enumerate(self.order))[start:]:
             rounding = self.error(name, rounded[name], exact)
             if self.error(name, self.stages[name], exact) > allowed(rounding, self.precision):
                 return place
@@ -134,7 +195,7 @@ class StagewiseSearch:
         """Return stages by name of a run with faults, up to one of them or to the end."""
         kept: dict[str, Any] = {}
         target = self.target
-        port = port_with(faults, target.params, target.tokens, target.batch, precision)
+        port = self.search.runs.port(faults, target.tokens, precision)
 
         def tap(name: str, array: Any) -> Any:
             array = port.tap(name, array)

@@ -12,7 +12,7 @@ import numpy as np
 from minclip.model import softmax
 from minclip.params import BLOCK, text_dtype
 from minclip.porting.port import Port
-from minclip.porting.rounding import at_precision, round_to
+from minclip.porting.rounding import round_to
 from minclip.porting.stages import up_to_end
 
 
@@ -49,8 +49,8 @@ def port_with(
     batch: Any = None,
     precision: str = "float32",
 ) -> Port:
-    """Return the reference with these faults, at a precision. `params` is float32 and on the host."""
-    port = Port(params if precision == "float32" else at_precision(params, precision), tokens, batch)
+    """Return the reference with these faults. `params` are on the host and rounded to the precision."""
+    port = Port(params, tokens, batch)
     port.precision = precision if precision in ("float16", "bfloat16") else None
     for fault in faults:
         if fault.change:  # scaled or shuffled features need no other model
@@ -263,6 +263,12 @@ def option(**changes):
 
 def norm(**changes):
     return lambda port: port.norm.update(changes)
+
+
+def norm_with(name, **changes):
+    """Change one of the layer norms."""
+    before = {"ln_1": "x", "ln_2": "residual", "ln_final": "x"}[name]
+    return lambda port: port.replace(name, lambda at: port.layer_norm(name, at[before], **changes))
 
 
 def weights(ending, change):

@@ -91,10 +91,10 @@ class Port(Params):
                 if name.startswith(f"{BLOCK}{i}."):
                     self[name.replace(f"{BLOCK}{i}.", f"{BLOCK}{new}.")] = array
 
-    def layer_norm(self, name: str, x: Any) -> Any:
+    def layer_norm(self, name: str, x: Any, **changes: Any) -> Any:
         """Return the port's own layer norm of x; ln_1 and ln_2 are the current block's."""
         full = name if name == "ln_final" else f"{self.prefix}{name}"
-        return layer_norm(x, self[f"{full}.weight"], self[f"{full}.bias"], **self.norm)
+        return layer_norm(x, self[f"{full}.weight"], self[f"{full}.bias"], **{**self.norm, **changes})
 
     def embed(self, ids: Any) -> Any:
         """Return rows of the token embedding. Indices out of range wrap, as NumPy's and CuPy's do."""

@@ -20,6 +20,7 @@ from minclip.porting.stages import axes, entries, up_to_end
 
 PRECISIONS = ("float64", "float32", "float16", "bfloat16")  # from fine to coarse
 UNIT = {"float64": 2**-53, "float32": 2**-24, "float16": 2**-11, "bfloat16": 2**-8}  # one rounding
+SHORT_NAMES = {"tf32": "float16", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 ALLOWANCE = 5  # the largest error allowed, as a multiple of the reference's own rounding error
 UNMEASURED = 64  # roundings allowed where there are no params to measure rounding with
 ROWS_AT_ONCE = 8  # texts that a float64 run takes at a time, and that rounding is measured on
@@ -45,13 +46,29 @@ def holds(array: Any) -> str:
     return max((p for p, fit in zip(PRECISIONS, fits, strict=True) if fit), key=PRECISIONS.index)
 
 
-def possible_precisions(features: Any) -> list[str]:
+def possible_precisions(features: Any, dtype: Any = None, at_least: str = "float32") -> list[str]:
     """Return the precisions that a port may have computed in, by its numbers: the finest first.
 
-    A port that shows float32 may compute in float16 or TF32 inside.
+    dtype      the precision that the port computes in, where it is known
+    at_least   the finest precision that comes into question
+
+    A port that shows float32 may compute in float16, TF32 or bfloat16 inside.
+    Raises ValueError for a dtype that is none of PRECISIONS, or "tf32".
     """
-    found = holds(features)
-    return ["float32", "float16"] if found in ("float64", "float32") else [found]
+    if dtype is not None:
+        return [named_precision(dtype)]
+    finest = coarser(coarser("float32", at_least), holds(features))
+    return list(PRECISIONS[PRECISIONS.index(finest) :])
+
+
+def named_precision(dtype: Any) -> str:
+    """Return a dtype or its name as one of PRECISIONS. TF32 rounds as float16 does, to 11 bits."""
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", str(dtype))
+    name = name.lower().removeprefix("torch.")
+    name = SHORT_NAMES.get(name, name)
+    if name not in PRECISIONS:
+        raise ValueError(f"dtype must be one of {', '.join(PRECISIONS)} or tf32, not {dtype!r}")
+    return name
 
 
 def relative_l2(a: Any, b: Any, axis: int | None = -1) -> Any:

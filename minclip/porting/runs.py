@@ -6,44 +6,70 @@ shorter than its row is cut to its length, unless a fault lets later positions r
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from minclip.params import BLOCK, trim
+from minclip.params import BLOCK, Params, trim
 from minclip.porting.catalogue import CATALOGUE, NORMALIZED
 from minclip.porting.faults import Fault, port_with
 from minclip.porting.port import Port, split
+from minclip.porting.rounding import at_precision
 from minclip.porting.target import Target
 from minclip.tracing import trace
 
 
 class Runs:
-    """Features of a target's texts with faults in the reference.
-
-    catalogue       the faults that a port of this model and these texts can have
-    place           stage -> its place in the order of computation
-    first_stage     fault id -> the place of the first stage that it can change
-    """
+    """Features of a target's texts with faults in the reference."""
 
     def __init__(self, target: Target, catalogue: Sequence[Fault] = CATALOGUE):
         self.params, self.tokens, self.batch = target.params, target.tokens, target.batch
-        clean = Port(self.params, self.tokens, self.batch)
-        self.catalogue = [
-            fault
-            for fault in catalogue
-            if fault.fits(clean)
-            and (target.complete or fault.needs != "batch")
-            and not (target.unit and fault is NORMALIZED)  # the target's transform applies it
-        ]
-        stages = trace(self.params, trim(self.params, self.tokens[:1]))
-        self.place = {name: i for i, name in enumerate(stages)}
-        self.first_stage = {fault.id: first_place(fault, clean, self.place) for fault in self.catalogue}
+        self.target, self.all_faults = target, catalogue
+        self.params_at: dict[str, Params] = {"float32": self.params}
         self.without_blocks = self.params.with_arrays(
             {name: array for name, array in self.params.items() if not name.startswith(BLOCK)}
         )
         self.streams: dict[tuple[str, tuple[int, ...]], tuple[Any, Any]] = {}
+
+    @functools.cached_property
+    def clean(self) -> Port:
+        """The reference without a fault."""
+        return Port(self.params, self.tokens, self.batch)
+
+    @functools.cached_property
+    def catalogue(self) -> list[Fault]:
+        """The faults that a port of this model and these texts can have."""
+        target = self.target
+        return [
+            fault
+            for fault in self.all_faults
+            if fault.fits(self.clean)
+            and (target.complete or fault.needs != "batch")
+            and not (target.unit and fault is NORMALIZED)  # the target's transform applies it
+        ]
+
+    @functools.cached_property
+    def place(self) -> dict[str, int]:
+        """The place of each stage in the order of computation."""
+        stages = trace(self.params, trim(self.params, self.tokens[:1]))
+        return {name: i for i, name in enumerate(stages)}
+
+    @functools.cached_property
+    def first_stage(self) -> dict[str, int]:
+        """The place of the first stage that each fault can change, by its id."""
+        return {fault.id: first_place(fault, self.clean, self.place) for fault in self.catalogue}
+
+    def at_precision(self, precision: str) -> Params:
+        """Return the reference's parameters rounded to a precision, from memory if rounded before."""
+        if precision not in self.params_at:
+            self.params_at[precision] = at_precision(self.params, precision)
+        return self.params_at[precision]
+
+    def port(self, faults: Sequence[Fault], tokens: Any, precision: str = "float32") -> Port:
+        """Return the reference with faults, at a precision, to run on tokens."""
+        return port_with(faults, self.at_precision(precision), tokens, self.batch, precision)
 
     def acts_after_blocks(self, fault: Fault) -> bool:
         """Tell whether a fault changes nothing before the final norm."""
@@ -60,7 +86,7 @@ class Runs:
     def run(self, faults: Sequence[Fault], rows: Any = None, precision: str = "float32") -> Any:
         """Return features [rows, E] of some rows, or of all, with faults."""
         tokens, rows = self.texts(faults, np.arange(len(self.tokens)) if rows is None else rows)
-        return port_with(faults, self.params, tokens, self.batch, precision).run()[rows]
+        return self.port(faults, tokens, precision).run()[rows]
 
     def quick(self, faults: Sequence[Fault], rows: Any) -> Any:
         """Return features of some rows with faults in float32, reusing earlier runs of the blocks."""
@@ -77,7 +103,7 @@ class Runs:
         """Return (the last block's output, features) of tokens with at most one fault, from memory if run."""
         key = (names(early), tokens.shape)  # the texts tried, complete or cut to their length, or all texts
         if key not in self.streams:
-            port = port_with(early, self.params, tokens, self.batch)
+            port = self.port(early, tokens)
             features = port.run()
             self.streams[key] = port.at["x"], features
         return self.streams[key]

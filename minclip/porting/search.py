@@ -7,6 +7,9 @@ differ from a float64 run with these faults by no more than `rounding.allowed` o
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,7 +18,7 @@ from tqdm import tqdm
 
 from minclip.porting.catalogue import CATALOGUE, NORMALIZED, SCALED, SHUFFLED
 from minclip.porting.faults import Fault
-from minclip.porting.rounding import allowed, relative_l2
+from minclip.porting.rounding import UNIT, allowed, relative_l2
 from minclip.porting.runs import Runs
 from minclip.porting.target import Target, fitted_factor, nearest_rows, overall_error
 from minclip.porting.verdict import Finding
@@ -61,13 +64,23 @@ class Judgment:
 class Search:
     """What has been tried on a target so far."""
 
-    def __init__(self, target: Target, runs: Runs):
+    def __init__(self, target: Target, runs: Runs, budget: float = math.inf):
         self.target, self.runs = target, runs
-        self.catalogue = runs.catalogue
+        self.deadline = time.monotonic() + budget
         self.rows = target.rows
         self.tried: list[Trial] | None = None
         self.features: dict[str | None, Any] = {}  # fault id -> transformed features of the texts tried
         self.judgments: dict[tuple[str, ...], Judgment] = {}
+
+    @property
+    def catalogue(self) -> list[Fault]:
+        """The faults that a port of this model and these texts can have."""
+        return self.runs.catalogue
+
+    @property
+    def expired(self) -> bool:
+        """Whether the time of the search is over."""
+        return time.monotonic() > self.deadline
 
     # Judging.
 
@@ -123,9 +136,13 @@ class Search:
         for trial in sorted(near[:JUDGED], key=lambda trial: trial.transform != ""):
             ids = tuple(fault.id for fault in trial.faults)
             judgment = self.judge(trial.faults, trial.transform, precision)
-            if judgment.fits:
+            if judgment.fits and self.is_explanation(judgment, precision):
                 found.setdefault(ids, judgment.finding)
         return ranked(list(found.values()))
+
+    def is_explanation(self, judgment: Judgment, precision: str) -> bool:
+        """Tell whether faults explain most of the error, as coarse rounding could hide what they leave."""
+        return UNIT[precision] <= UNIT["float32"] or judgment.finding.error < 0.5 * self.target.error
 
     # Trying.
 
@@ -166,6 +183,8 @@ class Search:
         trials: list[Trial] = []
         order = list(self.pair_order())
         for i, pair in enumerate(tqdm(order, "pairs of bugs", disable=None, leave=False)):
+            if self.expired:
+                break
             new = self.try_faults(pair, self.runs.quick(pair, self.rows))
             trials += new
             if any(self.fits(trial) for trial in new):
@@ -192,22 +211,21 @@ class Search:
         factors, gives the port's change, with some weight on factors near 1.
         """
         target, change = self.changes()
-        visible = {
-            key: np.linalg.norm(effect) > 1e-6 * np.linalg.norm(target) for key, effect in change.items()
-        }
         faults = [fault for fault in self.catalogue if fault.id in change]
+        effects = np.stack([change[fault.id] for fault in faults])
+        visible = np.linalg.norm(effects, axis=-1) > 1e-6 * np.linalg.norm(target)
+        misfit = pair_misfits(target, effects)[0]
+        after = [self.runs.acts_after_blocks(fault) for fault in faults]
         scored = []
-        for i, a in enumerate(faults):
-            for b in faults[i + 1 :]:
-                both = visible[a.id] and visible[b.id]
-                # The effect of one fault after the end of text may become visible through the other.
-                if not exclusive(a, b) and (both or (a.needs and b.needs)):
-                    quick = self.runs.acts_after_blocks(a) or self.runs.acts_after_blocks(b)
-                    guess = misfit(target, change[a.id], change[b.id]) if both else 0
-                    scored.append((not quick, guess, (a, b)))
+        for i, j in itertools.combinations(range(len(faults)), 2):
+            both = visible[i] and visible[j]
+            # The effect of one fault after the end of text may become visible through the other.
+            if (both or (faults[i].needs and faults[j].needs)) and not exclusive(faults[i], faults[j]):
+                slow = not (after[i] or after[j])
+                scored.append((slow, misfit[i, j] if both else 0, (faults[i], faults[j])))
         scored.sort(key=lambda entry: entry[:2])
-        slow = [pair for is_slow, _, pair in scored if is_slow]
-        return [pair for is_slow, _, pair in scored if not is_slow] + slow[:LIKELIEST]
+        slow_pairs = [pair for slow, _, pair in scored if slow]
+        return [pair for slow, _, pair in scored if not slow] + slow_pairs[:LIKELIEST]
 
     def changes(self) -> tuple[Any, dict[str, Any]]:
         """Return the change of the features tried that the port makes, and that each fault makes."""
@@ -262,12 +280,25 @@ def exclusive(a: Fault, b: Fault) -> bool:
     return stem_a == stem_b and stem_a not in ("T6", "T7", "N4")
 
 
-def misfit(target: Any, a: Any, b: Any) -> float:
-    """Return how badly the sum of the changes a and b gives target: the residual, and factors away from 1."""
-    gram = np.array([[a @ a, a @ b], [a @ b, b @ b]])
-    factors = np.linalg.lstsq(gram, np.array([a @ target, b @ target]), rcond=1e-9)[0]
-    rest = target - factors[0] * a - factors[1] * b
-    return float(rest @ rest + 0.05 * (target @ target) * ((factors - 1) ** 2).sum())
+def pair_misfits(target: Any, effects: Any) -> tuple[Any, Any, Any]:
+    """Return how badly the sum of two effects gives target, for each pair of effects [n, E].
+
+    The first [n, n] is the squared residual with fitted factors, with some weight on factors near 1; the
+    second the share of target that the pair explains; the third the largest distance of a factor from 1.
+    """
+    gram, dots, size = effects @ effects.T, effects @ target, float(target @ target)
+    own = np.diag(gram)
+    determinant = own[:, None] * own[None, :] - gram**2
+    single = determinant <= 1e-9 * own[:, None] * own[None, :]  # one effect twice, or two of one direction
+    with np.errstate(all="ignore"):
+        a = (dots[:, None] * own[None, :] - dots[None, :] * gram) / np.where(single, 1, determinant)
+        alone = np.nan_to_num(dots / own)
+    a = np.where(single, alone[:, None], a)
+    b = np.where(single, 1, a.T)
+    explained = a * dots[:, None] + np.where(single, 0, b * dots[None, :])
+    off = (a - 1) ** 2 + (b - 1) ** 2
+    share = explained / size if size else np.zeros_like(explained)
+    return size - explained + 0.05 * size * off, share, np.maximum(abs(a - 1), abs(b - 1))
 
 
 def in_order(a: Fault, b: Fault) -> tuple[Fault, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -82,3 +83,13 @@ def entries(name: str, reference: Any, port: Any, text: Any = None) -> tuple[Any
     elif text is not None and axes(name)[:3] == "B H":
         a, b = a.swapaxes(1, 2)[text], b.swapaxes(1, 2)[text]
     return a.ravel(), b.ravel()
+
+
+# Stages that all earlier ones flow through, and stages that are matrix products.
+STREAM = re.compile(r"^(text_features|pooled|ln_final|transformer\.resblocks\.\d+(\.residual)?)$")
+PRODUCTS = ("attn.q", "attn.k", "attn.v", "attn.scores", "attn.context", "attn", "mlp.c_fc", "mlp")
+
+
+def is_product(name: str) -> bool:
+    """Tell whether a stage is the result of a matrix product, or holds such results."""
+    return part_of(name) in PRODUCTS or bool(STREAM.search(name))

@@ -29,11 +29,11 @@ class Target:
     unit          whether every row of the port's features has length 1
     """
 
-    def __init__(self, params: Mapping[str, Any], tokens: Any, features: Any):
+    def __init__(self, params: Mapping[str, Any], tokens: Any, features: Any, dtype: Any = None):
         self.params = host_params(params)
         self.batch = check_tokens(self.params, tokens)[0]
         features = check_features(features, len(self.batch))
-        self.precisions = possible_precisions(features)
+        self.precisions = possible_precisions(features, dtype)
         self.features = features.astype(np.float64)
         self.aligned = len(features) == len(self.batch)
         self.unit = has_unit_length(self.features)

@@ -10,7 +10,7 @@ import torch
 
 import minclip
 from minclip.model import softmax
-from minclip.porting import alignment, probe, stages
+from minclip.porting import layouts, names, probe, stages
 from tests.support.oracles import openai_model, random_params, random_tokens, transformers_model
 
 SIZES = dict(width=128, layers=3, embed=48, context=20, vocabulary=99)
@@ -57,7 +57,7 @@ def test_a_torch_port_traced_through_hooks_agrees_at_every_shared_stage(tower, d
         reference = minclip.trace({name: array.astype("f8") for name, array in PARAMS.items()}, TOKENS)
     compared = minclip.compare(reference, torch_dump(tower, dtype))
     assert compared.first is None, compared
-    assert {stage.state for stage in compared.stages.values()} == {"agrees"}
+    assert {stage.state for stage in compared.stages.values()} == {"agrees"}, compared
     assert compared.stages["text_features"].precision == dtype
     assert len(compared.stages) == {"transformers": 42, "openai": 28}[tower]
     shown = [name for name in REFERENCE if name not in compared.missing]
@@ -199,10 +199,8 @@ def test_what_only_padding_shows_is_no_divergence_and_is_said():
 
 
 def test_nan_is_a_divergence_and_its_share_is_told():
-    dump = port()
-    dump[BLOCK + "ln_2"] = dump[BLOCK + "ln_2"].copy()
-    dump[BLOCK + "ln_2"][1] = np.nan
-    stage = minclip.compare(REFERENCE, dump).stages[BLOCK + "ln_2"]
+    nan = np.where(np.arange(5) == 1, np.float32(np.nan), 0)[:, None, None]
+    stage = minclip.compare(REFERENCE, port(ln_2=lambda x, at: x + nan)).stages[BLOCK + "ln_2"]
     assert stage.state == "diverges"
     assert stage.nan == 1 / 5
     assert stage.relative_l2 == np.inf
@@ -210,10 +208,9 @@ def test_nan_is_a_divergence_and_its_share_is_told():
 
 
 def test_the_note_says_which_texts_and_positions_differ():
-    dump = port()
-    dump["embedding"] = dump["embedding"].copy()
-    dump["embedding"][3, 7] += 1
-    notes = minclip.compare(REFERENCE, dump).notes
+    one = np.zeros((5, 20, 128), "f4")
+    one[3, 7] = np.random.default_rng(0).standard_normal(128)
+    notes = minclip.compare(REFERENCE, port(embedding=lambda x, at: x + one)).notes
     assert "in text 3 of 0 to 4 only" in notes
     assert "in position 7 of 0 to 19 only" in notes
 
@@ -226,7 +223,7 @@ def test_a_scale_is_called_a_scale():
 def test_float16_arithmetic_behind_float32_numbers_is_suspected():
     dump = port({name: np.float32(np.float16(array)) for name, array in PARAMS.items()})
     compared = minclip.compare(REFERENCE, dump)
-    assert compared.first == "embedding" or compared.first == "token_embedding"
+    assert compared.agrees
     assert any("float16 or TF32" in note for note in compared.notes)
 
 
@@ -331,7 +328,7 @@ def test_heads_split_or_merged_are_recognised(how):
 @pytest.mark.parametrize("how", ["B L (P H K)", "L B (P H K)", "P B H L K", "B L (H P K)"])
 def test_packed_qkv_is_unpacked(how):
     packed = np.stack([REFERENCE[f"{BLOCK}attn.{q}"] for q in "qkv"])  # P B H L K
-    axes = alignment.groups(how)
+    axes = layouts.groups(how)
     flat = [axis for group in axes for axis in group]
     sizes = dict(P=3, B=5, H=2, L=20, K=64)
     array = packed.transpose(["PBHLK".index(axis) for axis in flat])
@@ -373,8 +370,9 @@ def test_a_port_that_leaves_positions_out_is_compared_at_those_it_has():
 
 
 def test_a_shape_that_is_none_of_a_stages_is_where_it_diverges():
-    dump = port()
-    dump[BLOCK + "attn.q"] = dump[BLOCK + "attn.q"].reshape(5, 4, 20, 32)
+    names = list(REFERENCE)
+    dump = {name: REFERENCE[name] for name in names[: names.index(BLOCK + "attn.q")]}
+    dump[BLOCK + "attn.q"] = REFERENCE[BLOCK + "attn.q"].reshape(5, 4, 20, 32)
     compared = minclip.compare(REFERENCE, dump)
     assert compared.first == BLOCK + "attn.q"
     assert compared.stages[compared.first].state == "shape"
@@ -385,14 +383,14 @@ def test_a_shape_that_is_none_of_a_stages_is_where_it_diverges():
 
 def test_names_no_dialect_knows_are_given_by_the_user():
     dump = {"enc.7": REFERENCE["ln_final"], "out": REFERENCE["text_features"]}
-    renamed = alignment.rename(dump, {"enc.7": "ln_final", "out": "text_features"})
+    renamed = names.rename(dump, {"enc.7": "ln_final", "out": "text_features"})
     assert set(minclip.compare(REFERENCE, renamed).stages) == {"ln_final", "text_features"}
     with pytest.raises(ValueError, match=r"the port has no 'enc.8'; the nearest is 'enc.7'"):
-        alignment.rename(dump, {"enc.8": "ln_final"})
+        names.rename(dump, {"enc.8": "ln_final"})
 
 
 def test_what_cannot_be_matched_is_said():
-    with pytest.raises(ValueError, match=r"no stage is called bogus, .*rename"):
+    with pytest.raises(ValueError, match=r"no array can be recognized .*bogus, .*rename"):
         minclip.compare(REFERENCE, {"bogus": TOKENS, "visual.ln_post": TOKENS})
     with pytest.raises(ValueError, match="mapping from stage name to array, not list"):
         minclip.compare(REFERENCE, [1])

@@ -9,6 +9,9 @@ from minclip.cli import main
 from minclip.porting.catalogue import CATALOGUE
 from minclip.porting.dump import StagewiseSearch
 from minclip.porting.port import Port
+from minclip.porting.runs import Runs
+from minclip.porting.search import Search
+from minclip.porting.target import Target
 from tests.benchmarks import diagnosis_table as table
 from tests.support import oracles
 from tests.support.broken_port import HARMLESS, SINGLES
@@ -192,19 +195,23 @@ def test_a_dump_of_hugging_face_names_the_bug_and_later_ones_are_not_tried(
     break_it(model)
     with torch.no_grad():
         output = model(input_ids=torch.from_numpy(tokens).long(), output_hidden_states=True)
+    dump = {"hidden_states": output.hidden_states}
+    diagnosis = minclip.diagnose(params, tokens, output.text_embeds, trace=dump)
+    assert [fault.id for fault in diagnosis.findings[0].faults] == [name]
+    assert f"diverges at {stage}." in str(diagnosis) or f"first stage, {stage}." in str(diagnosis)
+    assert "explains every stage of the dump" in str(diagnosis)
+
     tried = set()
     error_at = StagewiseSearch.error_at
 
-    def note(dump, place, faults):
+    def note(search, place, faults):
         tried.update(faults)
-        return error_at(dump, place, faults)
+        return error_at(search, place, faults)
 
     monkeypatch.setattr(StagewiseSearch, "error_at", note)
-    diagnosis = minclip.diagnose(
-        params, tokens, output.text_embeds, trace={"hidden_states": output.hidden_states}
-    )
-    assert [fault.id for fault in diagnosis.findings[0].faults] == [name]
-    assert f"diverges at {stage}." in str(diagnosis) or f"first stage, {stage}." in str(diagnosis)
+    target = Target(params, tokens, output.text_embeds)
+    chains, _ = StagewiseSearch(Search(target, Runs(target)), dump).chains
+    assert name in {fault.id for fault in chains[0]}
     later = {"P1", "N5", "N8-missing", "N10"} | ({"A1", "M1", "T4"} if stage == "embedding" else set())
     assert not later & {fault.id for fault in tried}
     assert name in {fault.id for fault in tried}
@@ -215,8 +222,8 @@ def test_errors_name_what_does_not_fit(params, tokens, clean):
         minclip.diagnose(params, tokens, np.concatenate([clean, clean[:1]]))
     with pytest.raises(ValueError, match="must be floats"):
         minclip.diagnose(params, tokens, clean.astype(int))
-    with pytest.raises(ValueError, match="no name in trace"):
-        minclip.diagnose(params, tokens, clean, trace={"conv": clean})
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        minclip.diagnose(params, tokens, clean, dtype="int8")
 
 
 def test_the_command_line_prints_it_and_tells_by_its_status(tmp_path, capsys):

@@ -1,0 +1,184 @@
+"""Ports that resemble minclip in nothing but their numbers: what their dumps are called and how they lie."""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import minclip
+from minclip.porting.rounding import round_to
+from tests.support.oracles import random_params
+
+PARAMS = minclip.from_state_dict(
+    random_params(width=64, layers=3, embed=48, context=20, vocabulary=99), activation="quick_gelu", heads=2
+)
+TOKENS = minclip.probe_tokens(20, 99)
+REFERENCE = minclip.trace(PARAMS, TOKENS)
+FEATURES = REFERENCE["text_features"]
+BLOCK = "transformer.resblocks."
+
+
+def verdicts(dump, params=PARAMS):
+    """Return what compare and diagnose say of a dump, and both results."""
+    compared = minclip.compare(REFERENCE, dump)
+    diagnosed = minclip.diagnose(params, TOKENS, dump["text_features"], trace=dump)
+    return compared, diagnosed
+
+
+def assert_agrees(dump):
+    compared, diagnosed = verdicts(dump)
+    assert compared.agrees, compared
+    assert diagnosed.verdict == "agrees", diagnosed
+    return compared, diagnosed
+
+
+def test_a_token_lookup_called_embedding_is_recognized_by_its_numbers():
+    dump = {
+        "embedding": REFERENCE["token_embedding"],
+        "embedding_1": REFERENCE["positional_embedding"][None],
+        "add": REFERENCE["embedding"],
+        "text_features": FEATURES,
+    }
+    compared, diagnosed = assert_agrees(dump)
+    said = "embedding is not embedding: it holds token_embedding"
+    assert any(said in note for note in compared.notes)
+    assert any(said in note for note in diagnosed.notes)
+
+
+def test_a_dump_never_makes_the_verdict_worse_than_the_features_alone():
+    port = PARAMS.copy()
+    for name in PARAMS:
+        if ".attn.in_proj_" in name:  # the scale is folded into q, and the framework scales again
+            port[name] = PARAMS[name].copy()
+            port[name][:64] *= 32**-0.5
+    dump = dict(minclip.trace(port, TOKENS))
+    for trace in (None, dump):
+        diagnosis = minclip.diagnose(PARAMS, TOKENS, dump["text_features"], trace=trace)
+        assert [fault.id for fault in diagnosis.findings[0].faults] == ["T5-twice"], diagnosis
+    assert "attn.q, which is 0.17678 times the reference's" in str(diagnosis)
+
+
+def test_positions_broadcast_over_the_batch_are_a_layout():
+    positions = np.broadcast_to(REFERENCE["positional_embedding"], (7, 20, 64))
+    assert_agrees({"embeddings/position_embedding": positions, "text_features": FEATURES})
+
+
+def test_hidden_states_without_the_embedding_are_counted_from_the_first_block():
+    states = [REFERENCE[f"{BLOCK}{i}"] for i in range(3)]
+    compared, _ = assert_agrees({"hidden_states": states, "text_features": FEATURES})
+    assert {f"{BLOCK}{i}" for i in range(3)} <= set(compared.stages)
+
+
+def test_another_shape_does_not_hide_the_first_divergence():
+    port = PARAMS | {"ln_final.weight": PARAMS[f"{BLOCK}1.ln_1.weight"]}
+    dump = dict(minclip.trace(port, TOKENS))
+    dump["position_embedding"] = np.broadcast_to(dump.pop("positional_embedding"), (7, 20, 64))
+    assert minclip.compare(REFERENCE, dump).first == "ln_final"
+
+
+def coarse_dump(params, precision):
+    """Return the stages of a port whose every parameter and stage is rounded."""
+    kept = {}
+
+    def tap(name, array):
+        kept[name] = round_to(array, precision)
+        return kept[name]
+
+    minclip.encode_text(params.map(lambda array: round_to(array, precision)), TOKENS, tap=tap)
+    return kept
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+@pytest.mark.parametrize("outside", ["digits", "float32"])
+def test_a_correct_coarse_port_agrees_whatever_it_shows(precision, outside):
+    dump = coarse_dump(PARAMS, precision)
+    if outside == "float32":  # the projection runs in float32
+        dump["text_features"] = dump["pooled"] @ PARAMS["text_projection"]
+    _, diagnosed = assert_agrees(dump)
+    assert minclip.diagnose(PARAMS, TOKENS, dump["text_features"]).verdict == "agrees"
+    assert precision in str(diagnosed)
+
+
+def test_a_bug_that_coarse_rounding_does_not_hide_is_named_with_and_without_a_dump():
+    params = minclip.load()  # a trained model, whose activations reach where erf and QuickGELU differ
+    tokens = minclip.probe_tokens()
+    kept = {}
+
+    def tap(name, array):
+        kept[name] = round_to(array, "bfloat16")
+        return kept[name]
+
+    port = minclip.Params(params, activation="gelu", heads=params.heads)
+    minclip.encode_text(port.map(lambda array: round_to(array, "bfloat16")), tokens, tap=tap)
+    for trace in (None, kept):
+        diagnosis = minclip.diagnose(params, tokens, kept["text_features"], trace=trace)
+        assert [fault.id for fault in diagnosis.findings[0].faults] == ["A1"], diagnosis
+    assert not minclip.compare(minclip.trace(params, tokens), kept).agrees
+
+
+def test_what_coarse_rounding_hides_is_listed():
+    features = coarse_dump(PARAMS, "bfloat16")["text_features"]
+    assert "Too small to see at bfloat16:" in str(minclip.diagnose(PARAMS, TOKENS, features))
+
+
+def test_a_given_precision_decides():
+    noise = np.random.default_rng(0).standard_normal(FEATURES.shape).astype("f4") * FEATURES.std()
+    features = FEATURES + np.float32(2e-3) * noise
+    assert minclip.diagnose(PARAMS, TOKENS, features, dtype="bfloat16").verdict == "agrees"
+    assert minclip.diagnose(PARAMS, TOKENS, features, dtype="float32", budget=1).verdict == "unknown"
+    dump = {"text_features": features}
+    assert minclip.compare(REFERENCE, dump, dtype="bfloat16").agrees
+    assert not minclip.compare(REFERENCE, dump, dtype="float32").agrees
+
+
+@pytest.mark.parametrize("how", ["transposed features", "reversed axes", "reversed shapes"])
+def test_julia_and_ggml_list_axes_in_reverse(how):
+    dump = {f"x{i}": array for i, (name, array) in enumerate(REFERENCE.items()) if array.ndim > 1}
+    if how == "transposed features":
+        dump = {**dump, "text_features": FEATURES.T.copy()}
+    elif how == "reversed axes":
+        dump = {name: np.ascontiguousarray(array.T) for name, array in dump.items()}
+    else:
+        dump = {name: array.reshape(array.shape[::-1]) for name, array in dump.items()}
+    compared = minclip.compare(REFERENCE, dump)
+    assert compared.agrees, compared
+    assert len(compared.stages) >= 48
+
+
+def test_a_port_broken_half_way_is_bracketed_without_any_name():
+    name = f"{BLOCK}1.ln_2.weight"
+    port = minclip.trace(PARAMS | {name: np.ones_like(PARAMS[name])}, TOKENS)
+    dump = {f"val_{i}": array for i, array in enumerate(port.values())}
+    dump["text_features"] = dump.pop(f"val_{len(dump) - 1}")
+    compared = minclip.compare(REFERENCE, dump)
+    assert not compared.agrees
+    assert f"{BLOCK}1.residual" in compared.stages
+    assert compared.first == f"{BLOCK}1.ln_2" or f"after {BLOCK}1.residual" in str(compared)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_a_correct_dump_agrees_however_it_is_renamed_reordered_dropped_and_transposed(data):
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    names = [name for name in REFERENCE if name != "eot"]
+    kept = [name for name in names if rng.random() < data.draw(st.sampled_from([0.2, 0.9]))]
+    arrays = {name: REFERENCE[name] for name in kept}
+    mode = data.draw(st.sampled_from(["own", "shuffled names", "no names"]))
+    labels = list(arrays)
+    if mode == "shuffled names":
+        labels = list(rng.permutation(labels))
+    elif mode == "no names":
+        labels = [f"val_{i}" for i in range(len(labels))]
+    dump = {}
+    for label, name in zip(labels, arrays, strict=True):
+        array = arrays[name]
+        if rng.random() < 0.3 and array.ndim == 3:
+            array = array.transpose([(1, 0, 2), (2, 1, 0), (0, 2, 1)][rng.integers(3)])
+        dump[str(label)] = np.ascontiguousarray(array)
+    order = rng.permutation(len(dump))
+    dump = {list(dump)[i]: list(dump.values())[i] for i in order}
+    dump.pop("text_features", None)
+    dump["text_features"] = FEATURES
+    compared = minclip.compare(REFERENCE, dump)
+    assert compared.agrees, compared
+    assert minclip.diagnose(PARAMS, TOKENS, FEATURES, trace=dump).verdict == "agrees"
