@@ -142,7 +142,7 @@ def compare(
 
 
 def align_gradients(reference: Trace, arrays: dict[str, Any]) -> Alignment:
-    """Return a port's gradients: of stages, aligned as stages are, and of parameters, read as a state_dict."""
+    """Return a port's gradients: of stages, aligned as stages are, and of parameters, read like a state."""
     parameters = gradients.parameters_of(reference, arrays)
     alignment = align(reference, arrays)
     for name, (theirs, array) in parameters.items():
