@@ -96,6 +96,7 @@ CLIP_CPP = dialect_like("clip.cpp", "t.blk.", CLIP_CPP_WORDS, ("t.", "text_proje
 
 IMAGE_TOWER = ("visual.", "vision_model.", "visual_projection.", "v.")
 BUFFERS = ("attn_mask", "position_ids")  # computed, not learned
+MOST_LAYERS = 1000  # each makes sixteen names; this bounds the memory
 LONG_CLIP = "positional_embedding_res"
 
 # A tensor's name may show that a tower only looks like CLIP's. Behind the tower's prefix, in any module:
@@ -173,6 +174,8 @@ class Tower:
         names, block = self.dialect.names, self.dialect.block
         numbers = {n.removeprefix(block).partition(".")[0] for n in self.names if n.startswith(block)}
         layers = sum(number.isascii() and number.isdecimal() for number in numbers)
+        if layers > MOST_LAYERS:
+            raise ValueError(f"{layers} blocks, more than any text tower has")
         shapes = {name: tuple(self.tensors[self.prefix + name].shape) for name in self.names}
         tokens, positions = (
             shapes.get(names[ours], ()) for ours in ("token_embedding.weight", "positional_embedding")

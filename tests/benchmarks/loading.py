@@ -1,10 +1,10 @@
-"""Time and memory of loading an archive of ViT-B/32's full size, beside torch.jit.load.
+"""Measure the time and memory of loading an archive of ViT-B/32's size, next to torch.jit.load.
 
     python -m tests.benchmarks.loading [FILE.pt]
 
-Without a file it makes OpenAI's CLIP at ViT-B/32's sizes, at random, in float16, traced and saved as
-OpenAI's archives are. Each load is a process of its own; the file is in the page cache for both. The
-memory is the process's peak less what it has after its imports. On two x86-64 cores, torch 2.13:
+Without a file, the benchmark writes OpenAI's CLIP with ViT-B/32's sizes and random weights, traced and saved
+in float16 as OpenAI's archives are. Each load runs in a process of its own, with the file in the page cache.
+The memory is the peak of the process minus its memory after the imports. On two x86-64 cores, torch 2.13:
 
     archive of 354 MB; best of 5 loads, in turn
     torch.jit.load          0.301 s   1.00 x torch's  peak   367 MB
@@ -18,7 +18,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parents[1]
+from tests.support.archives import openai_model, save_traced
+
+ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = 5
 
 MEASURE = """
@@ -39,9 +41,7 @@ LOADERS = {
 
 
 def make(path):
-    sys.path[:0] = [str(TESTS), str(TESTS.parent)]
-    from tests.support.archives import openai_model, save_traced
-
+    """Write an archive of ViT-B/32's size."""
     sizes = {"embed_dim": 512, "image_resolution": 224, "vision_layers": 12, "vision_width": 768}
     sizes |= {"vision_patch_size": 32, "context_length": 77, "vocab_size": 49408}
     sizes |= {"transformer_width": 512, "transformer_heads": 8, "transformer_layers": 12}
@@ -49,13 +49,11 @@ def make(path):
 
 
 def measure(loader, path):
-    """(seconds, bytes) of one load in a fresh process."""
+    """Return (seconds, bytes) of one load in a new process."""
     imports, load = LOADERS[loader]
     program = MEASURE.format(imports=imports, load=load)
     run = [sys.executable, "-W", "ignore", "-c", program, str(path)]
-    seconds, peak = subprocess.run(
-        run, cwd=TESTS.parent, check=True, capture_output=True, text=True
-    ).stdout.split()
+    seconds, peak = subprocess.run(run, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
     return float(seconds), int(peak)
 
 

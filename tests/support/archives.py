@@ -1,4 +1,4 @@
-"""Small PyTorch archives, sound and hostile, for the tests of loading."""
+"""Write small PyTorch archives for the tests of loading."""
 
 import io
 import struct
@@ -11,7 +11,7 @@ from tests.support.oracles import openai
 
 
 def openai_model(dtype="float16", **sizes):
-    """OpenAI's own CLIP, small, at random; its text tower has the sizes of test_checkpoint's PARAMS."""
+    """Return OpenAI's own CLIP with random weights. The text tower has the sizes of test_loading.PARAMS."""
     torch.manual_seed(0)
     given = {"embed_dim": 48, "image_resolution": 32, "vision_layers": 3, "vision_width": 128}
     given |= {"vision_patch_size": 16, "context_length": 16, "vocab_size": 100}
@@ -27,7 +27,7 @@ def openai_model(dtype="float16", **sizes):
 
 
 def save_traced(model, path):
-    """Trace and save the model as OpenAI's archives were made, with the three sizes they carry."""
+    """Trace and save a model as OpenAI's archives were made, with the three sizes that they carry."""
     for name in ("input_resolution", "context_length", "vocab_size"):
         value = model.visual.input_resolution if name == "input_resolution" else getattr(model, name)
         if hasattr(model, name):
@@ -41,7 +41,7 @@ def save_traced(model, path):
 
 
 def repacked(path, data_pkl=None, **entries):
-    """The archive's bytes with another data.pkl, and with entries added or (None) left out."""
+    """Return an archive's bytes with another data.pkl, and with entries added, or removed where None."""
     out = io.BytesIO()
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(out, "w") as new:
         folder = next(n for n in old.namelist() if n.endswith("/data.pkl")).removesuffix("data.pkl")
@@ -58,7 +58,7 @@ def repacked(path, data_pkl=None, **entries):
 
 
 def tensor_pickle(offset=0, shape=(2,), strides=(1,), count=4, key="0", name="token_embedding.weight"):
-    """A pickle of {name: one tensor}, laid out as told over a float32 storage."""
+    """Return a pickle of {name: one tensor}, with the given layout over a float32 storage."""
 
     def text(string):
         return b"X" + struct.pack("<I", len(string)) + string.encode()

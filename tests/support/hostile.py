@@ -22,7 +22,7 @@ class Evil:
         return self.function, self.arguments
 
 
-def deep(opening, closing=b"", depth=200_000):
+def deep(opening, closing=b"", depth=60_000):
     return b"\x80\x02" + opening * depth + closing * depth + b"."
 
 
@@ -39,8 +39,8 @@ HOSTILE = {
     "inst": b"(X\x03\x00\x00\x00HITios\nsystem\n.",
     "extension": b"\x80\x02\x82\x01.",
     "deep lists": deep(b"]", b"a"),
-    "deep tuples": b"\x80\x02)" + b"\x85" * 200_000 + b".",
-    "deep tuple as key": b"\x80\x02})" + b"\x85" * 200_000 + b"K\x01s.",
+    "deep tuples": b"\x80\x02)" + b"\x85" * 60_000 + b".",
+    "deep tuple as key": b"\x80\x02})" + b"\x85" * 60_000 + b"K\x01s.",
     "deep dicts": b"\x80\x02" + b"}X\x01\x00\x00\x00a" * 1000 + b"K\x01" + b"s" * 1000 + b".",
     "list in itself": b"\x80\x02]q\x00h\x00a.",
     "dict in itself": b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.",
@@ -51,8 +51,8 @@ HOSTILE = {
     "huge string": b"\x80\x02X\xff\xff\xff\x7fabc.",
     "huge bytes": b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x00abc.",
     "huge frame": b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x00N.",
-    "too many instructions": b"\x80\x02" + b"}0" * 600_000 + b"N.",
-    "many marks": b"\x80\x02" + b"(" * 100_000 + b"t" * 100_000 + b".",
+    "too many instructions": b"\x80\x02" + b"}0" * 60_000 + b"N.",
+    "many marks": b"\x80\x02" + b"(" * 40_000 + b"t" * 40_000 + b".",
     "empty stack": b"\x80\x02s.",
     "no mark": b"\x80\x02t.",
     "no end": b"\x80\x02}",
@@ -242,6 +242,7 @@ ATTACKS = {
         b"".join(b"\x8a\x0a" + ((i + 1) * (2**61 - 1)).to_bytes(10, "little") + b"N" for i in range(20_000)),
         b"u",
     ),
+    "a million instructions": program(b"}0" * 600_000),
     "a huge integer": program(b"\x8b" + struct.pack("<i", 10**6) + b"\x7f" * 10**6),
 }
 

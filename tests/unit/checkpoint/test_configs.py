@@ -1,4 +1,4 @@
-"""A config means what its own library makes of it, and one that contradicts itself is an error."""
+"""Test that configs are read as their own library reads them, and that contradictions are errors."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Every dialect of CLIP's text tower gives the same parameters, and what is not CLIP's is refused by name."""
+"""Test that every dialect gives the same parameters, and that other architectures are refused by name."""
 
 import json
 
@@ -89,7 +89,7 @@ def test_a_text_model_without_projection_runs_up_to_pooled(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
-def test_openai_model_gives_its_own_features(dtype):
+def test_an_openai_model_gives_its_own_features(dtype):
     torch.manual_seed(0)
     model = openai("model").CLIP(
         embed_dim=48, image_resolution=32, vision_layers=1, vision_width=64, vision_patch_size=16,
@@ -133,7 +133,7 @@ def test_hugging_face_names_are_found_behind_any_prefix(prefix, text):
     assert_same(minclip.from_state_dict(state, activation="gelu", heads=4), PARAMS)
 
 
-def test_two_text_towers_in_one_file_are_told_apart(tmp_path):
+def test_a_prefix_chooses_between_two_text_towers_in_one_file(tmp_path):
     other = random_params(**SIZES, seed=1)
     first, second = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
     state = renamed(PARAMS, first) | {second + name: array for name, array in other.items()}
@@ -146,7 +146,7 @@ def test_two_text_towers_in_one_file_are_told_apart(tmp_path):
         minclip.load(f"{tmp_path}/sdxl.npz#elsewhere", activation="gelu")
 
 
-def test_long_clip_keeps_20_positions_and_takes_the_others_from_beside():
+def test_long_clip_combines_its_two_position_tables():
     params = random_params(**(SIZES | {"context": 248}))
     learned = random_params(**(SIZES | {"context": 248}), seed=1)["positional_embedding"]
     loaded = minclip.from_state_dict(params | {"positional_embedding_res": learned}, activation="quick_gelu")
@@ -181,14 +181,14 @@ class WithNumpy:
 
 
 @pytest.mark.parametrize("kind", [WithArray, WithNumpy])
-def test_whatever_turns_into_an_array_is_one(kind):
+def test_anything_that_converts_to_an_array_is_accepted(kind):
     state = {name: kind(array) for name, array in PARAMS.items()}
     assert_same(minclip.from_state_dict(state, activation="gelu"), PARAMS)
 
 
 @pytest.mark.parametrize("name", list(PARAMS))
 @pytest.mark.parametrize("dialect", ["OpenAI", "Hugging Face"])
-def test_a_missing_an_extra_and_a_misshaped_tensor_are_named(dialect, name):
+def test_missing_extra_and_misshaped_tensors_are_named(dialect, name):
     state = PARAMS if dialect == "OpenAI" else renamed(PARAMS, text="text_model.")
     if dialect == "Hugging Face":
         state = {**state, "visual_projection.weight": np.ones((48, 32))}  # of a CLIPModel, with a projection
@@ -217,7 +217,7 @@ def test_a_missing_an_extra_and_a_misshaped_tensor_are_named(dialect, name):
             minclip.from_state_dict({**missing, name + "x": state[name]}, activation="gelu")
 
 
-def test_blocks_are_counted_as_numbers_and_none_may_be_left_out():
+def test_blocks_are_counted_as_numbers_without_gaps():
     params = random_params(width=64, layers=11, embed=48, context=16, vocabulary=100)
     assert_same(minclip.from_state_dict(dict(sorted(params.items())), activation="gelu"), params)
     gap = {name.replace("resblocks.10.", "resblocks.99999999999."): array for name, array in params.items()}
@@ -225,7 +225,7 @@ def test_blocks_are_counted_as_numbers_and_none_may_be_left_out():
         minclip.from_state_dict(gap, activation="gelu")
 
 
-def test_the_activation_and_odd_heads_are_asked_for():
+def test_errors_ask_for_the_activation_and_for_unusual_heads():
     with pytest.raises(ValueError, match="activation="):
         minclip.from_state_dict(PARAMS)
     with pytest.raises(ValueError, match="quick_gelu, gelu, not 'relu'"):
@@ -266,7 +266,7 @@ def test_a_tensor_of_another_architecture_is_refused_by_name(name, why):
         ("some.weight", "no name ends in token_embedding.weight"),
     ],
 )
-def test_what_has_no_clip_text_tower_is_refused(name, why):
+def test_files_without_a_clip_text_tower_are_refused(name, why):
     with pytest.raises(ValueError, match=why):
         minclip.from_state_dict({name: np.ones((3, 3))}, activation="gelu")
 
@@ -304,7 +304,7 @@ def test_open_clip_folders_tell_activation_and_heads(tmp_path):
         assert minclip.load(folder_of_open_clip(tmp_path / name)).activation == "quick_gelu"
 
 
-def test_open_clip_names_tell_the_activation_where_they_can():
+def test_some_open_clip_names_tell_the_activation():
     for name in (
         "ViT-B-32-quickgelu",
         "vit_b_32-quickgelu-laion400m_e32-46683a32",
@@ -374,14 +374,14 @@ def test_hugging_face_configs_of_other_architectures_are_refused_by_name(change,
         of_hugging_face({"model_type": "clip", "text_config": TEXT | change})
 
 
-def test_hugging_face_configs_of_every_age_are_understood():
+def test_old_and_new_hugging_face_configs_are_read():
     assert of_hugging_face(TEXT | {"eos_token_id": 2})[:2] == ("gelu", 4)  # written before 4.31
     assert of_hugging_face({"text_config": {}, "text_config_dict": TEXT})[:2] == ("gelu", 4)
     assert of_hugging_face({"text_config": TEXT, "text_config_dict": None})[:2] == ("gelu", 4)
     assert of_hugging_face({})[:2] == ("quick_gelu", 8)  # the class's defaults
 
 
-def test_a_config_of_another_model_is_not_believed(tmp_path):
+def test_the_config_of_another_model_is_refused(tmp_path):
     hugging_face(CLIPTextModelWithProjection).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for wrong in ({**config, "hidden_size": 128}, [], {"text_config": 3, "vocab_size": "x"}, "{"):
@@ -390,7 +390,7 @@ def test_a_config_of_another_model_is_not_believed(tmp_path):
             minclip.load(tmp_path)
 
 
-def test_a_text_tower_with_a_head_is_siglips():
+def test_a_text_tower_with_a_head_is_refused_as_siglip():
     state = renamed(PARAMS) | {"text_model.head.weight": np.ones((64, 64)), "logit_scale": np.ones(())}
     with pytest.raises(ValueError, match=r"text_model\.head\.weight is SigLIP"):
         minclip.from_state_dict(state, activation="gelu")

@@ -1,4 +1,4 @@
-"""A file that does not load is named, with the reason and the next step: the README's table, row by row."""
+"""Test that a refusal names the format, the reason and the next step, as the README's table says."""
 
 import gzip
 import io

@@ -1,4 +1,4 @@
-"""GGUF files load, quantized ones through the gguf package's own dequantizer."""
+"""Test that GGUF files load, quantized ones through the gguf package."""
 
 import re
 import sys

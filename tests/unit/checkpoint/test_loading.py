@@ -1,4 +1,4 @@
-"""Every kind of file loads to the same parameters, in the dtype asked for, and says what it holds."""
+"""Test that every kind of file loads to the same parameters, in the wanted dtype, and can be inspected."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ TOKENS = random_tokens([3, 9, 16], context=16, vocabulary=100)
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """The same OpenAI model as every kind of file: {name: path}, and its text tower in float32."""
+    """Return one OpenAI model as every kind of file, {name: path}, and its text tower in float32."""
     folder = tmp_path_factory.mktemp("files")
     model = openai_model()
     state = model.state_dict()
@@ -57,7 +57,7 @@ def test_every_kind_of_file_gives_the_same_parameters(files, kind):
         assert {array.dtype for array in cast.values()} == {np.dtype(dtype)}
 
 
-def test_features_of_openais_archive_are_the_models_own(files):
+def test_the_features_of_an_openai_archive_equal_those_of_the_model(files):
     model = openai_model("float32")
     params = minclip.from_state_dict(model.state_dict(), activation="quick_gelu")
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_a_file_without_a_config_asks_for_the_activation(files, kind):
         minclip.load(files[0][kind])
 
 
-def test_a_traced_model_with_the_exact_gelu_is_not_taken_for_openais(tmp_path):
+def test_a_traced_model_with_the_exact_gelu_asks_for_the_activation(tmp_path):
     model = openai_model("float32")
     for block in (*model.transformer.resblocks, *model.visual.transformer.resblocks):
         block.mlp.gelu = torch.nn.GELU()
@@ -86,7 +86,7 @@ def test_a_traced_model_with_the_exact_gelu_is_not_taken_for_openais(tmp_path):
     assert minclip.load(tmp_path / "traced.pt", activation="gelu").activation == "gelu"
 
 
-def test_the_activation_may_be_in_the_name_of_an_openclip_file(files, tmp_path):
+def test_the_name_of_an_openclip_file_may_tell_the_activation(files, tmp_path):
     path = tmp_path / "vit_b_32-quickgelu-laion400m_e32-46683a32.pt"
     path.write_bytes(files[0]["state.pt"].read_bytes())
     assert minclip.load(path).activation == "quick_gelu"
@@ -94,7 +94,7 @@ def test_the_activation_may_be_in_the_name_of_an_openclip_file(files, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_save_and_load_give_every_bit_back(tmp_path, dtype):
+def test_save_and_load_preserve_every_bit(tmp_path, dtype):
     params = minclip.from_state_dict(
         {n: a.astype(dtype) for n, a in PARAMS.items()}, activation="gelu", heads=4
     )
@@ -109,7 +109,7 @@ def test_save_and_load_give_every_bit_back(tmp_path, dtype):
     assert (tmp_path / "tower.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
-def test_a_plain_dict_is_saved_as_openais_only_under_openais_names(tmp_path):
+def test_a_plain_dict_gets_openais_activation_only_under_openais_names(tmp_path):
     minclip.save(PARAMS, tmp_path / "plain.safetensors")
     assert minclip.load(tmp_path / "plain.safetensors").activation == "quick_gelu"
     foreign = {f"text.{name}": array for name, array in PARAMS.items()}
@@ -137,7 +137,7 @@ def test_bfloat16_in_files_becomes_float32(tmp_path):
         assert_same(params, {n: tensor.float().numpy() for n, tensor in state.items()})
 
 
-def test_what_is_not_there_is_an_oserror_that_lists_the_models(tmp_path):
+def test_a_missing_file_is_an_oserror_that_lists_the_models(tmp_path):
     for source in ("ViT-B/99", tmp_path / "no.pt"):
         with pytest.raises(FileNotFoundError, match=r"builtin, RN50, .* ViT-B/32"):
             minclip.load(source)
@@ -151,15 +151,15 @@ def test_other_devices_and_dtypes_are_refused(given):
         minclip.load(**given)
 
 
-def test_cuda_loads_float16_onto_the_gpu_unless_told_otherwise(monkeypatch):
-    """What is said where there is no GPU is in test_gpu.py."""
+def test_cuda_loads_float16_onto_the_gpu_by_default(monkeypatch):
+    """The errors on a machine without a GPU are tested in test_gpu.py."""
     fake = fake_cupy.install(monkeypatch)
     for dtype, expected in ((None, "float16"), ("float32", "float32")):
         arrays = minclip.load(device="cuda", dtype=dtype).values()
         assert all(isinstance(array, fake.ndarray) and array.dtype == expected for array in arrays)
 
 
-def test_inspect_tells_what_a_file_holds(files, tmp_path):
+def test_inspect_prints_the_contents_of_a_file(files, tmp_path):
     text = checkpoint.inspect(files[0]["traced.pt"])
     for line in ("dialect OpenAI", "layers 2", "width 64", "heads 1", "context 16", "vocabulary 100"):
         assert line in " ".join(text.split())
@@ -177,7 +177,7 @@ def test_inspect_tells_what_a_file_holds(files, tmp_path):
     assert checkpoint.inspect(tmp_path / "page.pt").endswith("download it again")
 
 
-def test_inspect_takes_the_names_that_load_takes(files, monkeypatch):
+def test_inspect_accepts_every_name_that_load_accepts(files, monkeypatch):
     monkeypatch.setattr(sources, "download", lambda name: files[0]["traced.pt"])
     assert checkpoint.inspect("ViT-B/32") == checkpoint.inspect(files[0]["traced.pt"])
     text, params = checkpoint.inspect("builtin"), minclip.load()

@@ -1,4 +1,4 @@
-"""A LoRA merged into the text tower gives the features of the library that trained it."""
+"""Test that a merged LoRA gives the features of the library that trained it."""
 
 import json
 

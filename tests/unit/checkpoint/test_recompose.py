@@ -1,4 +1,4 @@
-"""Weights stored in parts load to the numbers that their own library computes."""
+"""Test that weights stored in parts load to the numbers that their own library computes."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Files and folders as people find them: shards, pipelines, caches, variants, bundles, suggested names."""
+"""Test files and folders as people find them: shards, pipelines, caches, bundles, suggested names."""
 
 import json
 
