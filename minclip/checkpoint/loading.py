@@ -36,7 +36,7 @@ def from_state_dict(
     end-of-text id.
 
     Raises ValueError for a tensor that is missing, has another shape, or belongs to another architecture.
-    Warns about weights that are NaN or infinite, by name.
+    Warns about weights that are NaN or infinite.
 
     >>> import minclip
     >>> other = {f"module.{name}": array for name, array in minclip.load().items()}
@@ -87,8 +87,7 @@ def load(
     Nothing in a file is ever run. Where the file has the wanted dtype, arrays may be mapped from it.
 
     Raises OSError for a file that cannot be read, ValueError for one that is not CLIP's text tower or where
-    there is no GPU, MemoryError where the GPU is too full. Warns about weights
-    that are NaN or infinite, by name.
+    there is no GPU, MemoryError where the GPU is too full. Warns about weights that are NaN or infinite.
 
     >>> load()["positional_embedding"].shape
     (77, 128)
