@@ -23,6 +23,7 @@ from minclip.porting import (
     diagnose_tokens,
     probe_texts,
     probe_tokens,
+    trace_onnx,
     trace_torch,
 )
 from minclip.tokenizer import decode, tokenize
@@ -58,6 +59,7 @@ __all__ = [
     "show",
     "tokenize",
     "trace",
+    "trace_onnx",
     "trace_torch",
     "verify",
 ]

@@ -15,7 +15,17 @@ from minclip.checkpoint.tensor_files import only_when_whole
 from minclip.corpus import cluster
 from minclip.corpus.lines import read_texts
 from minclip.params import ACTIVATIONS, architecture
-from minclip.porting import comparison, diagnosis, probe, token_probe, tokens, weight_files, weights
+from minclip.porting import (
+    comparison,
+    diagnosis,
+    port_files,
+    probe,
+    token_probe,
+    tokens,
+    weight_files,
+    weights,
+)
+from minclip.porting.names import rename
 
 SHOWN = 12  # texts whose similarities fit an 80-column terminal side by side
 NEAREST = 3
@@ -31,7 +41,7 @@ def main(argv=None):
     except BrokenPipeError:  # the reader, `head` say, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, MemoryError) as error:
+    except (ValueError, OSError, MemoryError, ImportError) as error:
         print(f"minclip: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -85,7 +95,17 @@ def parser():
         "diagnose", help="name the bug that a port has", description=run_diagnose.__doc__
     )
     diagnose.set_defaults(run=run_diagnose)
-    diagnose.add_argument("port", metavar="port.npz", help="the port's tokens and text_features")
+    diagnose.add_argument(
+        "port", metavar="PORT", help="the port's tokens and text_features, in a file, or an ONNX graph"
+    )
+    add_port_options(diagnose)
+    diagnose.add_argument(
+        "--budget",
+        type=float,
+        default=diagnosis.BUDGET,
+        metavar="SECONDS",
+        help="search no longer than this; %(default)g by default",
+    )
     add_model(diagnose)
 
     check = commands.add_parser(
@@ -101,10 +121,12 @@ def parser():
     )
     compare.set_defaults(run=run_compare)
     compare.add_argument("probe", metavar="probe.npz", help="what minclip probe wrote")
-    compare.add_argument("port", metavar="port.npz", help="the port's arrays by name; .safetensors too")
     compare.add_argument(
-        "--names", metavar="names.json", help='our names for the port\'s: {"theirs": "ours"}'
+        "port",
+        metavar="PORT",
+        help="the port's arrays, as .npz, .safetensors, .gguf or .json, or an ONNX graph",
     )
+    add_port_options(compare)
     compare.add_argument("--html", metavar="page.html", help="write the comparison as a page to explore, too")
     compare.add_argument("--rtol", type=float, help="relative error allowed, in place of measured rounding")
     compare.add_argument(
@@ -115,6 +137,18 @@ def parser():
     add_show(commands)
     add_verify(commands)
     return top
+
+
+def add_port_options(command):
+    command.add_argument(
+        "--names",
+        metavar="names.json",
+        help='minclip\'s names for the port\'s: {"layers.{i}.fc1": "transformer.resblocks.{i}.mlp.c_fc"}',
+    )
+    command.add_argument(
+        "--port-dtype", metavar="DTYPE", help="what the port computes in: float32, tf32, float16 or bfloat16"
+    )
+    command.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def add_states(encode):
@@ -289,11 +323,13 @@ def run_diagnose_tokens(args):
 
 
 def run_compare(args):
-    """Hold a port's arrays against a probe, stage by stage. Exit status 1 where they diverge."""
+    """Compare a port's arrays with a probe, stage by stage. Exit status 1 where they diverge."""
     names = read_names(args.names) if args.names else {}
     params = load_model(args) if args.model else None
-    compared = comparison.compare_files(args.probe, args.port, names=names, params=params, rtol=args.rtol)
-    print(compared)
+    compared = comparison.compare_files(
+        args.probe, args.port, names=names, params=params, rtol=args.rtol, dtype=args.port_dtype
+    )
+    print(json.dumps(finite(compared.to_dict()), indent=1) if args.json else compared)
     if args.html:
         explorer.compare_page(compared).save(args.html)
     return int(compared.first is not None)
@@ -313,17 +349,32 @@ def run_check_weights(args):
 def run_diagnose(args):
     """Name the known bug that explains a port's features. Exit status 1 unless they agree with the model's.
 
-    The file is an .npz or .safetensors with `tokens` [B, L] and `text_features` [B, E], the port's for
-    them, and, better still, other stages by their names in minclip.trace, Hugging Face or OpenCLIP.
+    PORT is a file with `tokens` [B, L] and `text_features` [B, E], the port's for them, and, better still,
+    other stages under any names; or an ONNX graph, which is run on the probe's tokens.
     """
-    dump = probe.read_dump(args.port)
+    params = load_model(args)
+    dump = port_files.read_port(args.port, probe.tokens_for(params))
+    dump = rename(dump, read_names(args.names) if args.names else {})
+    if str(args.port).endswith(".onnx"):
+        dump["tokens"] = probe.tokens_for(params)
     for name in ("tokens", "text_features"):
         if name not in dump:
             raise ValueError(f"{args.port} has no {name!r}: it needs the port's tokens and text_features")
     tokens, features = dump.pop("tokens"), dump.pop("text_features")
-    diagnosed = diagnosis.diagnose(load_model(args), tokens, features, trace=dump or None)
-    print(diagnosed)
+    diagnosed = diagnosis.diagnose(
+        params, tokens, features, trace=dump or None, dtype=args.port_dtype, budget=args.budget
+    )
+    print(json.dumps(finite(diagnosed.to_dict()), indent=1) if args.json else diagnosed)
     return int(diagnosed.verdict != "agrees")
+
+
+def finite(value):
+    """Return plain values with "inf" and "nan" as text, which JSON does not have as numbers."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(part) for part in value]
+    return str(value) if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def read_names(path):

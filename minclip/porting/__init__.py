@@ -3,7 +3,8 @@
 Read in this order:
 
 - stages (names and axes), rounding (how far a correct port may be from the reference)
-- torch_hooks (record a torch model), probe (the tokens to run a port on), token_probe (the texts)
+- torch_hooks and onnx_graph (record a torch model, an ONNX graph), port_files (read a dump),
+  probe (the tokens to run a port on), token_probe (the texts)
 - names and layouts (how others call and store the stages), alignment (recognize arrays as stages)
 - port (the reference with a change), faults and catalogue (the known bugs)
 - gradients (the same for a port's backward pass)
@@ -17,6 +18,7 @@ Read in this order:
 
 from minclip.porting.comparison import compare
 from minclip.porting.diagnosis import diagnose
+from minclip.porting.onnx_graph import trace_onnx
 from minclip.porting.probe import probe_tokens
 from minclip.porting.token_probe import probe_texts
 from minclip.porting.tokens import diagnose_tokens
@@ -30,5 +32,6 @@ __all__ = [
     "diagnose_tokens",
     "probe_texts",
     "probe_tokens",
+    "trace_onnx",
     "trace_torch",
 ]

@@ -258,7 +258,8 @@ class Aligner:
         elif candidate is None:
             self.result.misfits.setdefault(parts(stage)[0], (name, list(self.port[name].shape)))
         elif not self.take(name, stage, candidate, by_value=candidate.error <= FITS):
-            self.result.strays[name] = stage
+            if candidate.error > FITS:  # not just another copy of the stage
+                self.result.strays[name] = stage
 
     def assign_silent(self, name: str, stage: str) -> None:
         """Take an array for a stage that is recognized by name only."""

@@ -19,7 +19,8 @@ from minclip.porting.faults import Fault
 from minclip.porting.layouts import Match, crop
 from minclip.porting.names import rename, unpack
 from minclip.porting.notes import listed, notes_on, verdict_on
-from minclip.porting.probe import as_trace, read_dump, read_probe
+from minclip.porting.port_files import read_port
+from minclip.porting.probe import as_trace, read_probe
 from minclip.porting.rounding import (
     PRECISIONS,
     UNIT,
@@ -443,11 +444,14 @@ def compare_files(
     names: Mapping[str, str] | None = None,
     params: Mapping[str, Any] | None = None,
     rtol: float | None = None,
+    dtype: Any = None,
 ) -> Comparison:
-    """Compare two files: a probe that `minclip probe` wrote, and a port's .npz or .safetensors.
+    """Compare two files: a probe that `minclip probe` wrote, and a port's dump or ONNX graph.
 
-    names    {"theirs": "ours"}, for names that minclip does not know
-    params   the probe's own model, to tell new error from inherited
+    names    {"theirs": "ours"}, for names that minclip does not know; {i} stands for any number
+    params   the probe's own model, to tell new error from inherited, and bugs from coarse rounding
+    rtol, dtype   as `compare` takes them
+
     Raises OSError or ValueError where a file cannot be read or params are another model's.
     """
     reference = read_probe(probe)
@@ -456,4 +460,5 @@ def compare_files(
         features, expected = as_array(run(params, reference.tokens, keep)), reference["text_features"]
         if features.shape != expected.shape or relative_l2(features, expected, axis=None) > 1e-2:
             raise ValueError(f"{probe} was written with another model than the one given")
-    return compare(reference, rename(read_dump(port), names or {}), rtol=rtol)
+    arrays = read_port(port, reference.tokens)
+    return compare(reference, rename(arrays, names or {}), rtol=rtol, dtype=dtype)

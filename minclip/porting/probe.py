@@ -58,6 +58,11 @@ def probe_tokens(context_length: int = 77, vocabulary: int = 49408) -> Tokens:
     return tokens
 
 
+def tokens_for(params: Mapping[str, Any]) -> Tokens:
+    """Return the probe's tokens for a model's context length and vocabulary."""
+    return probe_tokens(len(params["positional_embedding"]), len(params["token_embedding.weight"]))
+
+
 def write_probe(path: str | os.PathLike[str], params: Mapping[str, Any]) -> Trace:
     """Write the tokens and stages that a port is compared with to an .npz at path; return their `Trace`.
 
@@ -68,8 +73,7 @@ def write_probe(path: str | os.PathLike[str], params: Mapping[str, Any]) -> Trac
 
     The file appears at path only once it is complete.
     """
-    V, context = len(params["token_embedding.weight"]), len(params["positional_embedding"])
-    traced = trace(params, probe_tokens(context, V))
+    traced = trace(params, tokens_for(params))
     arrays = {"tokens": traced.tokens} | {name: as_array(array) for name, array in traced.items()}
     for precision in PRECISIONS[1:]:
         arrays[f"rounding.{precision}"] = np.array(list(rounding_of(traced, precision).values()))
