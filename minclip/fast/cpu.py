@@ -1,248 +1,260 @@
-"""`minclip.fast` on the CPU: the tree's nodes as the rows of matrices, one part of the corpus per thread.
+"""`minclip.fast` on the CPU: the tree's nodes as the rows of matrices, on all cores.
 
 All steps but attention treat each node by itself, so the nodes are simply the rows of a matrix [N, D].
-Attention takes TWIG nodes in a row, a twig. In preorder, whatever a node of a twig attends to is among the
-twig's own nodes or above the first of them: a small dense attention, with a mask that keeps each node to its
-own ancestors.
+There are two ways to use the cores:
 
-Steps that treat all nodes alike are multiplied into the parameters once (`fold`). In the first layer, nodes
-of one id at one position are still equal; in the last, only the ends of the texts are computed.
+- A large corpus is cut into chunks. Each chunk is a tree of its own, for one thread.
+- A few texts are one tree for all threads. Each thread takes a share of every block: some heads of attention
+  and some columns of the MLP. Twice per block the threads add up their results, as in Megatron-LM
+  (Shoeybi et al., 2019). All other steps are small, and each thread does them for itself.
 
-Axes: those of minclip.model, and  N nodes   T texts   G twigs   M = TWIG nodes of a twig   W its keys
+Either way BLAS keeps to one thread, and the threads read the parameters where they are, without a copy.
+
+Axes: those of minclip.model, and  N nodes   T texts   C known nodes   G M W as in the module `twigs`
+      d = D / threads columns of attention   f = F / threads columns of the MLP
 """
 
-import math
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from contextlib import contextmanager
 
 import numpy as np
-from tqdm import tqdm
 
 from minclip.arrays import to_float32
 from minclip.fast.blas import one_blas_thread
-from minclip.fast.tree import chunks, number_nodes, slices, sort
-from minclip.model import ACTIVATIONS
-from minclip.params import EPS, architecture, end_of_text
+from minclip.fast.team import Team
+from minclip.fast.tree import chunks, slices, sort
+from minclip.fast.twigs import grow
+from minclip.model import ACTIVATIONS, weight_and_bias
+from minclip.params import EPS, architecture, as_params, end_of_text
 
-NODES = 4096  # nodes of one tree: enough to share their beginnings, few enough for little memory
+NODES = 4096  # nodes of a chunk: enough to share their beginnings, few enough for little memory
+TEAM_NODES = 512  # up to here the texts are one tree for all threads
 TILE = 2048  # nodes that go through an MLP together: enough for BLAS at its best
-TWIG = 16  # nodes in a row that share their keys
-TWIGS = 8  # twigs attended at once
 CACHED = 2**17  # numbers of an element-wise step, few enough to stay in the cache from one line to the next
+FEW_ROWS = 7  # up to here, one product per row is faster than a product of matrices
+GEMV = 2**16  # numbers of a weight that stay in the cache from one row to the next
 
 
-class Tree(NamedTuple):
-    """The nodes of some texts, in preorder.
+def working_params(params):
+    """Return params in the dtype to compute in: float32 for float16. Arrays of that dtype are shared.
 
-    ids, positions   of each node [N]
-    first, same      the first layer computes the nodes at `first`; node n equals number same[n] of these
-    path             the node that each text passes at each position [T, L]
-    ends             the node at each text's end [T]
-    twigs            the nodes again, as `Twigs`
+    The token embedding keeps its dtype, because only some of its rows are needed.
     """
-
-    ids: np.ndarray
-    positions: np.ndarray
-    first: np.ndarray
-    same: np.ndarray
-    path: np.ndarray
-    ends: np.ndarray
-    twigs: list
+    params = as_params(params)
+    dtype = to_float32(params["text_projection"]).dtype
+    embedding = {"token_embedding.weight": params["token_embedding.weight"]}
+    return params.map(lambda array: array.astype(dtype, copy=False)) | embedding
 
 
-class Twigs(NamedTuple):
-    """Some twigs: a slice of nodes, the keys of each twig [G, W], and the mask [G, W, M]."""
+def encode_corpus(params, tokens, dtype, progress=False, nodes=None, prefixes=None):
+    """Return features [B, E] of trimmed tokens [B, L].
 
-    nodes: slice
-    keys: np.ndarray
-    mask: np.ndarray
-
-
-class Block(NamedTuple):
-    """The matrices of a block, as `fold` makes them."""
-
-    qkv: np.ndarray
-    out: np.ndarray
-    c_fc: np.ndarray
-    c_proj: np.ndarray
-
-
-def encode_corpus(params, tokens, progress, nodes=None):
-    """Return features [B, E] of trimmed tokens [B, L], in the dtype of params."""
-    layers, heads, activation = architecture(params)
-    P = params["text_projection"]
-    features = np.empty((len(tokens), P.shape[1]), P.dtype)  # (B, E)
+    params     as `working_params` returns them
+    dtype      of the features
+    nodes      how many nodes to compute at once; the default is NODES per thread
+    prefixes   Prefixes of these params, or None
+    """
+    features = np.empty((len(tokens), params["text_projection"].shape[1]), dtype)  # (B, E)
+    if len(tokens) == 0:
+        return features
     texts = sort(tokens, end_of_text(params, tokens))
 
-    def encode_chunk(chunk):
-        found = encode_rows(params, blocks, heads, activation, texts, chunk)  # (T, E)
+    def encode_chunk(chunk, threads=1):
+        found = encode_rows(params, texts, chunk, threads, prefixes)  # (T, E)
         first, last = np.searchsorted(texts.group, (chunk.start, chunk.stop))
         features[texts.order[first:last]] = found[texts.group[first:last] - chunk.start]
         return last - first
 
-    with one_blas_thread() as threads, ThreadPoolExecutor(threads) as pool:
-        blocks = list(pool.map(lambda i: fold(params, i, heads, activation), range(layers)))
-        with tqdm(total=len(tokens), unit=" texts", disable=not progress) as bar:
-            for count in pool.map(encode_chunk, chunks(texts.new_nodes, threads, nodes or NODES)):
-                bar.update(count)
+    with one_blas_thread() as threads, counter(len(tokens), progress) as done:
+        if texts.new_nodes.sum() <= min(TEAM_NODES, nodes or NODES):
+            done(encode_chunk(slice(0, len(texts.rows)), threads))
+        else:
+            parts = chunks(texts.new_nodes, threads, nodes or NODES)
+            with ThreadPoolExecutor(threads) as pool:
+                for count in pool.map(encode_chunk, parts):
+                    done(count)
     return features
 
 
-def grow(rows, lengths, shared):
-    """The tree of sorted rows [T, L], its nodes in preorder, the last repeated until TWIG divides N.
+@contextmanager
+def counter(total, progress):
+    """Yield a function to call with the number of texts that are done. With progress it moves a bar."""
+    if not progress:
+        yield lambda count: None
+        return
+    from tqdm import tqdm  # here, because it takes time to import
 
-    Among the nodes, those at `first` have all the ids at all their positions; node n is as same[n] of them.
-    """
-    row, position, path = number_nodes(rows, lengths, np.append(0, shared[1:]))
-    row, position = (np.pad(index, (0, -len(index) % TWIG), mode="edge") for index in (row, position))  # (N,)
-    ids = rows[row, position]
-    _, first, same = np.unique(
-        ids.astype(np.int64) * rows.shape[1] + position, return_index=True, return_inverse=True
-    )
-    nodes = np.arange(len(row)).reshape(-1, TWIG)  # (G, M)
-    twigs = [twigs_of(nodes[a : a + TWIGS], row, position, path) for a in range(0, len(nodes), TWIGS)]
-    return Tree(ids, position, first, same, path, path[np.arange(len(rows)), lengths - 1], twigs)
+    with tqdm(total=total, unit=" texts") as bar:
+        yield bar.update
 
 
-def twigs_of(nodes, row, position, path):
-    """Twigs of nodes [G, M]: their keys [G, W], and the mask that keeps a node to its own ancestors."""
-    first = nodes[:, :1]
-    at = np.arange(position[first].max())
-    above = np.where(at < position[first], path[row[first], at], -1)  # -1 is nobody's ancestor
-    keys = np.concatenate([above, nodes], axis=1)  # (G, W)
-    key_position = np.concatenate([at + 0 * above, position[nodes]], axis=1)[..., None]  # (G, W, 1)
-    row, position = row[nodes][:, None], position[nodes][:, None]  # (G, 1, M)
-    sees = (path[row, key_position] == keys[..., None]) & (key_position <= position)  # (G, W, M)
-    return Twigs(
-        slice(nodes[0, 0], nodes[-1, -1] + 1), keys, np.where(sees, np.float32(0), np.float32(-math.inf))
-    )
-
-
-def fold(params, i, heads, activation):
-    """Block i's four matrices, each [out, in + 1], with all that is linear beside them multiplied in.
-
-    A bias is the last column, which meets a 1 at the end of every row. Layer norm's weight and bias go
-    into the matrix that reads it; the scale of q and the 1.702 of the gate likewise. And since nothing
-    reads the residual stream but through a layer norm, what is written to it is written without its mean.
-    """
-    dtype = to_float32(params["text_projection"]).dtype
-    block = f"transformer.resblocks.{i}."
-    names = [name for name in params if name.startswith(block)]
-    p = {name.removeprefix(block): params[name].astype(dtype, copy=False) for name in names}
-
-    def after_norm(norm, weight, bias):
-        weight, bias = p[weight], p[bias] + p[weight] @ p[f"{norm}.bias"]
-        return np.concatenate([weight * p[f"{norm}.weight"], bias[:, None]], axis=1)
-
-    def into_stream(layer):
-        matrix = np.concatenate([p[f"{layer}.weight"], p[f"{layer}.bias"][:, None]], axis=1)
-        matrix -= matrix.mean(axis=0)
-        return matrix
-
-    qkv, out = after_norm("ln_1", "attn.in_proj_weight", "attn.in_proj_bias"), into_stream("attn.out_proj")
-    c_fc, c_proj = after_norm("ln_2", "mlp.c_fc.weight", "mlp.c_fc.bias"), into_stream("mlp.c_proj")
-    D = len(out)
-    qkv[:D] *= (D // heads) ** -0.5
-    if activation == "quick_gelu":  # x * sigmoid(1.702 x) is y * (1 + tanh(y)) / 1.702 with y = 0.851 x
-        c_fc *= 0.851
-        c_proj[:, :-1] /= 1.702
-    return Block(qkv, out, c_fc, c_proj)
-
-
-def encode_rows(params, blocks, heads, activation, texts, chunk):
-    """Features [T, E] of a chunk of the corpus's rows."""
-    tree = grow(texts.rows[chunk], texts.lengths[chunk], texts.shared[chunk])
-    features = encode_tree(params, blocks, heads, activation, tree)
+def encode_rows(params, texts, chunk, threads, prefixes):
+    """Return features [T, E] of a chunk of the sorted texts."""
+    tree = grow(texts.rows[chunk], texts.lengths[chunk], texts.shared[chunk], prefixes)
+    features = encode_tree(params, tree, threads, prefixes)
     if len(features) == 1 or np.isfinite(features).all():
         return features
-    # A nan among a twig's keys passes its mask, as nan - inf is nan. Apart, texts share no twig.
+    # A NaN among a twig's keys passes the mask, because NaN - inf is NaN. Alone, a text shares no twig.
     middle = (chunk.start + chunk.stop) // 2
     halves = slice(chunk.start, middle), slice(middle, chunk.stop)
-    return np.concatenate([encode_rows(params, blocks, heads, activation, texts, half) for half in halves])
+    return np.concatenate([encode_rows(params, texts, half, threads, prefixes) for half in halves])
 
 
-def encode_tree(params, blocks, heads, activation, tree):
-    """Features [T, E] of the texts that make up the tree."""
-    P = to_float32(params["text_projection"])
-    N, D, F = len(tree.ids), len(P), len(blocks[0].c_fc)
-    x = centered(params["token_embedding.weight"][tree.ids].astype(P.dtype, copy=False))  # (N, D)
-    h = np.ones((N, D + 1), P.dtype)  # the norm of x, then what its attention gathers; the last stays 1
-    places = centered(params["positional_embedding"].astype(P.dtype, copy=False))  # (L, D)
-    add_and_normalize(x, places[tree.positions], h[:, :D])
-    qkv = np.empty((N, 3 * D), P.dtype)
-    change, inner = np.empty((min(N, TILE), D), P.dtype), np.ones((min(N, TILE), F + 1), P.dtype)
-    for block in blocks:
-        if block is blocks[0]:
-            # Another mode, "raise", would go through a copy.
-            np.take(h[tree.first] @ block.qkv.T, tree.same, axis=0, out=qkv, mode="clip")
-        elif block is blocks[-1]:  # what other nodes than the ends gather is not asked for: any q will do
-            np.matmul(h, block.qkv[D:].T, out=qkv[:, D:])
-            qkv[tree.ends, :D] = h[tree.ends] @ block.qkv[:D].T
-        else:
-            np.matmul(h, block.qkv.T, out=qkv)
-        for twigs in tree.twigs:
-            attend(qkv[:, :D], qkv[:, D:], twigs, heads, h[:, :D])
-        if block is blocks[-1]:  # from here on each position is by itself
-            x, h = x[tree.ends], h[tree.ends]
-        for tile in slices(len(x), TILE):
-            after_attention(x[tile], h[tile], block, activation, change, inner)
-    return (h[:, :D] * params["ln_final.weight"] + params["ln_final.bias"]).astype(P.dtype, copy=False) @ P
+def encode_tree(params, tree, threads=1, prefixes=None, record=None):
+    """Return features [T, E] of a tree's texts, computed by some threads together.
+
+    record, an array [layers, 2, N, D], is filled with the keys and values of the nodes.
+    """
+    _, heads, _ = architecture(params)
+    team = Team(min(threads, heads))
+    return team.run(lambda number: Share(params, tree, team, number).encode(prefixes, record))
 
 
-def centered(x):
-    """Each row without its mean."""
-    return x - x.mean(axis=-1, keepdims=True)
+class Share:
+    """The work of one thread of a team on a tree, and its buffers.
+
+    columns   its columns of attention, those of its heads
+    hidden    its columns of the MLP
+    x, h      the residual stream and its layer norm [N, D]; in the last block those of the ends [T, D]
+    """
+
+    def __init__(self, params, tree, team, number):
+        self.params, self.tree, self.team, self.number = params, tree, team, number
+        self.layers, heads, self.activation = architecture(params)
+        D, F = len(params["text_projection"]), len(params["transformer.resblocks.0.mlp.c_fc.bias"])
+        self.K = D // heads
+        heads_before, hidden_before = (
+            [n * of // team.size for n in (number, number + 1)] for of in (heads, F)
+        )
+        self.columns = slice(*(self.K * n for n in heads_before))
+        self.hidden = slice(*hidden_before)
+        self.x = embed(params, tree)
+        self.h = np.empty_like(self.x)
+        N, dtype = len(self.x), self.x.dtype
+        d, f = (s.stop - s.start for s in (self.columns, self.hidden))
+        self.qkv = np.empty((3, N, d), dtype)
+        self.context = np.empty((N, d), dtype)
+        self.inner = np.empty((min(N, TILE), f), dtype)
+        self.changes = np.empty((2, min(N, TILE), D), dtype)  # two, as Team.exchange requires
+
+    def encode(self, prefixes=None, record=None):
+        """Return features [T, E]. Every thread of the team returns the same."""
+        self.add_and_normalize(slice(None), [], 0, "transformer.resblocks.0.ln_1")
+        for layer in range(self.layers):
+            name = f"transformer.resblocks.{layer}"
+            self.project(f"{name}.attn.in_proj")
+            kv = self.qkv[1:]  # (2, N, d)
+            if record is not None:
+                record[layer][:, :, self.columns] = kv
+            if len(self.tree.known):
+                known = prefixes.kv[layer][:, self.tree.known, self.columns]
+                kv = np.concatenate([known, kv], axis=1)  # (2, C + N, d)
+            for twigs in self.tree.twigs:
+                attend(self.qkv[0], kv, twigs, self.K, self.context)
+            if layer == self.layers - 1:  # from here on no node reads another, and only the ends are needed
+                self.x, self.h, self.context = (a[self.tree.ends] for a in (self.x, self.h, self.context))
+            next_norm = f"transformer.resblocks.{layer + 1}.ln_1" if layer < self.layers - 1 else "ln_final"
+            for rows in slices(len(self.x), TILE):
+                self.finish_block(rows, name, next_norm)
+        return self.h @ self.params["text_projection"]
+
+    def project(self, name):
+        """Compute q, k and v from h. q is scaled."""
+        D, N = self.h.shape[1], len(self.h)
+        weight = self.params[f"{name}_weight"].reshape(3, D, D)[:, self.columns]  # (3, d, D)
+        bias = self.params[f"{name}_bias"].reshape(3, 1, D)[:, :, self.columns]  # (3, 1, d)
+        multiply(self.h, weight, self.qkv)
+        for rows in slices(N, CACHED // D):
+            self.qkv[:, rows] += bias
+            self.qkv[0, rows] *= self.K**-0.5
+
+    def finish_block(self, rows, name, next_norm):
+        """Do all steps of a block after attention, for some rows: update x and h."""
+        (out, out_bias), (c_fc, c_fc_bias), (c_proj, c_proj_bias) = (
+            weight_and_bias(self.params, f"{name}.{layer}")
+            for layer in ("attn.out_proj", "mlp.c_fc", "mlp.c_proj")
+        )
+        by_attention, by_mlp = self.changes[:, : rows.stop - rows.start]
+        inner = self.inner[: rows.stop - rows.start]
+        multiply(self.context[rows], out[:, self.columns], by_attention)
+        changes = self.team.exchange(self.number, by_attention)
+        self.add_and_normalize(rows, changes, out_bias, f"{name}.ln_2")
+        multiply(self.h[rows], c_fc[self.hidden], inner)
+        activate(inner, c_fc_bias[self.hidden], self.activation)
+        multiply(inner, c_proj[:, self.hidden], by_mlp)
+        self.add_and_normalize(rows, self.team.exchange(self.number, by_mlp), c_proj_bias, next_norm)
+
+    def add_and_normalize(self, rows, changes, bias, norm):
+        """Add changes and bias to rows of x, and write their layer norm to h."""
+        x, h, (weight, shift) = self.x[rows], self.h[rows], weight_and_bias(self.params, norm)
+        D = x.shape[1]
+        for strip in slices(len(x), CACHED // D):
+            row, normed = x[strip], h[strip]
+            for change in changes:
+                row += change[strip]
+            row += bias
+            np.subtract(row, row.sum(axis=1, keepdims=True) / D, out=normed)
+            normed *= ((np.einsum("nd,nd->n", normed, normed) / D + EPS) ** -0.5)[:, None]
+            normed *= weight
+            normed += shift
 
 
-def attend(q, kv, twigs, heads, context):
-    """Write to context [N, D] what the nodes of some twigs, with q [N, D], gather from kv [N, 2 D]."""
+def embed(params, tree):
+    """Return the sum of token and position embedding of each node [N, D]."""
+    positions = params["positional_embedding"]
+    return (
+        params["token_embedding.weight"][tree.ids].astype(positions.dtype, copy=False)
+        + positions[tree.positions]
+    )
+
+
+def multiply(x, weight, out):
+    """Write x @ weight.T to out, for x [N, in], weight [..., out, in] and out [..., N, out].
+
+    For a product of matrices BLAS first copies the weight to a layout of its own, which takes longer than to
+    multiply a few rows. For a product with a vector it does not. So few rows are multiplied one by one, by a
+    block of the weight that stays in the cache meanwhile.
+    """
+    if len(x) > FEW_ROWS:
+        np.matmul(x, weight.swapaxes(-1, -2), out=out)
+        return
+    *stack, n, m = weight.shape
+    count = next(count for count in range(-(-n * m // GEMV), n + 1) if n % count == 0)
+    blocks = weight.reshape(*stack, count, 1, n // count, m)
+    by_block = out.reshape(*stack, len(x), count, n // count).swapaxes(-3, -2)  # (..., count, N, n / count)
+    np.matmul(blocks, x[:, :, None], out=by_block[..., None])
+
+
+def attend(q, kv, twigs, K, context):
+    """Write to context [N, d] what the nodes of some twigs gather, with q [N, d] and kv [2, C + N, d]."""
     G, W = twigs.keys.shape
-    k, v = kv[twigs.keys].reshape(G, W, 2, heads, -1).transpose(2, 0, 3, 1, 4)  # (G, H, W, K)
-    q = q[twigs.nodes].reshape(G, TWIG, heads, -1).transpose(0, 2, 3, 1)  # (G, H, K, M)
-    # Keys come first and queries last, so that softmax goes over long rows of heads and queries.
-    scores = np.empty((G, W, heads, TWIG), q.dtype)
-    by_head = scores.transpose(0, 2, 1, 3)  # (G, H, W, M)
+    k, v = kv[:, twigs.keys].reshape(2, G, W, -1, K).swapaxes(2, 3)  # (G, H, W, K)
+    H = k.shape[1]
+    q = q[twigs.nodes].reshape(G, -1, H, K).transpose(0, 2, 3, 1)  # (G, H, K, M)
+    # Keys come first and queries last, so that softmax runs over long rows of heads and queries.
+    scores = np.empty((G, W, H, q.shape[-1]), q.dtype)
+    by_head = scores.swapaxes(1, 2)  # (G, H, W, M)
     np.matmul(k, q, out=by_head)
     scores += twigs.mask[:, :, None]
     scores -= scores.max(axis=1, keepdims=True)
     np.exp(scores, out=scores)
     scores /= scores.sum(axis=1, keepdims=True)
-    context = context[twigs.nodes].reshape(G, TWIG, heads, -1).swapaxes(1, 2)  # (G, H, M, K)
+    context = context[twigs.nodes].reshape(G, -1, H, K).swapaxes(1, 2)  # (G, H, M, K)
     np.matmul(by_head.swapaxes(2, 3), v, out=context)
 
 
-def after_attention(x, h, block, activation, change, inner):
-    """The rest of a block, in place: from what some nodes gathered, h, to the stream x and its norm, h.
-
-    Through change [TILE, D] and inner [TILE, F + 1], whose last column is 1, and stays it.
-    """
-    D, F, change, inner = x.shape[1], len(block.c_fc), change[: len(x)], inner[: len(x)]
-    np.matmul(h, block.out.T, out=change)
-    add_and_normalize(x, change, h[:, :D])
-    np.matmul(h, block.c_fc.T, out=inner[:, :F])
-    activate(inner[:, :F], activation)
-    np.matmul(inner, block.c_proj.T, out=change)
-    add_and_normalize(x, change, h[:, :D])
-
-
-def add_and_normalize(x, change, h):
-    """x += change, and into h each row of x divided by its root mean square: its mean is zero."""
-    for strip in slices(len(x), CACHED // x.shape[1]):
-        rows = x[strip]
-        rows += change[strip]
-        scale = (np.einsum("nd,nd->n", rows, rows) / x.shape[1] + EPS) ** -0.5
-        np.multiply(rows, scale[:, None], out=h[strip])
-
-
-def activate(x, activation):
-    """The activation of x, in place; QuickGELU as `fold` has prepared it."""
+def activate(x, bias, activation):
+    """Add bias to x and apply the activation, in place."""
     strips = slices(len(x), CACHED // x.shape[1])
     buffer = np.empty_like(x[strips[-1]])  # the last strip is the longest
     for strip in strips:
-        rows = x[strip]
-        if activation == "quick_gelu":
-            gate = np.tanh(rows, out=buffer[: len(rows)])
+        row = x[strip]
+        row += bias
+        if activation == "quick_gelu":  # x sigmoid(1.702 x) is x / 2 (1 + tanh(0.851 x)), and tanh is fast
+            gate = np.multiply(row, 0.851, out=buffer[: len(row)])
+            np.tanh(gate, out=gate)
             gate += 1
-            rows *= gate
+            row *= gate
+            row *= 0.5
         else:
-            rows[:] = ACTIVATIONS[activation](rows)
+            row[:] = ACTIVATIONS[activation](row)

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from minclip.arrays import array_module
 from minclip.fast import cpu
 from minclip.params import Floats, architecture, check_projection, check_tokens, trim
 
@@ -28,9 +27,10 @@ def encode_text(
     texts            on the GPU, how many texts to sort at once: 131072 by default, which takes about 32
                      bytes per position (90 MB for texts of 22 tokens)
 
-    On the CPU, one thread per core computes a part of the corpus, and BLAS is limited to one thread
-    meanwhile. Beside params, tokens and features this takes one more copy of the blocks' parameters and the
-    working memory of one part per thread. float16 parameters are computed in float32.
+    On the CPU, all threads of BLAS are used, and BLAS is limited to one thread meanwhile: the chunks of a
+    corpus are computed side by side, up to 512 nodes by all threads together. Beside params, tokens and
+    features this takes the working memory of one chunk per thread. float16 parameters are computed in
+    float32, of which the call makes a copy.
 
     Returns features [..., E], not normalized, in the dtype and on the device of params. Raises and warns
     as `minclip.encode_text` does. On the GPU, raises ValueError where 8 does not divide the head width.
@@ -44,10 +44,9 @@ def encode_text(
     tokens, leading = check_tokens(params, tokens)
     check_projection(params)
     P = params["text_projection"]
-    if len(tokens) == 0:
-        features = array_module(P).empty((0, P.shape[1]), P.dtype)
-    elif isinstance(P, np.ndarray):
-        features = cpu.encode_corpus(params, trim(params, tokens), progress, nodes)
+    if isinstance(P, np.ndarray):
+        working = cpu.working_params(params)
+        features = cpu.encode_corpus(working, trim(params, tokens), P.dtype, progress, nodes)
     else:
         from minclip.fast import gpu  # imports CuPy
 

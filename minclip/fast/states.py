@@ -17,13 +17,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from minclip import model
 from minclip.arrays import array_module, to_float32, with_leading
 from minclip.fast.blas import one_blas_thread
-from minclip.fast.cpu import attend, grow
+from minclip.fast.cpu import attend, counter
 from minclip.fast.tree import chunks, slices, sort
+from minclip.fast.twigs import grow
 from minclip.params import (
     Floats,
     architecture,
@@ -76,9 +76,9 @@ def hidden_states(
     results = empty_results(params, tokens, pooled)
     on_host = isinstance(params["ln_final.weight"], np.ndarray)
     compute = compute_trees if on_host else compute_batches
-    with tqdm(total=len(tokens), unit=" texts", disable=not progress) as bar:
+    with counter(len(tokens), progress) as done:
         for texts in compute(params, tokens, skip, norm, results, nodes):
-            bar.update(texts)
+            done(texts)
     return with_leading(leading, *results)
 
 
@@ -163,9 +163,10 @@ def residual_block(x, params, i, twigs):
     h = model.layer_norm(x, *model.weight_and_bias(params, f"{block}.ln_1"))
     qkv = model.linear(h, params[f"{block}.attn.in_proj_weight"], params[f"{block}.attn.in_proj_bias"])
     qkv[:, :D] *= (D // heads) ** -0.5
+    kv = qkv[:, D:].reshape(-1, 2, D).swapaxes(0, 1)  # (2, N, D)
     context = np.empty_like(h)
     for some in twigs:
-        attend(qkv[:, :D], qkv[:, D:], some, heads, context)
+        attend(qkv[:, :D], kv, some, D // heads, context)
     x = x + model.linear(context, *model.weight_and_bias(params, f"{block}.attn.out_proj"))
     h = model.layer_norm(x, *model.weight_and_bias(params, f"{block}.ln_2"))
     return x + model.mlp(h, params, f"{block}.mlp", activation, keep)

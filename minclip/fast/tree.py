@@ -5,7 +5,7 @@ one. Texts that begin alike therefore share all activations of their common begi
 tree. Its nodes are the different beginnings. The parent of a node is the beginning shorter by one id:
 
     <start> ─ a ─ photo ─ of ─┬─ a ─┬─ cat ─ <end>
-                              │     └─ dog ─ <end>         13 nodes for 21 positions
+                              │     └─ dog ─ <end>         12 nodes for 21 positions
                               └─ two ─ cats ─ <end>
 
 Sorted texts put the nodes in preorder: the ancestors of a node come before the node, and its descendants

@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 import minclip
 from minclip import fast
-from minclip.fast import cpu, tree
+from minclip.fast import cpu, tree, twigs
 from minclip.params import end_of_text
 from tests.support.oracles import token_rows
 
@@ -110,7 +110,8 @@ def test_every_boundary_of_chunks_and_twigs_is_exact(monkeypatch):
     for nodes in (1, 2, 17, 64):
         assert error(PARAMS, tokens, nodes=nodes) < 1e-5
     for twig in (1, 3, 64):
-        monkeypatch.setattr(cpu, "TWIG", twig)
+        monkeypatch.setattr(twigs, "TWIG", twig)
+        monkeypatch.setattr(twigs, "DENSE", twig - 1)
         assert error(PARAMS, tokens) < 1e-5
 
 
@@ -183,8 +184,8 @@ def test_each_node_is_computed_once():
     tokens = np.concatenate([TREES["each text begins the next"], TREES["all equal"], many(300)])
     texts = tree.sort(tokens, end_of_text(PARAMS, tokens))
     beginnings = {tuple(row[:n]) for row in tokens for n in range(1, row.argmax() + 2)}
-    grown = cpu.grow(texts.rows, texts.lengths, texts.shared)
-    assert len(grown.ids) == -(-len(beginnings) // cpu.TWIG) * cpu.TWIG
+    grown = twigs.grow(texts.rows, texts.lengths, texts.shared)
+    assert len(grown.ids) == -(-len(beginnings) // twigs.TWIG) * twigs.TWIG
     assert len(texts.rows) == len({tuple(row[: row.argmax() + 1]) for row in tokens})
 
 
@@ -226,29 +227,34 @@ def test_progress_is_shown_when_asked_for_and_only_then(capsys):
     assert "10/10" in capsys.readouterr().err
 
 
-def test_the_folded_parameters_are_gone_when_the_call_is(monkeypatch):
-    folded, fold = [], cpu.fold
+def test_float16_parameters_are_widened_for_the_call_only(monkeypatch):
+    widened, working_params = [], cpu.working_params
 
-    def watch(*args):
-        block = fold(*args)
-        folded.append(weakref.ref(block.qkv))
-        return block
+    def watch(params):
+        working = working_params(params)
+        widened.extend(weakref.ref(array) for array in working.values() if array.dtype == np.float32)
+        return working
 
-    monkeypatch.setattr(cpu, "fold", watch)
-    gc.disable()  # a reference cycle would keep them until the collector comes by
+    monkeypatch.setattr(cpu, "working_params", watch)
+    gc.disable()  # a reference cycle would keep them until the collector runs
     try:
-        fast.encode_text(PARAMS, many(10))
-        assert len(folded) == 3
-        assert all(matrix() is None for matrix in folded)
+        fast.encode_text(harsh_params(dtype=np.float16), many(10))
+        assert len(widened) == len(PARAMS) - 1
+        assert all(matrix() is None for matrix in widened)
     finally:
         gc.enable()
+
+
+def test_float32_parameters_are_not_copied():
+    working = cpu.working_params(PARAMS)
+    assert all(working[name] is array for name, array in PARAMS.items())
 
 
 MEMORY = """
 import resource, sys
 import numpy as np
 from minclip import fast
-from minclip.fast import cpu, tree
+from minclip.fast import cpu, tree, twigs
 from minclip.params import end_of_text
 from tests.unit.fast.test_fast import harsh_params, many
 params, texts = harsh_params(), np.tile(many(4000, length=20, ids=50), (20, 1))
