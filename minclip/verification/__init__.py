@@ -1,8 +1,8 @@
 """The certificate: check real weights against the figures that other people have published for them.
 
-Read in this order: published (the models, the sources and their figures), certificate (the result, as text
-and HTML), causes (why figures disagree), checking (`verify`). The numbers lie in published.npz, which
-tests/support/make_published.py makes from the published files.
+Read in this order: published (the models, the sources and their tolerances), figures (a source's numbers, and
+those of the weights), certificate (the result), causes (why figures disagree), checking (`verify`). The
+numbers lie in published.npz, which tests/support/make_published.py makes from the published files.
 
 The room is not named `verify`, so that `minclip.verify` is always the function.
 """

@@ -15,11 +15,13 @@ from minclip.porting.runs import Runs
 from minclip.porting.search import Search
 from minclip.porting.target import Target
 from minclip.tokenizer import tokenize
-from minclip.verification.published import HALF, Printed, Vectors, fill
+from minclip.verification.figures import Printed, Vectors, fill
+from minclip.verification.published import HALF
 
 ROWS = slice(0, 6)  # vectors that a cause is tried on; they are shipped completely
 TEMPLATES = ("{}", "a {}", "{a} {}", "a photo of a {}", "a photo of a {}.", "a photo of {a} {}.")
-RELATED = 0.5  # mean cosine from which weights have a common origin
+RELATED = 0.5  # mean cosine from which weights have a common origin: towers trained apart are near 0
+CLEAR = 5  # times the allowance from which an error is clearly one, and not an allowance too small
 
 
 def explain(params: Params, failed: list[tuple[Vectors | Printed, np.ndarray]], cosine: float) -> str:
@@ -36,6 +38,8 @@ def explain(params: Params, failed: list[tuple[Vectors | Printed, np.ndarray]], 
             return sentence
     if isinstance(source, Vectors) and (sentence := known_bug(params, source)):
         return sentence
+    if sentence := barely(failed):
+        return sentence
     if cosine >= RELATED:
         return f"the weights were fine-tuned, merged or changed: mean cosine {cosine:.4f}, no known bug fits"
     return f"the weights are others: mean cosine {cosine:.2f}"
@@ -46,7 +50,7 @@ def some_texts(failed):
     texts = []
     for source, errors in failed:
         bad = np.flatnonzero(errors > source.allowed)
-        if len(bad) > 0.5 * len(errors):
+        if len(bad) > 0.5 * len(errors) or errors[bad].min() < CLEAR * source.allowed:
             return ""
         labels = source.labels()
         texts += [repr(labels[i]) for i in bad]
@@ -54,6 +58,17 @@ def some_texts(failed):
     return (
         f"the weights are right, since most vectors agree; only {shown} do not: "
         "their prompts or token ids are others, or their token embeddings were changed"
+    )
+
+
+def barely(failed):
+    """Return a sentence if every error is less than CLEAR times what is allowed."""
+    times = max(errors.max() / source.allowed for source, errors in failed)
+    if times >= CLEAR:
+        return ""
+    return (
+        f"all errors are within {times:.1f} times what is allowed: the weights may be right and the "
+        "allowance too small, or they were rounded or trained very little"
     )
 
 

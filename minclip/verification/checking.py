@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from minclip.params import Params, architecture, as_params
-from minclip.verification.causes import explain
+from minclip.verification.causes import RELATED, explain
 from minclip.verification.certificate import Certificate, SourceCheck
-from minclip.verification.published import MODELS, SOURCES, Printed, Vectors
+from minclip.verification.figures import Printed, Vectors
+from minclip.verification.published import MODELS, SOURCES
 
-PROBED = slice(0, 8)  # vectors that a model is recognized by
-SAME = 0.5  # mean cosine from which weights are related: towers trained apart are near 0
+PROBED = 8  # prompts that a model is recognized by
 
 
 def verify(params: Mapping[str, Any], name: str | None = None) -> Certificate:
@@ -83,13 +83,33 @@ def usable(params, name):
     return [states for source in sources if (states := source.without_features())]
 
 
-def resemblance(params, name):
-    """Return the mean cosine between some published figures of a model and those of the weights."""
-    source = max(usable(params, name), key=lambda source: (source.strong, isinstance(source, Vectors)))
-    return mean_cosine(source.compute(params, PROBED), source.figures[PROBED])
+def resemblance(params: Params, name: str) -> float:
+    """Return the cosine between some published figures of a model and those of the weights."""
+    sources = usable(params, name)
+    sources = [source for source in sources if source.strong] or sources
+    vectors = [source for source in sources if isinstance(source, Vectors)][:1]
+    found = []
+    for source in vectors or sources:
+        rows = slice(0, max(1, PROBED // len(source.templates))) if vectors else slice(None)
+        found.append((source, source.compute(params, rows), source.figures[rows]))
+    return cosine_of(found)
 
 
-def mean_cosine(ours, theirs):
+def cosine_of(found: list[tuple[Vectors | Printed, Any, Any]]) -> float:
+    """Return the lowest mean cosine of the sources that have vectors, else that of all printed numbers.
+
+    found   (source, the figures of the weights, the published figures) each. A few printed numbers have a
+            cosine that says little
+    """
+    means = [mean_cosine(ours, theirs) for source, ours, theirs in found if isinstance(source, Vectors)]
+    if means:
+        return min(means)
+    ours = np.concatenate([row for _, rows, _ in found for row in rows])
+    theirs = np.concatenate([row for _, _, rows in found for row in rows])
+    return mean_cosine([ours], [theirs])
+
+
+def mean_cosine(ours: Any, theirs: Any) -> float:
     """Return the mean cosine of pairs of vectors over the shipped numbers, 0 for weights that give NaN."""
     cosines = []
     for mine, published in zip(ours, theirs, strict=True):
@@ -100,54 +120,63 @@ def mean_cosine(ours, theirs):
 
 
 def certify(params: Params, name: str, others: list[str], recognized: bool = False) -> Certificate:
-    """Return the certificate of weights that should be those of a model."""
-    checks, failed, cosine = [], [], None
+    """Return the certificate of weights that should be those of a model.
+
+    others       models of the same shapes
+    recognized   whether the model was found by its figures, not named
+    """
+    checks, found, failed = [], [], []
     for source in usable(params, name):
         ours = source.compute(params)
-        errors = source.errors(ours)
-        errors = np.where(np.isnan(errors), np.inf, errors)
-        checks.append(
-            SourceCheck(
-                source.id,
-                source.origin,
-                source.strong,
-                len(errors),
-                int((errors <= source.allowed).sum()),
-                source.measure,
-                float(errors.max()),
-                source.labels()[errors.argmax()],
-                source.allowed,
-                source.basis,
-            )
-        )
-        if source.strong or cosine is None:
-            cosine = min(mean_cosine(ours, source.figures), 1 if cosine is None else cosine)
+        errors = np.nan_to_num(source.errors(ours), nan=np.inf, posinf=np.inf)
+        checks.append(check_source(source, errors))
+        found.append((source, ours, source.figures))
         if source.strong and not checks[-1].agrees:
             failed.append((source, errors))
-    return conclude(params, name, others, recognized, checks, failed, cosine)
-
-
-def conclude(params, name, others, recognized, checks, failed, cosine):
-    """Put the verdict and its cause into words."""
-    publisher, counted = MODELS[name].publisher, [check for check in checks if check.strong] or checks
-    agreeing, vectors = sum(check.agreeing for check in counted), sum(check.vectors for check in counted)
-    count = f"{agreeing} of {vectors} vectors agree"
+    strong = any(check.strong for check in checks)
+    cosine = cosine_of([each for each in found if each[0].strong or not strong])
+    counted = [check for check in checks if check.strong or not strong]
+    count = f"{sum(c.agreeing for c in counted)} of {sum(c.vectors for c in counted)} vectors agree"
     notes = []
-    if recognized and others and cosine >= SAME:
-        notes.append(f"{', '.join(others)} have the same shapes; the figures decide")
-    if not any(check.strong for check in checks):
+    if not strong:
         notes.append("only weak sources were compared: agreement says much, disagreement little")
-    if not failed and (checks[0].strong or all(check.agrees for check in checks)):
-        this = "this is" if recognized else "these weights are"
-        return Certificate(
-            "agrees", name, f"{this} {name} of {publisher}: {count}", checks, cosine, "", notes
+    if recognized and cosine < RELATED:
+        return none_of_them(name, others, checks, cosine, notes)
+    if recognized and others:
+        notes.append(f"{', '.join(others)} have the same shapes; the figures decide")
+    if failed:
+        sentence = f"{name}'s shapes, but not its figures: {count}, mean cosine {cosine:.4f}"
+        return Certificate("differs", name, sentence, checks, cosine, explain(params, failed, cosine), notes)
+    if all(check.agrees for check in counted):
+        sentence = (
+            f"{'this is' if recognized else 'these weights are'} {name} of {MODELS[name].publisher}: {count}"
         )
-    if cosine < SAME and recognized:
-        unpublished = [model for model in others if not sources_of(model)]
-        if unpublished:
-            notes.append(f"nobody has published figures for {', '.join(unpublished)}, of the same shapes")
-        tried = ", ".join([name, *(model for model in others if model not in unpublished)])
-        sentence = f"the shapes are those of {tried}, the weights of none of them: best cosine {cosine:.2f}"
-        return Certificate("differs", None, sentence, checks, cosine, "the weights are others", notes)
-    sentence = f"{name}'s shapes, but not its figures: {count}, mean cosine {cosine:.4f}"
-    return Certificate("differs", name, sentence, checks, cosine, explain(params, failed, cosine), notes)
+        return Certificate("agrees", name, sentence, checks, cosine, "", notes)
+    sentence = f"{name} has only weak sources, and {count}, mean cosine {cosine:.4f}"
+    return Certificate("unknown", name, sentence, checks, cosine, "", notes)
+
+
+def check_source(source: Vectors | Printed, errors: np.ndarray) -> SourceCheck:
+    """Return the facts about a source, given the errors of its vectors."""
+    return SourceCheck(
+        id=source.id,
+        origin=source.origin,
+        strong=source.strong,
+        vectors=len(errors),
+        agreeing=int((errors <= source.allowed).sum()),
+        measure=source.measure,
+        largest=float(errors.max()),
+        worst=source.labels()[errors.argmax()],
+        allowed=source.allowed,
+        basis=source.basis,
+    )
+
+
+def none_of_them(name, others, checks, cosine, notes):
+    """Return the certificate of weights that are those of no model of their shapes."""
+    unpublished = [model for model in others if not sources_of(model)]
+    if unpublished:
+        notes.append(f"nobody has published figures for {', '.join(unpublished)}, of the same shapes")
+    tried = ", ".join([name, *(model for model in others if model not in unpublished)])
+    sentence = f"the shapes are those of {tried}, the weights of none of them: best cosine {cosine:.2f}"
+    return Certificate("differs", None, sentence, checks, cosine, "the weights are others", notes)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minclip.verification import published
+from minclip.verification import figures, published
 
 OUTPUT = Path(published.__file__).with_name("published.npz")
 COMPLETE = 12
@@ -84,7 +84,7 @@ def pack(sources):
         n, E = vectors.shape
         complete = min(COMPLETE, n) if step > 1 else n
         arrays[f"{name}.complete"] = vectors[:complete].astype(dtype)
-        kept = published.stripes(complete, n, E, step)
+        kept = figures.stripes(complete, n, E, step)
         arrays[f"{name}.striped"] = vectors[kept].reshape(n - complete, E // step).astype(dtype)
         arrays[f"{name}.norms"] = np.linalg.norm(vectors.astype(np.float64), axis=1).astype("float32")
     text = json.dumps(words, ensure_ascii=False).encode()

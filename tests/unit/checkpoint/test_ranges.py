@@ -326,6 +326,25 @@ def test_a_model_of_the_hub_is_downloaded_without_its_image_tower(server, tmp_pa
     assert_same(minclip.load("hf:owner/clip"), params)  # needs no network
 
 
+def test_the_hub_may_redirect_to_another_address(server, hub_model):
+    params, files = hub_model
+    put_on_hub(server, files)
+    server.files |= {f"/elsewhere/{name}": content for name, content in files.items()}
+
+    def redirect(handler, first, last):
+        if handler.path.startswith("/elsewhere/"):
+            serve(handler, first, last)
+            return
+        handler.send_response(302)
+        handler.send_header("Location", f"/elsewhere/{handler.path.rpartition('/')[2]}")
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    server.misbehave = redirect
+    assert_same(minclip.load("hf:owner/clip"), params)
+    assert server.sent < len(files["model.safetensors"]) - 300_000  # the range was asked for again
+
+
 def test_a_hub_without_ranges_gives_the_complete_file(server, hub_model):
     params, files = hub_model
     put_on_hub(server, files)

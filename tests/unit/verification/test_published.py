@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import minclip
-from minclip.verification.published import HALF, MODELS, SOURCES, Printed, Vectors, norms_of
+from minclip.verification.figures import Printed, Vectors, norms_of
+from minclip.verification.published import HALF, MODELS, SOURCES
 
 BY_ID = {source.id: source for source in SOURCES}
 VECTORS = [source for source in SOURCES if isinstance(source, Vectors)]

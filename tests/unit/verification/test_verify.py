@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ import pytest
 import minclip
 from minclip import cli
 from minclip.params import Params
-from minclip.verification import checking, published
-from minclip.verification.published import HALF, Model, Printed, Vectors
+from minclip.verification import checking, figures
+from minclip.verification.figures import Printed, Vectors
+from minclip.verification.published import HALF, Model
 from tests.support.make_published import pack
 from tests.support.oracles import random_params
 
@@ -53,9 +55,9 @@ def publish(monkeypatch, tower, another):
             return source.id, WORDS, np.asarray(compute(source, params)), 4, "float32"
 
         sources = [(EXACT, tower), (COARSE, tower), (UNIT, tower), (OTHER, another)]
-        monkeypatch.setattr(published, "word_lists", lambda: dict.fromkeys([s.id for s, _ in sources], WORDS))
+        monkeypatch.setattr(figures, "word_lists", lambda: dict.fromkeys([s.id for s, _ in sources], WORDS))
         arrays = pack([vectors(*each) for each in sources])
-        monkeypatch.setattr(published, "archive", lambda: arrays)
+        monkeypatch.setattr(figures, "archive", lambda: arrays)
         monkeypatch.setattr(checking, "SOURCES", (EXACT, COARSE, UNIT, OTHER, printed(tower)))
         model = Model("a test", 2, 128, 96)
         models = {"Stand-in": model, "Other": model, "Silent": model, "Wider": Model("a test", 2, 256, 96)}
@@ -227,6 +229,41 @@ def test_only_a_weak_source_may_disagree(publish, tower, monkeypatch):
     assert certificate.verdict == "agrees"
     assert "~ coarse" in str(certificate)
     assert "coarse: weak: float16" in str(certificate)
+
+
+def test_a_model_with_weak_sources_alone_is_not_blamed(publish, tower, monkeypatch):
+    publish(coarse=doubled)
+    weak = dataclasses.replace(COARSE, strong=False)
+    monkeypatch.setattr(checking, "SOURCES", (weak,))
+    certificate = minclip.verify(tower, "Stand-in")
+    assert certificate.verdict == "unknown"
+    assert certificate.sentence.startswith("Stand-in has only weak sources, and 0 of 17 vectors agree")
+    publish()
+    monkeypatch.setattr(checking, "SOURCES", (weak,))
+    certificate = minclip.verify(tower)
+    assert certificate.verdict == "agrees"
+    assert "only weak sources were compared" in certificate.notes[0]
+
+
+def test_printed_numbers_alone_tell_a_model_from_others(publish, tower, another, monkeypatch):
+    publish()
+    monkeypatch.setattr(checking, "SOURCES", (printed(tower),))
+    assert minclip.verify(tower).sentence == "this is Stand-in of a test: 4 of 4 vectors agree"
+    assert minclip.verify(another).verdict == "differs"
+    assert minclip.verify(another, "Stand-in").verdict == "differs"
+
+
+def test_errors_just_above_the_allowance_are_told_from_clear_ones(publish, tower):
+    def slightly_off(source, params):
+        vectors = source.compute(params)
+        rng = np.random.default_rng(0)
+        noise = rng.standard_normal(vectors.shape)
+        return vectors + 2 * HALF * noise * np.linalg.norm(vectors, axis=1, keepdims=True) / 96**0.5
+
+    publish(coarse=slightly_off)
+    certificate = minclip.verify(tower)
+    assert certificate.verdict == "differs"
+    assert re.match(r"all errors are within 2\.\d times what is allowed", certificate.cause)
 
 
 def test_names_and_shapes_that_do_not_fit_are_refused(publish, tower):
