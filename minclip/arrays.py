@@ -127,12 +127,14 @@ def nonzero(x: Any) -> Any:
     return x + (x == 0)
 
 
+@by_rows
 def sigmoid(x: Any) -> Any:
     """Return 1 / (1 + exp(-x))."""
     with np.errstate(over="ignore"):  # exp(-x) may overflow to infinity, and 1 / infinity is the right answer
         return 1 / (1 + array_module(x).exp(-x))
 
 
+@by_rows
 def normal_cdf(x: Any) -> Any:
     """Return Phi(x) of the normal distribution, which NumPy lacks, to 5e-14; below 0 the error is relative.
 
