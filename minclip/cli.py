@@ -89,6 +89,12 @@ def parser():
     write.add_argument(
         "--texts", action="store_true", help="write texts alone, as JSON, to run a tokenizer on"
     )
+    write.add_argument(
+        "--stages",
+        choices=["all", "blocks"],
+        default="all",
+        help="blocks writes a smaller file, with the blocks' outputs alone",
+    )
     add_model(write)
 
     diagnose = commands.add_parser(
@@ -293,7 +299,7 @@ def run_probe(args):
         token_probe.write_texts(args.output)
         print(f"{args.output}: {len(token_probe.TEXTS)} texts; give a tokenizer's ids to diagnose-tokens")
         return 0
-    traced = probe.write_probe(args.output, load_model(args))
+    traced = probe.write_probe(args.output, load_model(args), stages=args.stages)
     size = os.path.getsize(args.output) / 1e6
     print(f"{args.output}: tokens {list(traced.tokens.shape)} and {len(traced)} stages, {size:.1f} MB")
     return 0

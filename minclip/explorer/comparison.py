@@ -75,7 +75,9 @@ def worst_rows(name: str, a: Any, b: Any, text: Any) -> list[list[Any]]:
     others = tuple(i for i, letter in enumerate(letters) if letter not in kept)
     finite = np.isfinite(a) & np.isfinite(b)
     difference = np.where(
-        finite, b - np.where(finite, a, 0), np.where(np.isfinite(a) == np.isfinite(b), 0, np.inf)
+        finite,
+        b - np.where(finite, a, 0),
+        np.where(np.isnan(a) | (np.isfinite(a) == np.isfinite(b)), 0, np.inf),
     )
     size = np.sqrt((np.where(np.isfinite(a), a, 0) ** 2).sum(axis=others))
     with np.errstate(all="ignore"):

@@ -73,6 +73,7 @@ def whereabouts(name, reference, port, text, limit):
     """Return sentences on which texts and which positions differ, where not all of them do."""
     letters = axes(name).split()
     a, b = np.float64(reference), np.float64(port)
+    a, b = np.where(np.isnan(a), 0, a), np.where(np.isnan(a), 0, b)  # a probe's file leaves positions out
     if "M" in letters:  # a masked key has no difference
         a, b = np.where(np.isfinite(a), a, 0), np.where(np.isfinite(a), b, 0)
     for axis, word in (("B", "text"), ("L", "position")):

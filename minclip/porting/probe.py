@@ -11,8 +11,10 @@ import numpy as np
 
 from minclip.arrays import as_array
 from minclip.checkpoint.tensor_files import only_when_whole, read_safetensors
-from minclip.params import Tokens
+from minclip.params import Tokens, as_params
+from minclip.porting import probe_file
 from minclip.porting.rounding import PRECISIONS, rounding_of
+from minclip.porting.token_probe import TEXTS
 from minclip.tracing import Trace, trace
 
 
@@ -63,23 +65,40 @@ def tokens_for(params: Mapping[str, Any]) -> Tokens:
     return probe_tokens(len(params["positional_embedding"]), len(params["token_embedding.weight"]))
 
 
-def write_probe(path: str | os.PathLike[str], params: Mapping[str, Any]) -> Trace:
+def write_probe(path: str | os.PathLike[str], params: Mapping[str, Any], *, stages: str = "all") -> Trace:
     """Write the tokens and stages that a port is compared with to an .npz at path; return their `Trace`.
 
+    stages   "all", or "blocks" for a smaller file with the stages outside the blocks and the blocks' outputs
+
     tokens                 int32 [7, L], see `probe_tokens`: run the port on these
-    each stage by name     the reference's stage on them
+    texts                  the texts to run a tokenizer on, see `probe_texts`
+    text_features          the reference's features, and other stages as `probe_file` packs them
     rounding.{precision}   [stages, 2], how far rounding alone moves each stage, in their order
                            (see `measure_rounding`), for float32, float16 and bfloat16
 
-    The file appears at path only once it is complete.
+    The file appears at path only once it is complete. `read_probe` restores all stages, at the positions up
+    to the end of each text and some after it.
+    Raises ValueError for other stages.
     """
+    if stages not in ("all", "blocks"):
+        raise ValueError(f"stages must be 'all' or 'blocks', not {stages!r}")
     traced = trace(params, tokens_for(params))
-    arrays = {"tokens": traced.tokens} | {name: as_array(array) for name, array in traced.items()}
+    arrays = {"texts": np.array(TEXTS)} | probe_file.pack(host_trace(traced), stages)
+    names = list(probe_file.restore(arrays))
     for precision in PRECISIONS[1:]:
-        arrays[f"rounding.{precision}"] = np.array(list(rounding_of(traced, precision).values()))
+        measured = rounding_of(traced, precision)
+        arrays[f"rounding.{precision}"] = np.array([measured[name] for name in names])
     with only_when_whole(path) as partial, open(partial, "wb") as file:
         np.savez_compressed(file, **arrays)
-    return traced
+    return Trace({name: traced[name] for name in names}, params=params, tokens=traced.tokens)
+
+
+def host_trace(traced: Trace) -> Trace:
+    """Return a trace with its arrays and parameters in main memory."""
+    params = as_params(traced.params).map(as_array) if traced.params is not None else None
+    return Trace(
+        {name: as_array(array) for name, array in traced.items()}, params=params, tokens=traced.tokens
+    )
 
 
 def read_probe(path: str | os.PathLike[str]) -> Trace:
@@ -87,12 +106,19 @@ def read_probe(path: str | os.PathLike[str]) -> Trace:
     dump = read_dump(path)
     if "tokens" not in dump or "text_features" not in dump:
         raise ValueError(f"{path} is no probe: it has no tokens or no stages; `minclip probe` writes one")
-    return as_trace(dump)
+    try:
+        return as_trace(dump)
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"{path} is no complete probe: {error!r}; `minclip probe` writes one") from None
 
 
 def as_trace(dump: Mapping[str, Any]) -> Trace:
     """Return a `Trace` of any mapping of stages, such as the arrays that `write_probe` wrote."""
-    stages = {name: array for name, array in dump.items() if name != "tokens" and name[:9] != "rounding."}
+    other = ("tokens", "texts")
+    stages = {name: array for name, array in dump.items() if name not in other and name[:9] != "rounding."}
+    if "known" in dump:
+        with np.errstate(all="ignore"):
+            stages = probe_file.restore(stages)
     roundings = {
         precision: dict(zip(stages, map(tuple, dump[f"rounding.{precision}"]), strict=True))
         for precision in PRECISIONS

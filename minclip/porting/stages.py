@@ -68,21 +68,22 @@ def entries(name: str, reference: Any, port: Any, text: Any = None) -> tuple[Any
 
     text   [B, L], True up to the end of each text; where given, only those positions
     Where the reference's mask hides a key, a port may hide it in its own way (-1e4, the lowest finite
-    number): both are left out.
+    number): both are left out. So are places where the reference is NaN.
     """
     a, b = (np.asarray(array, dtype=np.float64) for array in (reference, port))
+    unknown = np.isnan(a)  # positions that a probe's file leaves out
     if name.endswith("attn.masked"):
         highest = np.where(np.isneginf(a), -np.inf, a).max(axis=-1, keepdims=True)
         hidden = np.isneginf(a) & (b <= highest + HIDDEN)
         a, b = np.where(hidden, 0, a), np.where(hidden, 0, b)
     if text is not None and name.endswith("attn.scores"):  # the mask hides the scores of later keys
         both = text[:, :, None] & text[:, None, :]
-        a, b = a.transpose(0, 2, 3, 1)[both], b.transpose(0, 2, 3, 1)[both]
+        a, b, unknown = (x.transpose(0, 2, 3, 1)[both] for x in (a, b, unknown))
     elif text is not None and axes(name)[:3] == "B L":
-        a, b = a[text], b[text]
+        a, b, unknown = a[text], b[text], unknown[text]
     elif text is not None and axes(name)[:3] == "B H":
-        a, b = a.swapaxes(1, 2)[text], b.swapaxes(1, 2)[text]
-    return a.ravel(), b.ravel()
+        a, b, unknown = (x.swapaxes(1, 2)[text] for x in (a, b, unknown))
+    return (a[~unknown], b[~unknown]) if unknown.any() else (a.ravel(), b.ravel())
 
 
 # Stages that all earlier ones flow through, and stages that are matrix products.

@@ -160,13 +160,41 @@ def test_the_probe_file_holds_tokens_and_every_stage(files):
     expected = minclip.trace(params, minclip.probe_tokens(20, 99))
     with np.load(folder / "probe.npz") as file:
         np.testing.assert_array_equal(file["tokens"], expected.tokens)
-        for name in expected:
-            np.testing.assert_array_equal(file[name], expected[name])
+        np.testing.assert_array_equal(file["text_features"], expected["text_features"])
+        assert "a photo of a cat" in file["texts"]
     assert not list(folder.glob("*.partial"))
     read = probe.read_probe(folder / "probe.npz")
     assert list(read) == list(expected)
+    text = stages.up_to_end(expected.tokens)
+    for name in expected:
+        assert read[name].shape == expected[name].shape
+        a, b = stages.entries(name, expected[name], read[name], text)
+        finite = np.isfinite(a)  # of the scores, those that the mask hides
+        np.testing.assert_allclose(b[finite], a[finite], rtol=1e-4, atol=1e-5)
+    assert minclip.compare(read, expected).agrees
+    assert {stage.state for stage in minclip.compare(read, expected).stages.values()} == {"agrees"}
     for precision in ("float32", "float16", "bfloat16"):
         assert rounding.rounding_of(read, precision).keys() == expected.keys()
+
+
+def test_a_probe_of_blocks_is_smaller_and_finds_the_block(files):
+    params, folder = files
+    probe.write_probe(folder / "blocks.npz", params, stages="blocks")
+    assert (folder / "blocks.npz").stat().st_size < 0.5 * (folder / "probe.npz").stat().st_size
+    read = probe.read_probe(folder / "blocks.npz")
+    assert list(read)[3:6] == ["transformer.resblocks.0", "transformer.resblocks.1", "ln_final"]
+    assert minclip.compare(read, minclip.trace(params, read.tokens)).agrees
+    name = "transformer.resblocks.1.mlp.c_proj.weight"
+    port = minclip.trace(dict(params) | {name: params[name] * 2}, read.tokens)
+    assert minclip.compare(read, port).first == "transformer.resblocks.1"
+
+
+def test_a_probe_keeps_padding_for_ports_whose_states_count_it(files):
+    _, folder = files
+    read = probe.read_probe(folder / "probe.npz")
+    after = ~stages.up_to_end(read.tokens)
+    known = np.isfinite(read["ln_final"]).all(-1)
+    assert (known & after).any(axis=-1).tolist() == [False, False, True, True, False, False, False]
 
 
 def test_a_port_in_another_language_is_compared_from_its_file(files, capsys):
