@@ -102,9 +102,12 @@ def parser():
     )
     diagnose.set_defaults(run=run_diagnose)
     diagnose.add_argument(
-        "port", metavar="PORT", help="the port's tokens and text_features, in a file, or an ONNX graph"
+        "port",
+        metavar="PORT",
+        help="the port's tokens, and text_features or hidden_states, in a file, or an ONNX graph",
     )
     add_port_options(diagnose)
+    add_which_states(diagnose)
     diagnose.add_argument(
         "--budget",
         type=float,
@@ -162,8 +165,7 @@ def add_states(encode):
     states.add_argument(
         "--states", action="store_true", help="write the states [texts, L, D] of all positions, as float16"
     )
-    states.add_argument("--skip", type=int, default=0, metavar="N", help="leave out the last N blocks")
-    states.add_argument("--no-norm", action="store_true", help="leave out the final layer norm")
+    add_which_states(states)
     states.add_argument(
         "--pad", type=int, default=0, metavar="ID", help="pad texts with this id: 49407 for SD 1, 0 for SD 2"
     )
@@ -182,6 +184,11 @@ def add_token_commands(commands):
     diagnose.set_defaults(run=run_diagnose_tokens)
     diagnose.add_argument("ids", metavar="ids.json", help="the tokenizer's ids")
     diagnose.add_argument("--json", action="store_true", help="print the diagnosis as JSON")
+
+
+def add_which_states(command):
+    command.add_argument("--skip", type=int, default=0, metavar="N", help="states without the last N blocks")
+    command.add_argument("--no-norm", action="store_true", help="states without the final layer norm")
 
 
 def add_show(commands):
@@ -355,20 +362,31 @@ def run_check_weights(args):
 def run_diagnose(args):
     """Name the known bug that explains a port's features. Exit status 1 unless they agree with the model's.
 
-    PORT is a file with `tokens` [B, L] and `text_features` [B, E], the port's for them, and, better still,
-    other stages under any names; or an ONNX graph, which is run on the probe's tokens.
+    PORT is a file with `tokens` [B, L] and the port's `text_features` [B, E] for them, or its `hidden_states`
+    [B, L, D], and, better still, other stages under any names; or an ONNX graph, which is run on the probe's
+    tokens. --skip and --no-norm say which hidden states the port should give.
     """
     params = load_model(args)
     dump = port_files.read_port(args.port, probe.tokens_for(params))
     dump = rename(dump, read_names(args.names) if args.names else {})
     if str(args.port).endswith(".onnx"):
         dump["tokens"] = probe.tokens_for(params)
-    for name in ("tokens", "text_features"):
-        if name not in dump:
-            raise ValueError(f"{args.port} has no {name!r}: it needs the port's tokens and text_features")
-    tokens, features = dump.pop("tokens"), dump.pop("text_features")
+    given = [name for name in ("text_features", "hidden_states") if name in dump]
+    if not given or "tokens" not in dump:
+        missing = "tokens" if given else "text_features"
+        raise ValueError(
+            f"{args.port} has no {missing!r}: it needs the port's tokens, and text_features or hidden_states"
+        )
+    tokens, output = dump.pop("tokens"), dump.pop(given[0])
     diagnosed = diagnosis.diagnose(
-        params, tokens, features, trace=dump or None, dtype=args.port_dtype, budget=args.budget
+        params,
+        tokens,
+        output,
+        trace=dump or None,
+        dtype=args.port_dtype,
+        budget=args.budget,
+        skip=args.skip,
+        norm=not args.no_norm,
     )
     print(json.dumps(finite(diagnosed.to_dict()), indent=1) if args.json else diagnosed)
     return int(diagnosed.verdict != "agrees")

@@ -1,15 +1,17 @@
-"""`diagnose`: which known porting mistake explains another implementation's text features."""
+"""`diagnose`: which known porting mistake explains another implementation's features or hidden states."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from minclip.arrays import as_array
 from minclip.porting.agreement import agree
 from minclip.porting.conclusions import agrees, known, seen_through, unknown
 from minclip.porting.dump import StagewiseSearch
 from minclip.porting.runs import Runs
 from minclip.porting.search import Search
+from minclip.porting.states_diagnosis import diagnose_states, is_states
 from minclip.porting.target import Target
 from minclip.porting.verdict import Diagnosis, Finding
 
@@ -24,18 +26,22 @@ def diagnose(
     trace: Mapping[str, Any] | None = None,
     dtype: Any = None,
     budget: float = BUDGET,
+    skip: int = 0,
+    norm: bool = True,
 ) -> Diagnosis:
     """Name the known porting bugs that turn the reference into the port.
 
     params    the model that was ported, as `encode_text` takes it
     tokens    integers [..., L] that the port was given
     output    the port's features, floats [..., E]. Fewer rows, another order, normalized rows and float16
-              are recognized
+              are recognized. Or the port's hidden states of all positions, [..., L, D] in any layout
     trace     the port's own stages where there is a dump: a dict from names to arrays, as `compare` reads
               them, as many as there are. Several bugs are then found one after the other
     dtype     the precision that the port computes in, such as "bfloat16" or "tf32", where its numbers do
               not show it
     budget    seconds after which no new candidates are tried
+    skip      for hidden states, which ones the port should give, as `minclip.hidden_states` takes skip
+    norm      and norm. Other states are a finding, N5 or N7: SDXL and SD 3 want skip=1, norm=False
 
     Returns a `Diagnosis`. A long search shows a progress bar on a terminal.
     Raises ValueError where tokens or features do not fit the model or each other.
@@ -47,6 +53,11 @@ def diagnose(
     >>> diagnosis.verdict, diagnosis.findings[0].faults[0].id
     ('known', 'A1')
     """
+    output = as_array(output)
+    if is_states(params, as_array(tokens), output):
+        return diagnose_states(
+            params, tokens, output, skip=skip, norm=norm, dtype=dtype, budget=budget, trace=trace
+        )
     target = Target(params, tokens, output, dtype)
     search = Search(target, Runs(target), budget)
     dump = None if trace is None else StagewiseSearch(search, trace)

@@ -94,6 +94,7 @@ HARMLESS = (
     "split_scale",
     "one_by_one",
     "padded_with_end",
+    "padded_with_zero",
     "cropped",
 )
 
@@ -132,6 +133,8 @@ class BrokenPort:
         for row, n in zip(ids, end.tolist(), strict=True):
             if self.has("padded_with_end"):
                 row[n:] = row[n].item()
+            if self.has("padded_with_zero"):
+                row[n + 1 :] = 0
             if self.has("end_last") and n < len(row) - 1:
                 row[-1], row[n] = row[n].item(), row[-1].item()
             if self.has("no_start"):
@@ -143,7 +146,17 @@ class BrokenPort:
                 row[:] = torch.cat([row[n + 1 :], row[: n + 1]])
         return ids[:, : int(end.max()) + 1] if self.has("cropped") else ids
 
+    @torch.no_grad()
+    def hidden_states(self, ids, skip=0):
+        """The states [B, L, D] after all blocks but the last `skip`, normed unless that is the bug."""
+        ids = self.prepare(torch.as_tensor(ids).long())
+        x = self.stream(ids, skip)
+        return x if self.has("no_final_norm") else self.norm(x, "ln_final")
+
     def forward(self, ids):
+        return self.pool_and_project(self.stream(ids), ids)
+
+    def stream(self, ids, skip=0):
         state = self.state
         looked_up = ids
         if self.has("ids_int16"):
@@ -159,9 +172,10 @@ class BrokenPort:
         if not self.has("no_positions"):
             x = x + self.positions(ids.shape[1])
         x = x.permute(1, 0, 2)
-        for layer in self.order():
+        order = self.order()
+        for layer in order[: len(order) - skip]:
             x = self.block(x, f"transformer.resblocks.{layer}.", ids)
-        return self.pool_and_project(x.permute(1, 0, 2), ids)
+        return x.permute(1, 0, 2)
 
     def positions(self, length):
         table = self.state["positional_embedding"]
