@@ -14,12 +14,11 @@ from minclip.arrays import as_array
 from minclip.checkpoint import dialects
 from minclip.checkpoint.recompose import recomposed, without_wrappers
 from minclip.checkpoint.sources import Source, fetched, open_tower
-from minclip.checkpoint.tensor_files import Stored
+from minclip.checkpoint.tensor_files import Stored, all_finite
 from minclip.gpu.device import to_gpu, working_cupy
 from minclip.params import Params
 
 Float = np.float16 | np.float32 | np.float64
-CHUNK = 2**16  # numbers that are checked at a time, few enough for a processor's cache
 READERS = min(4, os.cpu_count() or 1)  # threads: NumPy and zlib release Python's lock
 
 
@@ -135,7 +134,7 @@ def to_params(
     def read(name: str) -> tuple[str, np.ndarray]:
         def convert(tensor: Any, source: str) -> np.ndarray:
             array = as_floats(tensor, source)
-            if not all_finite(array):
+            if not (getattr(tensor, "finite", None) or all_finite(array)):
                 spoiled[name] = False
             if dtype is None or array.dtype == dtype:
                 return array
@@ -191,16 +190,3 @@ def as_floats(tensor: Any, name: str) -> np.ndarray:
     if array.dtype.kind != "f":
         raise ValueError(f"{name} holds {array.dtype}, not floats")
     return array
-
-
-def all_finite(array: np.ndarray) -> bool:
-    """Tell whether no number of an array is NaN or infinite."""
-    if array.dtype == np.float16:  # NumPy is slow at float16; such a number has all bits of the exponent set
-        return all((chunk & 0x7C00).max() < 0x7C00 for chunk in chunks(array.view(np.uint16)))
-    return all(bool(np.isfinite(chunk).all()) for chunk in chunks(array))
-
-
-def chunks(array: np.ndarray) -> Any:
-    """Give the numbers of an array in flat chunks. The array is copied only where it is not contiguous."""
-    flat = array.reshape(-1)
-    return (flat[start : start + CHUNK] for start in range(0, flat.size, CHUNK))

@@ -74,7 +74,7 @@ class Storage:
         self.key, self.dtype, self.itemsize, self.count = key, dtype, itemsize, count
         self.data: Any = None
         self.start = 0
-        self.verify: Callable[[], None] = lambda: None
+        self.verify: Callable[[], bool | None] = lambda: None
 
 
 class PickleMachine:
@@ -311,12 +311,13 @@ def tensor(storage: Storage, offset: int, shape: Any, strides: Any, *, dtype: st
     def read() -> np.ndarray:
         if 0 in shape:
             return np.empty(shape, np.float32)
-        storage.verify()
+        stored.finite = storage.verify()
         start = storage.start + offset * itemsize
         flat = numbers(storage.data, dtype, start, reach + 1)
         return np.lib.stride_tricks.as_strided(flat, shape, [stride * flat.itemsize for stride in strides])
 
-    return Stored(shape, dtype, read, int(np.prod(shape, dtype=object)) * itemsize, storage=storage)
+    stored = Stored(shape, dtype, read, int(np.prod(shape, dtype=object)) * itemsize, storage=storage)
+    return stored
 
 
 def only(kind: type, value: Any) -> Any:

@@ -348,7 +348,7 @@ def place(storage: Storage, info: zipfile.ZipInfo, pieces: Pieces) -> None:
     check_size(storage, entry.size)
     storage.data, storage.start = pieces.data, pieces.position(entry.start)
     if entry.crc:
-        check_crc(entry, memoryview(pieces.data)[storage.start : storage.start + entry.size])
+        check_crc(entry, zlib.crc32(memoryview(pieces.data)[storage.start : storage.start + entry.size]))
 
 
 def plan_safetensors(file: Any, size: int, end: int) -> Plan:

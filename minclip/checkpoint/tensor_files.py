@@ -30,6 +30,8 @@ DTYPES = {f"{kind[0].upper()}{bits}": f"{kind}{bits}" for kind in ("int", "uint"
 DTYPES |= {"F16": "float16", "F32": "float32", "F64": "float64", "BF16": "bfloat16", "BOOL": "bool"}
 DTYPES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 
+FEW = 2**16  # numbers that are checked at a time, few enough for a processor's cache
+
 
 class Stored:
     """A tensor in a file. Its shape and dtype are known; `np.asarray(stored)` reads its numbers.
@@ -37,6 +39,7 @@ class Stored:
     dtype    a name, such as "float16", "float8_e4m3fn" or GGUF's "Q8_0"
     nbytes   the size of the numbers in the file
     floats   whether the numbers are floats once they are read
+    finite   True once the numbers are read and known to be finite, as a by-product of another check
     storage  the storage that a tensor of PyTorch is a view of
     """
 
@@ -52,6 +55,7 @@ class Stored:
     ):
         self.shape, self.dtype, self.read, self.nbytes = tuple(shape), dtype, read, nbytes
         self.floats = dtype in FLOATS if floats is None else floats
+        self.finite: bool | None = None
         self.storage = storage
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
@@ -88,6 +92,19 @@ def float8_values(dtype: str) -> npt.NDArray[np.float32]:
     values = np.ldexp(np.where(exponent > 0, 8 + mantissa, mantissa), np.maximum(exponent, 1) - 10)
     values[codes & 127 == 127] = np.nan
     return np.where(codes < 128, values, -values).astype(np.float32)
+
+
+def all_finite(array: np.ndarray) -> bool:
+    """Tell whether no number of an array is NaN or infinite."""
+    if array.dtype == np.float16:  # NumPy is slow at float16; such a number has all bits of the exponent set
+        return all((chunk & 0x7C00).max() < 0x7C00 for chunk in chunks(array.view(np.uint16)))
+    return all(bool(np.isfinite(chunk).all()) for chunk in chunks(array))
+
+
+def chunks(array: np.ndarray) -> Any:
+    """Give the numbers of an array in flat chunks. The array is copied only where it is not contiguous."""
+    flat = array.reshape(-1)
+    return (flat[start : start + FEW] for start in range(0, flat.size, FEW))
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Stored], dict[str, str]]:

@@ -54,7 +54,10 @@ def read_archive(archive: ZipArchive) -> TorchFile:
         for storage in machine.storages.values():
             name = f"{folder}data/{storage.key}"
             storage.start, size = archive.locate(name)
-            storage.data, storage.verify = archive.data, functools.partial(archive.verify, name)
+            storage.data, storage.verify = (
+                archive.data,
+                functools.partial(archive.verify, name, storage.dtype),
+            )
             check_size(storage, size)
         return TorchFile(*flatten(tree), list(machine.foreign))
 

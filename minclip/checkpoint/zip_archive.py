@@ -14,11 +14,12 @@ import struct
 import tokenize
 import zipfile
 import zlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from minclip.checkpoint.tensor_files import Stored, map_file
+from minclip.checkpoint.tensor_files import Stored, all_finite, map_file
 
 MOST_ENTRIES = 100_000  # many times the tensors of any model; this bounds the memory of the directory
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")
@@ -27,6 +28,7 @@ SIZES_BEHIND = 0x0008
 UTF8 = 0x0800
 ELSEWHERE = 0xFFFFFFFF  # the size is in the zip64 extra field
 
+CHUNK = 2**18  # bytes that are read at a time; a multiple of every float's size
 MOST_UNPACKED = 20  # times the packed size: weights hardly compress, and zip bombs do
 NPY_HEADER = 11_000  # bytes; numpy reads no header of more than 10,000
 # NumPy's parser raises these, beside ValueError, for the damaged header of an array.
@@ -52,9 +54,9 @@ class ZipArchive:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.data = map_file(path)
+        self.path, self.data = path, map_file(path)
         self.entries = read_directory(path, self.data)
-        self._verified: set[str] = set()
+        self._finite: dict[str, bool | None] = {}
 
     def locate(self, name: str) -> tuple[int, int]:
         """Return (start, size) of the bytes of an uncompressed entry."""
@@ -65,27 +67,36 @@ class ZipArchive:
             raise ValueError(f"zip entry {name!r:.80} is compressed, as PyTorch never writes it")
         return entry.start, entry.size
 
-    def verify(self, name: str) -> None:
+    def verify(self, name: str, dtype: str | None = None) -> bool | None:
         """Raise ValueError where an uncompressed entry's bytes do not have its CRC-32.
 
         A CRC-32 of 0 is not checked: torch writes 0 where it is told to compute none.
+
+        dtype   of the numbers in the entry
+        Returns whether all numbers are finite: both checks share one pass over the file, which leaves no page
+        of the mapped file in memory. Returns None where the entry was not read or dtype is no float.
         """
         entry = self.entries[name]
-        if name not in self._verified and entry.crc:
-            check_crc(entry, memoryview(self.data)[entry.start : entry.start + entry.size])
-            self.release(name)
-        self._verified.add(name)
+        if name not in self._finite and entry.crc:
+            crc = 0
+            finite: bool | None = dtype in ("float16", "float32", "float64") or None
+            for chunk in self._chunks(entry):
+                crc = zlib.crc32(chunk, crc)
+                finite = finite and all_finite(np.frombuffer(chunk, dtype))
+            check_crc(entry, crc)
+            self._finite[name] = finite
+        return self._finite.get(name)
 
-    def release(self, name: str) -> None:
-        """Give the memory of an entry's mapped pages back; they are read again where they are needed.
-
-        Only for entries of which nobody has an array yet: numbers written to the pages would be lost.
-        """
-        entry = self.entries[name]
-        first = -(-entry.start // mmap.PAGESIZE) * mmap.PAGESIZE
-        size = (entry.start + entry.size) // mmap.PAGESIZE * mmap.PAGESIZE - first
-        if size > 0 and hasattr(mmap, "MADV_DONTNEED"):  # Windows has no such advice
-            self.data.madvise(mmap.MADV_DONTNEED, first, size)
+    def _chunks(self, entry: Entry) -> Iterator[memoryview]:
+        """Give the bytes of an uncompressed entry in chunks, which overwrite each other."""
+        buffer = memoryview(bytearray(min(CHUNK, entry.size)))
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(entry.start)
+            for first in range(0, entry.size, CHUNK):
+                chunk = buffer[: min(CHUNK, entry.size - first)]
+                if file.readinto(chunk) != len(chunk):
+                    raise ValueError(f"zip entry {entry.name!r:.80} is cut off")
+                yield chunk
 
     def read(self, name: str) -> bytes:
         """Return the bytes of an entry, unpacked and checked by their CRC-32."""
@@ -94,7 +105,7 @@ class ZipArchive:
         if len(content) != entry.size:
             raise ValueError(f"zip entry {name!r:.80} does not have the size that the directory says")
         if entry.crc or entry.deflated:
-            check_crc(entry, content)
+            check_crc(entry, zlib.crc32(content))
         return content
 
     def head(self, name: str, size: int) -> bytes:
@@ -111,9 +122,9 @@ class ZipArchive:
             raise ValueError(f"zip entry {entry.name!r:.80} cannot be unpacked: {error}") from None
 
 
-def check_crc(entry: Entry, content: bytes | memoryview) -> None:
-    """Raise ValueError where content does not have the entry's CRC-32."""
-    if zlib.crc32(content) != entry.crc:
+def check_crc(entry: Entry, crc: int) -> None:
+    """Raise ValueError where the CRC-32 of an entry's bytes is not the one that the directory says."""
+    if crc != entry.crc:
         raise ValueError(
             f"zip entry {entry.name!r:.80} is damaged (its CRC-32 differs): download or copy the file again"
         )
