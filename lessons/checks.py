@@ -1100,6 +1100,118 @@ def check_nearest(nearest):
     return "the best first"
 
 
+# 11 Say what right means
+
+
+def loss_of(texts, pictures, logit_scale, *, normalized=True, exponential=True, both=True, axis=-1):
+    """The contrastive loss in float64, one pair at a time, with mistakes to order."""
+    a, b = (unit(np.float64(x)) if normalized else np.float64(x) for x in (texts, pictures))
+    factor = math.exp(logit_scale) if exponential else logit_scale
+    logits = factor * (a @ b.T)
+    B, total = len(logits), 0.0
+    for x in (logits, logits.T) if both else (logits if axis == -1 else logits.T,):
+        for i in range(B):
+            total += math.log(sum(math.exp(v - x[i].max()) for v in x[i])) + x[i].max() - x[i, i]
+    return total / (2 * B if both else B)
+
+
+@exercise
+def check_contrastive_loss(contrastive_loss):
+    rng = np.random.default_rng(11)
+    texts, pictures = (2 * rng.standard_normal((5, 7)).astype(np.float32) for _ in range(2))
+    scale = 1.5
+    loss = call(contrastive_loss, texts, pictures, scale)
+    expect(
+        np.ndim(loss) == 0, f"one number was wanted, not shape {np.shape(loss)}: take the mean over the batch"
+    )
+    truth = loss_of(texts, pictures, scale)
+    misses = {
+        "the features are not normalized: cosines are wanted": loss_of(
+            texts, pictures, scale, normalized=False
+        ),
+        "the factor is e to the logit_scale": loss_of(texts, pictures, scale, exponential=False),
+        "only the texts look for their pictures: the columns count too": loss_of(
+            texts, pictures, scale, both=False
+        ),
+        "only the pictures look for their texts: the rows count too": loss_of(
+            texts, pictures, scale, both=False, axis=0
+        ),
+        "that is the sum of the two directions: half of it": 2 * truth,
+        "that is the sum over the batch: take the mean": len(texts) * truth,
+        "the sign: a log of a share is negative": -truth,
+    }
+    equal(loss, truth, misses, 1e-4)
+    large = call(contrastive_loss, texts, texts[::-1].copy(), math.log(1000.0))
+    expect(np.isfinite(large), "a large factor overflows: take the row's maximum off before exp")
+    return "both directions, and a factor of 1000 as well"
+
+
+@exercise
+def check_chance(losses):
+    expect(isinstance(losses, dict) and sorted(losses) == list("abcd"), "a dict with the keys a, b, c, d")
+    expect(... not in losses.values(), "a number for each was wanted")
+    cause = {
+        "a": "equal cosines: each share is 1/32, and the surprise is its logarithm with a minus",
+        "b": "e^(-200) of the share goes elsewhere: nothing that counts",
+        "c": "in 2 rows of 32, and 2 columns, a twin takes half the share",
+        "d": "whoever is alone has the whole share",
+    }
+    truth = {"a": math.log(32), "b": 0.0, "c": 2 / 32 * math.log(2), "d": 0.0}
+    for letter, value in truth.items():
+        expect(abs(float(losses[letter]) - value) < 0.01 + 0.02 * value, f"{letter}: {cause[letter]}")
+    return "log B for chance, 0 for perfection, a little more for twins"
+
+
+@exercise
+def check_temperature(best):
+    expect(best in (1, 10, 100, 1000), "one of 1, 10, 100, 1000 was wanted")
+    _, names, table = minclip.pictures()
+    hard = list(range(0, len(names), 7))
+    features = minclip.encode_text(minclip.load(), minclip.tokenize([names[i] for i in hard]))
+    cosines = unit(features) @ unit(table[hard]).T
+    values = {}
+    for factor in (1, 10, 100, 1000):
+        logits = np.float64(factor * cosines)
+        both = [
+            np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1)) + x.max(-1) - np.diagonal(x)
+            for x in (logits, logits.T)
+        ]
+        values[factor] = float(np.mean(both))
+    right = min(values, key=values.get)
+    expect(best >= right, "with so small a factor all shares are nearly equal")
+    expect(best <= right, "so large a factor punishes every row whose right answer is not first")
+    return "sharp, but not so sharp that one mistake costs everything"
+
+
+SUSPECT_LOSSES = {  # (reading on spoils exercise 4 of lesson 11)
+    "A": {"both": False}, "B": {"exponential": False}, "C": {}, "D": {"normalized": False},
+}  # fmt: skip
+FAULT_OF_LOSS = {"A": "one side", "B": "log scale", "C": "right", "D": "unnormalized"}
+
+
+def suspect_losses(texts, pictures, logit_scale):
+    """The losses of four training scripts on these features, by letter."""
+    found = {letter: loss_of(texts, pictures, logit_scale, **how) for letter, how in SUSPECT_LOSSES.items()}
+    return {letter: round(float(value), 6) for letter, value in found.items()}
+
+
+@exercise
+def check_loss_suspects(faults):
+    expect(isinstance(faults, dict) and sorted(faults) == list("ABCD"), "a dict with the keys A, B, C, D")
+    known = set(FAULT_OF_LOSS.values())
+    for letter, fault in sorted(faults.items()):
+        expect(fault in known, f"{letter}: {fault!r} is none of {', '.join(sorted(known))}")
+    tests = {
+        "one side": "exchange texts and pictures: it changes",
+        "log scale": "double the factor, and look how much it changes",
+        "right": "lengths and roles change nothing in it",
+        "unnormalized": "make the texts three times as long: it changes",
+    }
+    for letter, fault in FAULT_OF_LOSS.items():
+        expect(faults[letter] == fault, f"{letter} is not {faults[letter]!r}: {tests[fault]}")
+    return "three faults, and none of them crashes"
+
+
 # 16 Choose a precision and a device
 
 

@@ -555,6 +555,53 @@ WRONG["check_nearest"] = [
 ]
 
 
+# 11 Say what right means
+
+
+def loss_with(**how):
+    return lambda texts, pictures, scale: checks.loss_of(texts, pictures, scale, **how)
+
+
+def overflowing(texts, pictures, scale):
+    """Right until e to the logits no longer fits."""
+    a, b = (np.float32(x / np.linalg.norm(x, axis=-1, keepdims=True)) for x in (texts, pictures))
+    e = np.exp(np.exp(np.float32(scale)) * (a @ b.T))
+    return -np.log(np.diagonal(e) ** 2 / e.sum(0) / e.sum(1)).mean() / 2
+
+
+WRONG["check_contrastive_loss"] = [
+    (loss_with(normalized=False), "the features are not normalized"),
+    (loss_with(exponential=False), "e to the logit_scale"),
+    (loss_with(both=False), "only the texts look for"),
+    (loss_with(both=False, axis=0), "only the pictures look for"),
+    (lambda a, b, s: 2 * checks.loss_of(a, b, s), "half of it"),
+    (lambda a, b, s: -checks.loss_of(a, b, s), "the sign"),
+    (lambda a, b, s: checks.loss_of(a, b, s) * np.ones(len(a)), "one number was wanted"),
+    (overflowing, "overflows"),
+]
+RIGHT_LOSSES = {"a": math.log(32), "b": 0, "c": math.log(2) / 16, "d": 0}
+WRONG["check_chance"] = [
+    ({**RIGHT_LOSSES, "a": 1 / 32}, "a: equal cosines"),
+    ({**RIGHT_LOSSES, "a": math.log2(32)}, "a: equal cosines"),
+    ({**RIGHT_LOSSES, "b": 0.5}, "b: e^(-200)"),
+    ({**RIGHT_LOSSES, "c": 0}, "c: in 2 rows of 32"),
+    ({**RIGHT_LOSSES, "d": 1}, "d: whoever is alone"),
+    ({"a": 1}, "a dict with the keys"),
+]
+WRONG["check_temperature"] = [
+    (1, "all shares are nearly equal"),
+    (1000, "punishes every row"),
+    (20, "one of 1, 10, 100, 1000"),
+]
+RIGHT_FAULTS = {"A": "one side", "B": "log scale", "C": "right", "D": "unnormalized"}
+WRONG["check_loss_suspects"] = [
+    ({**RIGHT_FAULTS, "A": "right"}, "exchange texts and pictures"),
+    ({**RIGHT_FAULTS, "B": "right"}, "double the factor"),
+    ({**RIGHT_FAULTS, "C": "one side"}, "lengths and roles change nothing"),
+    ({**RIGHT_FAULTS, "D": "log scale"}, "three times as long"),
+    ({**RIGHT_FAULTS, "D": "wrong"}, "is none of"),
+]
+
 # 16 Choose a precision and a device
 
 
