@@ -13,6 +13,7 @@ from minclip.porting.runs import Runs
 from minclip.porting.search import Search
 from minclip.porting.states_diagnosis import diagnose_states, is_states
 from minclip.porting.target import Target
+from minclip.porting.tokens import without_texts
 from minclip.porting.verdict import Diagnosis, Finding
 
 BUDGET = 60.0  # seconds
@@ -36,7 +37,8 @@ def diagnose(
     output    the port's features, floats [..., E]. Fewer rows, another order, normalized rows and float16
               are recognized. Or the port's hidden states of all positions, [..., L, D] in any layout
     trace     the port's own stages where there is a dump: a dict from names to arrays, as `compare` reads
-              them, as many as there are. Several bugs are then found one after the other
+              them, as many as there are. Several bugs are then found one after the other. Where it also
+              holds "texts", and their "ids" or in tokens, these ids are checked first
     dtype     the precision that the port computes in, such as "bfloat16" or "tf32", where its numbers do
               not show it
     budget    seconds after which no new candidates are tried
@@ -54,14 +56,18 @@ def diagnose(
     ('known', 'A1')
     """
     output = as_array(output)
+    trace, told = without_texts(trace, tokens)
     if is_states(params, as_array(tokens), output):
-        return diagnose_states(
+        diagnosis = diagnose_states(
             params, tokens, output, skip=skip, norm=norm, dtype=dtype, budget=budget, trace=trace
         )
+        diagnosis.notes[:0] = told
+        return diagnosis
     target = Target(params, tokens, output, dtype)
     search = Search(target, Runs(target), budget)
     dump = None if trace is None else StagewiseSearch(search, trace)
     diagnosis = decide(search, dump)
+    diagnosis.notes[:0] = told
     if dump is not None:
         diagnosis.notes.extend(dump.notes)
     elif diagnosis.verdict == "unknown":

@@ -114,7 +114,7 @@ def read_probe(path: str | os.PathLike[str]) -> Trace:
 
 def as_trace(dump: Mapping[str, Any]) -> Trace:
     """Return a `Trace` of any mapping of stages, such as the arrays that `write_probe` wrote."""
-    other = ("tokens", "texts")
+    other = ("tokens", "texts", "ids")
     stages = {name: array for name, array in dump.items() if name not in other and name[:9] != "rounding."}
     if "known" in dump:
         with np.errstate(all="ignore"):

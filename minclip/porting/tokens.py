@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
+
+import numpy as np
 
 from minclip import tokenizer
 from minclip.porting.token_faults import CATALOGUE, TokenFault
@@ -95,6 +97,26 @@ def diagnose_tokens(
     """
     texts, rows = read_rows(texts, ids)
     return Search(texts, rows, pad).diagnose()
+
+
+def without_texts(trace: Mapping[str, Any] | None, tokens: Any) -> tuple[Mapping[str, Any] | None, list[str]]:
+    """Return a port's dump without its texts and ids, and a note where these ids are not OpenAI's.
+
+    trace    the dump. It may hold "texts" and "ids", the port's ids of them
+    tokens   the ids of the texts where the dump has no "ids"
+    """
+    if trace is None or "texts" not in trace:
+        return trace, []
+    texts, ids = np.ravel(trace["texts"]).tolist(), trace.get("ids", tokens)
+    rest = {name: array for name, array in trace.items() if name not in ("texts", "ids")} or None
+    if len(ids) != len(texts):
+        return rest, []  # tokens of other texts
+    diagnosis = diagnose_tokens(texts, ids)
+    faults = [fault for finding in diagnosis.findings[:1] for fault in finding.faults]
+    if diagnosis.verdict == "agrees" or (faults and all(fault.change.keys() == {"pad"} for fault in faults)):
+        return rest, []  # padding changes no features
+    why = "; ".join(f"{fault.id}, {fault.summary}" for fault in faults) or "no known mistake explains it"
+    return rest, [f"Your ids already differ from OpenAI's: {why}. First difference: {diagnosis.first}."]
 
 
 class Search:

@@ -267,6 +267,35 @@ def test_ports_that_share_a_memory_keep_their_own_ids():
             assert alone.row(text) == together.row(text), id
 
 
+# Beside features.
+
+
+def test_diagnose_says_first_that_the_ids_of_a_dump_already_differ():
+    params = minclip.load()
+    tokens = np.array(port_rows("K3", texts=["A cat", "Two dogs", "a bird"]))
+    features = minclip.encode_text(params, tokens)
+    texts = np.array(["A cat", "Two dogs", "a bird"])
+    diagnosis = minclip.diagnose(params, tokens, features, trace={"texts": texts})
+    assert diagnosis.verdict == "agrees"
+    assert diagnosis.notes[0].startswith("Your ids already differ from OpenAI's: K3, no lower-casing.")
+
+    probe = {"texts": np.array(TEXTS), "ids": np.array(port_rows("K5"))}
+    assert "K5, " in minclip.diagnose(params, tokens, features, trace=probe).notes[0]
+    right = {"texts": np.array(TEXTS), "ids": np.array(port_rows("D1-end"))}  # only padded otherwise
+    notes = minclip.diagnose(params, tokens, features, trace=right).notes
+    assert not any("ids" in note for note in notes)
+
+
+def test_the_probes_texts_do_not_disturb_compare(tmp_path):
+    params, path = minclip.load(), tmp_path / "probe.npz"
+    reference = minclip.porting.probe.write_probe(path, params)
+    with np.load(path) as file:
+        port = {name: file[name] for name in file.files if not name.startswith("rounding.")}
+    assert port["texts"].tolist() == TEXTS
+    assert minclip.compare(reference, port).first is None
+    assert minclip.diagnose(params, port["tokens"], port["text_features"], trace=port).verdict == "agrees"
+
+
 # The command line.
 
 
