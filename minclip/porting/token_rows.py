@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -65,16 +66,19 @@ class Frame:
 
     faults: tuple[TokenFault, ...]
 
+    @functools.cached_property
+    def port(self) -> TokenizerPort:
+        """The reference with the frame's faults put in."""
+        return TokenizerPort(self.faults)
+
     def fits(self, row: list[int]) -> bool:
         """Return whether a row begins with the start ids and ends with the end ids and padding."""
-        port = TokenizerPort(self.faults)
-        row, start, end = port.unpadded(row), port.around("start"), port.around("end")
+        row, start, end = self.port.unpadded(row), self.port.around("start"), self.port.around("end")
         return len(row) >= len(start) + len(end) and starts(row, start) and starts(row[::-1], end[::-1])
 
     def specificity(self) -> int:
         """Return the number of ids that the frame puts around a text."""
-        steps = TokenizerPort(self.faults).steps
-        return len(steps["start"]) + len(steps["end"])
+        return len(self.port.steps["start"]) + len(self.port.steps["end"])
 
 
 def starts(row, ids):

@@ -113,7 +113,7 @@ def without_texts(trace: Mapping[str, Any] | None, tokens: Any) -> tuple[Mapping
         return rest, []  # tokens of other texts
     diagnosis = diagnose_tokens(texts, ids)
     faults = [fault for finding in diagnosis.findings[:1] for fault in finding.faults]
-    if diagnosis.verdict == "agrees" or (faults and all(fault.change.keys() == {"pad"} for fault in faults)):
+    if diagnosis.verdict == "agrees" or (faults and all(fault.id.startswith("D1-") for fault in faults)):
         return rest, []  # padding changes no features
     why = "; ".join(f"{fault.id}, {fault.summary}" for fault in faults) or "no known mistake explains it"
     return rest, [f"Your ids already differ from OpenAI's: {why}. First difference: {diagnosis.first}."]
