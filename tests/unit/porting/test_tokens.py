@@ -286,14 +286,13 @@ def test_diagnose_says_first_that_the_ids_of_a_dump_already_differ():
     assert not any("ids" in note for note in notes)
 
 
-def test_the_probes_texts_do_not_disturb_compare(tmp_path):
-    params, path = minclip.load(), tmp_path / "probe.npz"
-    reference = minclip.porting.probe.write_probe(path, params)
-    with np.load(path) as file:
-        port = {name: file[name] for name in file.files if not name.startswith("rounding.")}
-    assert port["texts"].tolist() == TEXTS
+def test_texts_and_ids_in_a_dump_do_not_disturb_compare_and_diagnose():
+    params, tokens = minclip.load(), minclip.tokenize(["a cat", "two dogs", "it"])
+    reference = minclip.trace(params, tokens)
+    port = {**reference, "texts": np.array(TEXTS), "ids": np.array(port_rows())}
     assert minclip.compare(reference, port).first is None
-    assert minclip.diagnose(params, port["tokens"], port["text_features"], trace=port).verdict == "agrees"
+    diagnosis = minclip.diagnose(params, tokens, port["text_features"], trace=port)
+    assert diagnosis.verdict == "agrees"
 
 
 # The command line.
