@@ -97,7 +97,7 @@ def parity():
             print(f"| {name}, {activation} | {' | '.join(figures)} |", flush=True)
 
 
-def speed(rounds):
+def speed(rounds, only):
     """Print milliseconds, and the median ratio of each round to OpenAI's model, of wall and of CPU time."""
     import torch
 
@@ -108,6 +108,8 @@ def speed(rounds):
         + "|"
     )
     for case, (size, length, texts) in CASES.items():
+        if only not in case:
+            continue
         run = passes(*inputs(size, length, texts))
         times = {name: [] for name in run}
         for name in run:
@@ -204,6 +206,7 @@ def main():
     )
     parser.add_argument("parts", nargs="*", default=["parity", "speed", "memory", "words"])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="", help="a word of the names of the cases to time")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--of", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -212,7 +215,12 @@ def main():
     print(f"numpy {np.__version__}, Python {platform.python_version()}, {platform.machine()}\n")
     for part in options.parts:
         print(f"## {part}\n")
-        {"parity": parity, "speed": lambda: speed(options.rounds), "memory": memory, "words": words}[part]()
+        {
+            "parity": parity,
+            "speed": lambda: speed(options.rounds, options.only),
+            "memory": memory,
+            "words": words,
+        }[part]()
         print()
 
 

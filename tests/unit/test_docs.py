@@ -45,6 +45,7 @@ LEFT_OUT = {
     "python -m tests.benchmarks.throughput prompts --open-clip WHEEL": "a benchmark, with a download",
     "python -m tests.benchmarks.corpus --model NAME": "a benchmark",
     "python -m tests.benchmarks.peers": "a benchmark, with downloads",
+    "python -m tests.benchmarks.backward parity": "minutes, for the same reason as the next",
     "python -m tests.benchmarks.parity": "computes three full-size towers in float64, a minute",
     "minclip verify ViT-B/32": "downloads 178 MB; test_ranges.py does the same from a server of its own",
     "minclip verify": "needs real weights; test_verify.py runs it on stand-ins",
