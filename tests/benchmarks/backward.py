@@ -1,10 +1,11 @@
 """Check and time minclip.backward beside torch: gradients, speed, memory, and which word mattered.
 
-    python -m tests.benchmarks.backward [parity] [speed] [memory] [words]
+    python -m tests.benchmarks.backward [parity] [speed] [memory] [words] [training]
 
 parity   relative L2 errors of every parameter's gradient against torch's autograd, and against float64
 speed    forward and backward of minclip, of OpenAI's model in torch and of transformers, in turns
 memory   the peak of a process that does one forward and one backward pass, beside that before it
+training a step of the built-in model's text tower, beside the torch tower of tests/train_builtin
 words    relevance and gradient times embedding, beside the drop of the cosine when a word is left out
 
 Random weights, except for `words`, which uses the built-in model. --rounds repeats the timings. minclip
@@ -12,13 +13,17 @@ runs once with all stages kept and once with stages="blocks".
 """
 
 import argparse
+import ctypes
+import gc
+import itertools
 import os
 import platform
-import resource
+import re
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -40,6 +45,8 @@ CASES = {  # name -> (size, length of the texts, how many)
     "built-in, 256 texts of 16": (dict(width=128, layers=4, embed=128), 16, 256),
 }
 
+PASSES = ("minclip", "minclip, blocks", "minclip, stages only", "OpenAI's clip", "transformers")
+
 
 def inputs(size, length, texts):
     """Return params, tokens without padding, and a gradient by the features."""
@@ -48,26 +55,25 @@ def inputs(size, length, texts):
     return params, random_tokens([length] * texts, context=length), grad
 
 
-def passes(params, tokens, grad):
-    """Return {name: a function that does one forward and one backward pass}."""
+def one_pass(name, params, tokens, grad):
+    """Return a function that does one forward and one backward pass of the implementation called name."""
+    if name.startswith("minclip"):
+        stages = "blocks" if name == "minclip, blocks" else "all"
+        parameters = name != "minclip, stages only"
+        return lambda: minclip.backward(
+            minclip.trace(params, tokens, stages=stages), grad, parameters=parameters
+        )
     import torch
 
     ids, start = torch.from_numpy(tokens).long(), torch.from_numpy(grad)
-    openai, hugging_face = openai_model(params), transformers_model(params)
+    model = openai_model(params) if name == "OpenAI's clip" else transformers_model(params)
 
-    def of_torch(model, features):
+    def run():
         model.zero_grad(set_to_none=True)
-        features().backward(start)
+        features = model.encode_text(ids) if name == "OpenAI's clip" else model(input_ids=ids).text_embeds
+        features.backward(start)
 
-    return {
-        "minclip": lambda: minclip.backward(minclip.trace(params, tokens), grad),
-        "minclip, blocks": lambda: minclip.backward(minclip.trace(params, tokens, stages="blocks"), grad),
-        "minclip, stages only": lambda: minclip.backward(
-            minclip.trace(params, tokens), grad, parameters=False
-        ),
-        "OpenAI's clip": lambda: of_torch(openai, lambda: openai.encode_text(ids)),
-        "transformers": lambda: of_torch(hugging_face, lambda: hugging_face(input_ids=ids).text_embeds),
-    }
+    return run
 
 
 def parity():
@@ -110,14 +116,15 @@ def speed(rounds, only):
     for case, (size, length, texts) in CASES.items():
         if only not in case:
             continue
-        run = passes(*inputs(size, length, texts))
+        given = inputs(size, length, texts)
+        run = {name: one_pass(name, *given) for name in PASSES}
         times = {name: [] for name in run}
         for name in run:
             run[name]()
         for _ in range(rounds):
-            for name, one_pass in run.items():
+            for name, pass_of in run.items():
                 wall, cpu = time.perf_counter(), time.process_time()
-                one_pass()
+                pass_of()
                 times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
         for name, taken in times.items():
             cells = [f"{1e3 * statistics.median(wall for wall, _ in taken):.0f}"]
@@ -146,15 +153,20 @@ def memory():
 
 
 def peak(case, name):
-    """Print the peak of this process after one pass, less its memory before, in MiB."""
-    size, length, texts = CASES[case]
-    params, tokens, grad = inputs(size, length, texts)
-    run = passes(params, tokens, grad)[name]
-    passes(*inputs(dict(width=64, layers=1, embed=8), 4, 2))[name]()  # libraries allocate buffers once
-    with open("/proc/self/statm") as file:
-        before = int(file.read().split()[1]) * resource.getpagesize() / 2**20
+    """Print how much one pass raises the peak memory of this process, in MiB."""
+    run = one_pass(name, *inputs(*CASES[case]))
+    one_pass(name, *inputs(dict(width=64, layers=1, embed=8), 4, 2))()  # libraries allocate buffers once
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = status("VmRSS")
     run()
-    print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before:.0f}")
+    print(f"{status('VmHWM') - before:.0f}")
+
+
+def status(field):
+    """Return a field of Linux's account of this process, in MiB."""
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 
 TEMPLATES = (
@@ -200,6 +212,55 @@ def words():
         )
 
 
+def training(rounds):
+    """Time a step of the built-in model's text tower, on a batch as tests/train_builtin makes it.
+
+    Both sides do forward, unit features, and backward by a given gradient. torch runs the tower that
+    tests/train_builtin trains, in bfloat16 as there and in float32; minclip runs in float32.
+    """
+    import torch
+
+    from tests.train_builtin import train
+
+    names = minclip.pictures()[1]
+    texts = ([*names[:300], *(f"a photo of a {name} and a {name}" for name in names[300:560])])[:554]
+    ragged = sorted(train.ragged(texts), key=len)
+    cuts = [int(len(ragged) * part) for part in (0, 0.5, 0.8, 0.92, 0.98, 1)]
+    groups = [ragged[a:b] for a, b in itertools.pairwise(cuts)]
+    padded = [torch.nn.utils.rnn.pad_sequence(group, batch_first=True) for group in groups]
+    tower = train.TextTower(torch.randn(train.VOCABULARY, train.WIDTH), torch.arange(train.FULL))
+    params = minclip.from_state_dict(tower.parameters_by_name(), activation="quick_gelu", heads=2)
+    start = [torch.randn(len(group), train.EMBED) for group in groups]
+
+    def of_torch(bfloat16):
+        tower.train(bfloat16)
+        tower.zero_grad(set_to_none=True)
+        loss = sum((tower.features(ids) * g).sum() for ids, g in zip(padded, start, strict=True))
+        loss.backward()
+
+    def of_minclip():
+        for ids, g in zip(padded, start, strict=True):
+            trace = minclip.trace(params, ids.numpy())
+            minclip.backward(trace, minclip.normalize_backward(g.numpy(), trace["text_features"]))
+
+    run = {
+        "minclip": of_minclip,
+        "torch, float32": lambda: of_torch(False),
+        "torch, bfloat16": lambda: of_torch(True),
+    }
+    times = {name: [] for name in run}
+    for _ in range(rounds + 1):
+        for name, step in run.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            step()
+            times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    for name, taken in times.items():
+        pairs = list(zip(taken, times["minclip"], strict=True))[1:]
+        walls, cpus = (statistics.median(b[of] / a[of] for a, b in pairs) for of in (0, 1))
+        wall = 1e3 * statistics.median(t[0] for t in taken[1:])
+        print(f"{name}: {wall:.0f} ms; minclip's time / its own: wall {walls:.2f}, CPU {cpus:.2f}")
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -220,6 +281,7 @@ def main():
             "speed": lambda: speed(options.rounds, options.only),
             "memory": memory,
             "words": words,
+            "training": lambda: training(options.rounds),
         }[part]()
         print()
 
