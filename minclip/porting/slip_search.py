@@ -102,9 +102,7 @@ def slips_at(search: Search, stage: str, port_array: Any, text: Any, chain: Sequ
     layer, layers = layer_of(stage), count_layers(target.params)
     found = []
     for candidate in slips(target.params):
-        if candidate.first != layer and not (
-            layer == AFTER_BLOCKS and candidate.first >= count_layers(target.params)
-        ):
+        if min(candidate.first, layers) != min(layer, layers):
             continue
         made = runs.stage(candidate, stage)
         if made is not None and made.shape == port_array.shape:
