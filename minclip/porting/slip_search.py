@@ -16,7 +16,6 @@ from minclip.porting.products import INPUTS, Use, uses_of
 from minclip.porting.rounding import relative_l2
 from minclip.porting.search import Search, Trial
 from minclip.porting.slips import (
-    AFTER_BLOCKS,
     Slip,
     SlipRuns,
     layer_of,
