@@ -9,8 +9,10 @@ from minclip.arrays import as_array
 from minclip.porting.agreement import agree
 from minclip.porting.conclusions import agrees, known, seen_through, unknown
 from minclip.porting.dump import StagewiseSearch
+from minclip.porting.noise import find_noise, noise_diagnosis
 from minclip.porting.runs import Runs
 from minclip.porting.search import Search
+from minclip.porting.slip_search import slips_of_features
 from minclip.porting.states_diagnosis import diagnose_states, is_states
 from minclip.porting.target import Target
 from minclip.porting.tokens import without_texts
@@ -87,7 +89,12 @@ def decide(search: Search, dump: StagewiseSearch | None) -> Diagnosis:
             return seen_through(search, agreement) if agreement.shows_a_fault else agrees(search, agreement)
         if found := search.judge_nearest(search.singles(), precision):
             return explained_by_single(search, dump, found, precision)
+        if precision == "float32" and (noise := find_noise(search)):
+            return checked(noise_diagnosis(search, noise), dump)
         if dump and (found := dump.findings(precision)):
+            return checked(known(search, found, [], precision), dump)
+    for precision in search.target.precisions[:1]:
+        if found := slips_of_features(search, precision):
             return checked(known(search, found, [], precision), dump)
     pairs = search.pairs()
     for precision in search.target.precisions:

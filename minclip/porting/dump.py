@@ -16,6 +16,8 @@ from minclip.porting.names import unpack
 from minclip.porting.rounding import allowed, relative_l2
 from minclip.porting.runs import names
 from minclip.porting.search import Search, exclusive
+from minclip.porting.slip_search import slips_near, slips_of_products
+from minclip.porting.slips import Slip
 from minclip.porting.stages import STREAM, entries, up_to_end
 from minclip.porting.target import ROWS, fitted_factor
 from minclip.porting.verdict import Diagnosis, Finding
@@ -78,12 +80,19 @@ class StagewiseSearch:
     def findings(self, precision: str) -> list[Finding]:
         """Return chains of faults that explain the features, each found at the first divergence left."""
         found: dict[Faults, Finding] = {}
+        if self.slips and (judgment := self.search.judge(self.slips, "", precision)).fits:
+            return [judgment.finding]
         for chain in self.chains[0]:
             for transform in ("", "scaled", "shuffled"):  # as it is, if that fits
                 judgment = self.search.judge(chain, transform, precision)
                 if chain and judgment.fits:
                     found.setdefault(chain, judgment.finding)
         return list(found.values())
+
+    @functools.cached_property
+    def slips(self) -> Faults:
+        """The slips in single layers that the dump's products show, see `products`."""
+        return slips_of_products(self.target.params, self.stages, self.text)
 
     @functools.cached_property
     def chains(self) -> tuple[list[Faults], int]:
@@ -110,6 +119,8 @@ class StagewiseSearch:
         stream = (place for place in range(first + 1, len(self.order)) if STREAM.search(self.order[place]))
         for place in [first, *itertools.islice(stream, 1)]:
             reached = self.extend_at(chains, place)
+            if not reached:
+                reached = self.slips_at(chains, place)
             reached = {chain: end for chain, end in reached.items() if end > first}
             if reached:
                 return reached
@@ -129,6 +140,16 @@ class StagewiseSearch:
                 longer = (*chain, fault)
                 if self.error_at(place, longer) < 0.1 * before:
                     reached[longer] = self.divergence(longer, place)
+        return reached
+
+    def slips_at(self, chains: Sequence[Faults], place: int) -> dict[Faults, int]:
+        """Return the chains with one slip in the block of a stage that explains it, as `extend_at` does."""
+        name, reached = self.order[place], {}
+        for chain in chains:
+            before = self.error_at(place, chain)
+            for slip in slips_near(self.search, name, self.stages[name], self.text, chain):
+                if self.error_at(place, (*chain, slip)) < 0.1 * before:
+                    reached[(*chain, slip)] = self.divergence((*chain, slip), place)
         return reached
 
     def check(self, diagnosis: Diagnosis) -> None:
@@ -151,7 +172,8 @@ class StagewiseSearch:
 
     def own_faults(self, finding: Finding) -> Faults:
         """Return the faults of a finding that change stages before the features."""
-        return tuple(fault for fault in finding.faults if fault.change and fault in self.search.catalogue)
+        known = self.search.catalogue
+        return tuple(f for f in finding.faults if isinstance(f, Slip) or (f.change and f in known))
 
     def scale_note(self, name: str) -> str:
         """Return words on a stage that is a multiple of the reference's, or nothing."""

@@ -9,7 +9,7 @@ then projected on the change that each fault makes, and what is left must be the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,12 +20,16 @@ from minclip.porting.faults import Fault
 from minclip.porting.port import Port
 from minclip.porting.quantization import FORMATS, Format, uint8_tensor
 from minclip.porting.rounding import UNIT, allowed, relative_l2
+from minclip.porting.runs import names
 from minclip.porting.search import Search
+from minclip.porting.verdict import Diagnosis, Finding
 
 ALIKE = 0.5  # the cosine between the errors of the port and of a candidate that identifies the format
 EXACT = 0.9  # the same where the candidate rounds nearly every number as the port does
 FAULTS = 6  # faults that noise is sought under, the nearest first
 COARSEST = 0.7  # relative L2 error above which nothing is called noise
+UINT8 = next(kind for kind in FORMATS if kind.id == "uint8-tensor")
+FINEST = next(kind for kind in FORMATS if kind.id == "q8_0")
 PARTS = ("the blocks' matrices", "the blocks' matrices and the projection", "all matrices and embeddings")
 
 
@@ -64,7 +68,7 @@ class Candidate:
         if self.parts != PARTS[0] and "text_projection" in arrays:
             arrays["text_projection"] = self.format(params["text_projection"].T).T
         if self.parts == PARTS[2]:
-            arrays["positional_embedding"] = self.format(params["positional_embedding"])
+            arrays["positional_embedding"] = self.of_tables(params["positional_embedding"])
             arrays["token_embedding.weight"] = self.table(params["token_embedding.weight"], tokens)
         return params.with_arrays(arrays)
 
@@ -73,15 +77,20 @@ class Candidate:
         extremes = [np.unravel_index(index, table.shape)[0] for index in (table.argmax(), table.argmin())]
         rows = np.unique([*np.unique(tokens), *extremes])
         rounded = table.copy()
-        rounded[rows] = self.format(table[rows])
+        rounded[rows] = self.of_tables(table[rows])
         return rounded
+
+    @property
+    def of_tables(self) -> Format:
+        """The format of the embeddings: quantize_dynamic stores tables that are looked up as uint8."""
+        return UINT8 if self.dynamic else self.format
 
     @property
     def fault(self) -> Fault | None:
         """The rounding of the products' inputs, as a fault; None without it."""
         if not self.dynamic:
             return None
-        return Fault(f"Q-{self.key}", self.summary, "", "", round_inputs)
+        return Fault(f"Q-{self.key}", self.summary, "", "", round_inputs, needs="batch")
 
 
 INPUTS = {
@@ -119,17 +128,26 @@ def product_of_rounded(port: Port, stage: str) -> Callable[[Any], Any]:
     return product
 
 
-def candidates() -> Iterator[Candidate]:
-    """Yield every candidate, those with rounded inputs last."""
-    for kind in FORMATS:
-        for parts in PARTS:
-            yield Candidate(kind, parts)
-            if kind.id.endswith(("tensor", "scaled")) and parts != PARTS[2]:
-                yield Candidate(kind, parts, packed=True)
-    for kind in FORMATS:
-        if kind.id in ("int8-tensor", "int8-row", "uint8-tensor"):
-            for parts in PARTS:
-                yield Candidate(kind, parts, dynamic=True)
+def plain_candidates() -> list[Candidate]:
+    """Return a candidate for each format, in the matrices that are most often quantized."""
+    return [Candidate(kind, PARTS[1]) for kind in FORMATS]
+
+
+def variants(kind: Format) -> list[Candidate]:
+    """Return the other candidates of a format."""
+    found = [Candidate(kind, PARTS[0]), Candidate(kind, PARTS[2])]
+    if kind.id.endswith(("tensor", "scaled")):
+        found += [Candidate(kind, parts, packed=True) for parts in PARTS[:2]]
+    return found
+
+
+def with_rounded_inputs(kind: Format) -> list[Candidate]:
+    """Return the candidates that round the products' inputs too, if a format goes with that."""
+    return (
+        [Candidate(kind, parts, dynamic=True) for parts in PARTS]
+        if kind.id.startswith(("int", "uint"))
+        else []
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +177,6 @@ class NoiseSearch:
         self.port = self.target.features[self.rows]
         self.clean = self.run(())
         self.scale = float(np.linalg.norm(self.clean))
-        self.usable: dict[str, Candidate] = {}
 
     def run(self, faults: Sequence[Fault], candidate: Candidate | None = None) -> Any:
         """Return features of the short texts with faults, in a candidate's format."""
@@ -175,12 +192,15 @@ class NoiseSearch:
         """Return the noise that explains the port's error, with a fault or none; None where none does."""
         if not np.isfinite(self.port).all() or self.port.shape != self.clean.shape:
             return None
-        clean = self.best((), list(candidates()))
+        finest = self.run((), Candidate(FINEST, PARTS[0])) - self.clean
+        if np.linalg.norm(self.port - self.clean) < 0.4 * np.linalg.norm(finest):
+            return None
+        clean = self.best(())
         if clean and clean.alike >= ALIKE:
             return self.with_small_faults(clean)
         found = []
         for projection in self.seen()[:FAULTS]:
-            noise = self.best((projection.fault,), list(candidates()))
+            noise = self.best((projection.fault,))
             if noise and noise.alike >= ALIKE:
                 found.append(noise)
                 if noise.alike >= EXACT:
@@ -189,24 +209,33 @@ class NoiseSearch:
             return None
         return self.with_small_faults(max(found, key=lambda noise: noise.alike))
 
-    def best(self, faults: Sequence[Fault], tried: Sequence[Candidate]) -> Noise | None:
+    def best(self, faults: Sequence[Fault]) -> Noise | None:
         """Return the candidate whose error beside faults is most like the port's."""
         base = self.run(faults)
         if base.shape != self.port.shape or not np.isfinite(base).all():
             return None
-        error, best = self.port - base, None
-        if np.linalg.norm(error) > COARSEST * self.scale:
+        if np.linalg.norm(self.port - base) > COARSEST * self.scale:
             return None
+        tried = self.compare(faults, base, plain_candidates())
+        for kind in [noise.candidate.format for noise in tried[:2]]:
+            tried += self.compare(faults, base, variants(kind))
+        tried.sort(key=lambda noise: -noise.alike)
+        if tried and tried[0].alike < EXACT:
+            tried += self.compare(faults, base, with_rounded_inputs(tried[0].candidate.format))
+        return max(tried, key=lambda noise: noise.alike, default=None)
+
+    def compare(self, faults: Sequence[Fault], base: Any, tried: Sequence[Candidate]) -> list[Noise]:
+        """Return the candidates whose errors have about the size of the port's, the most alike first."""
+        error, found = self.port - base, []
+        whole = float(np.linalg.norm(error)) or 1.0
         for candidate in tried:
             made = self.run(faults, candidate) - base
             size = float(np.linalg.norm(made))
-            if not np.isfinite(size) or size == 0:
-                continue
-            alike = float((error * made).sum() / (size * (np.linalg.norm(error) or 1)))
-            left = float(np.linalg.norm(error - made)) / self.scale
-            if 0.5 < size / (np.linalg.norm(error) or 1) < 2 and (best is None or alike > best.alike):
-                best = Noise(candidate, tuple(faults), size / self.scale, alike, left)
-        return best
+            if np.isfinite(size) and 0.4 < size / whole < 2.5:
+                alike = float((error * made).sum()) / (size * whole)
+                left = float(np.linalg.norm(error - made)) / self.scale
+                found.append(Noise(candidate, tuple(faults), size / self.scale, alike, left))
+        return sorted(found, key=lambda noise: -noise.alike)
 
     def seen(self) -> list[Projection]:
         """Return the faults that the error shows, those that leave least first."""
@@ -244,7 +273,8 @@ class NoiseSearch:
                 hidden.append(fault)
         if seen and not noise.faults:
             best = min(seen, key=lambda projection: projection.left)
-            again = self.best((best.fault,), [noise.candidate])
+            beside = self.run((best.fault,))
+            again = next(iter(self.compare((best.fault,), beside, [noise.candidate])), None)
             if again and again.left < 0.8 * noise.left:
                 exact = self.is_exact(self.run(again.faults, again.candidate))
                 return again if exact else dataclasses.replace(again, hidden=tuple(hidden))
@@ -262,3 +292,21 @@ def find_noise(search: Search) -> Noise | None:
     if not target.aligned or not target.has_width_of(target.reference):
         return None
     return NoiseSearch(search).find()
+
+
+def noise_diagnosis(search: Search, noise: Noise) -> Diagnosis:
+    """Return the verdict where quantization explains the port, alone or beside faults."""
+    target, summary = search.target, noise.candidate.summary
+    beside = f", beside {names(noise.faults)}" if noise.faults else ""
+    first = f"{summary}, explain {noise.size:.2g} of {target.error:.2g}{beside}."
+    how = "to rounding" if noise.left < 1e-5 else f"with {noise.left:.2g} left"
+    sure = f"The error is that of this format {how} (cosine {noise.alike:.2f})."
+    notes = [first[0].upper() + first[1:], sure]
+    if noise.hidden:
+        ids = ", ".join(fault.id for fault in noise.hidden)
+        notes.append(f"Too small to be excluded under it: {ids}.")
+    if not noise.faults:
+        return Diagnosis("noise", [], notes, target.error)
+    told = f"quantization explains {noise.size:.2g} of {target.error:.2g}; the rest is {names(noise.faults)}"
+    finding = Finding(noise.faults, search.judge(noise.faults, "", "float32").finding.error, told)
+    return Diagnosis("known", [finding], notes, target.error)

@@ -81,6 +81,11 @@ def int8_rows(x):
     return np.round(x / scale) * scale
 
 
+def int7_tensor(x):
+    """Round to 129 levels, symmetric about 0, one scale for all of x: ONNX Runtime's reduce_range."""
+    return scaled(np.round, 64)(x)
+
+
 def uint8_tensor(x):
     """Round to 256 levels from the lowest to the highest of x and 0, as ONNX Runtime's QUInt8 does."""
     low, high = min(x.min(initial=0), 0), max(x.max(initial=0), 0)
@@ -147,6 +152,7 @@ FORMATS = (
     Format("fp8-e5m2-scaled", "fp8 (e5m2) weights, one scale a matrix", scaled(e5m2, 57344)),
     Format("int8-row", "int8 weights, one scale a row", int8_rows),
     Format("int8-tensor", "int8 weights, one scale a matrix", int8_tensor),
+    Format("int7-tensor", "7-bit weights (reduce_range), one scale a matrix", int7_tensor),
     Format("uint8-tensor", "uint8 weights, one scale and zero point a matrix", uint8_tensor),
     Format("q8_0", "q8_0 weights (GGUF: int8 in blocks of 32)", q8_0, BLOCK),
     Format("mlx-8", "8-bit weights in groups of 64 (MLX)", affine_groups(8), GROUP),

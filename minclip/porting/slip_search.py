@@ -94,7 +94,7 @@ def not_loaded(places: Sequence[str], stages: Mapping[str, Any]) -> Slip:
     return slip(f"W8-{places[0]}", layer_of(places[0]), summary, change)
 
 
-def slips_at(search: Search, stage: str, port_array: Any, text: Any, chain: Sequence[Fault]) -> list[Slip]:
+def slips_near(search: Search, stage: str, port_array: Any, text: Any, chain: Sequence[Fault]) -> list[Slip]:
     """Return the slips of the stage's block that bring a stage of the dump near to the port's, best first."""
     target = search.target
     runs = SlipRuns(target.params, target.tokens, target.batch, chain)

@@ -11,6 +11,7 @@ from minclip.porting.faults import Fault
 HEADLINES = {
     "agrees": "agrees: the port gives the reference's {subject}",
     "known": "known: this explains the port's {subject}",
+    "noise": "noise: quantization explains the port's {subject}",
     "unknown": "unknown: no known bug explains the port's {subject}",
 }
 
@@ -48,7 +49,7 @@ class Finding:
 class Diagnosis:
     """What `diagnose` found. Prints as text, and shows as a list in Jupyter.
 
-    verdict    "agrees", "known" (known bugs explain the port) or "unknown"
+    verdict    "agrees", "known" (known bugs explain the port), "noise" (quantization does) or "unknown"
     findings   the explanations that fit, best first; empty unless the verdict is "known"
     notes      further sentences
     error      relative L2 between the port and the reference as it is
