@@ -294,7 +294,8 @@ def other_eps(stage: str, eps: float) -> Slip:
 class SlipRuns:
     """Runs of the reference with one slip more than a chain of faults, from the block that it changes on.
 
-    streams   the input of every block [n, L, D], and the last block's output
+    streams         the input of every block [n, L, D], and the last block's output
+    port_features   the features of the chain alone
     """
 
     def __init__(self, params: Mapping[str, Any], tokens: Any, batch: Any, chain: Sequence[Fault] = ()):
@@ -308,7 +309,7 @@ class SlipRuns:
                 self.streams.append(array)
             return array
 
-        port.run(tap)
+        self.port_features = port.run(tap)
 
     def features(self, slip: Slip) -> Any:
         """Return features [n, E] with a slip."""

@@ -11,14 +11,23 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from minclip.params import architecture, as_params
+from minclip.params import Params, architecture, as_params
+from minclip.porting.alignment import align
+from minclip.porting.names import unpack
 from minclip.porting.scales import dequantized
+from minclip.porting.slip_search import slips_of_products
+from minclip.porting.slips import Slip, named, parameters_of
+from minclip.porting.stages import text_of
 from minclip.porting.weight_findings import Findings, WeightFinding, WeightMatch
 from minclip.porting.weight_layouts import kinds_of
 from minclip.porting.weight_matching import recognize
 from minclip.tables import html_table, text_table
+from minclip.tracing import trace as record_trace
 
 MOST = 12  # findings that the text shows
+PRODUCTS_ONLY = (
+    "Told by the inputs and outputs of the dump's products and norms; other tensors were not seen."
+)
 
 
 @dataclass(frozen=True)
@@ -92,6 +101,8 @@ def check_weights(params: Mapping[str, Any], arrays: Mapping[str, Any], *, trace
     """Tell which of the reference's tensors each of a port's arrays holds, and which arrays are wrong.
 
     params   the model that was ported, as `encode_text` takes it
+    trace    a dump of the port's stages with its tokens: the tensors are then told by the products' inputs
+             and outputs, and arrays may be empty
     arrays   the port's weights: a mapping from any names to arrays, nested or flat. Arrays are recognized by
              their values: transposed, with heads split, packed, flattened, stacked, scaled or rounded, in any
              float format, or as integers with scales beside them
@@ -108,18 +119,43 @@ def check_weights(params: Mapping[str, Any], arrays: Mapping[str, Any], *, trace
     >>> print(check_weights(params, {**params, b: params["transformer.resblocks.0.ln_2.bias"]}).findings[0])
     transformer.resblocks.1.ln_2.bias holds transformer.resblocks.0.ln_2.bias
     """
-    if trace is not None:
-        raise NotImplementedError
     params = as_params(params)
+    shown = [] if trace is None else findings_of_trace(params, trace)
+    if trace is not None and not arrays:
+        return WeightCheck("wrong" if shown else "agrees", shown, [], [PRODUCTS_ONLY])
     kinds = kinds_of(params)
     layers, _, _ = architecture(params)
     flat = dict(flatten(arrays))
     values, labels = dequantized(flat)
     pieces = list(recognize(values, kinds, layers))
     found = Findings(pieces, kinds, labels)
-    wrong = any(finding.kind != "missing" for finding in found.findings)
-    verdict = "wrong" if wrong else "incomplete" if found.findings else "agrees"
-    return WeightCheck(verdict, found.findings, found.matches, found.notes(len(flat)))
+    findings = shown + found.findings
+    wrong = any(finding.kind != "missing" for finding in findings)
+    verdict = "wrong" if wrong else "incomplete" if findings else "agrees"
+    return WeightCheck(verdict, findings, found.matches, found.notes(len(flat)))
+
+
+def findings_of_trace(params: Params, trace: Mapping[str, Any]) -> list[WeightFinding]:
+    """Return the findings about the tensors that a port's recorded products used."""
+    dump = unpack(trace)
+    tokens = getattr(trace, "tokens", None)
+    tokens = next((dump[name] for name in ("tokens", "input_ids") if name in dump), tokens)
+    if tokens is None:
+        raise ValueError("trace needs the tokens that the port was given, under the name 'tokens'")
+    reference = record_trace(params, tokens)
+    matches = align(reference, dump).matches
+    stages = {name: m.array for name, m in matches.items() if m.array.shape == reference[name].shape}
+    return [finding_of_slip(slip) for slip in slips_of_products(params, stages, text_of(reference))]
+
+
+def finding_of_slip(slip: Slip) -> WeightFinding:
+    """Return a slip that products show as a finding about the stage that uses the tensor."""
+    place, uses, used = slip.summary.partition(" uses ")
+    wanted = place
+    if slip.id.startswith("W1"):
+        weight, bias, rows = parameters_of(place)
+        wanted = named(bias if used.endswith("bias") and " and " not in used else weight, rows)
+    return WeightFinding(place, wanted, used if uses else None, kind="tensor", explanation=slip.summary)
 
 
 def flatten(arrays: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:

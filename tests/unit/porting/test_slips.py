@@ -1,0 +1,144 @@
+"""minclip.diagnose names slips in the weights of one layer: the layer and the tensor."""
+
+import re
+
+import numpy as np
+import pytest
+
+import minclip
+from minclip.porting.faults import port_with
+from minclip.porting.slips import SlipRuns, slips
+from tests.support import oracles
+
+B0, B1, B2, B3 = (f"transformer.resblocks.{i}." for i in range(4))
+
+
+@pytest.fixture(scope="module")
+def params():
+    arrays = oracles.random_params(64, 4, 48, vocabulary=300, seed=6)
+    return minclip.from_state_dict(arrays, activation="quick_gelu", heads=2)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return minclip.probe_tokens(77, 300)
+
+
+def k_from_q(p):
+    w = p[B1 + "attn.in_proj_weight"].copy()
+    w[64:128] = w[:64]
+    p[B1 + "attn.in_proj_weight"] = w
+
+
+def layer_twice(p):
+    for name in [name for name in p if name.startswith(B2)]:
+        p[name] = p[name.replace(B2, B1)]
+
+
+def layers_swapped(p):
+    for name in [name for name in p if name.startswith(B1)]:
+        other = name.replace(B1, B2)
+        p[name], p[other] = p[other], p[name]
+
+
+def last_layer_not_loaded(p):
+    rng = np.random.default_rng(7)
+    for name in [name for name in p if name.startswith(B3)]:
+        fresh = 0.02 * rng.standard_normal(p[name].shape) if p[name].ndim == 2 else 0 * p[name]
+        p[name] = (fresh + name.endswith(("ln_1.weight", "ln_2.weight"))).astype(np.float32)
+
+
+def out_transposed(p):
+    p[B1 + "attn.out_proj.weight"] = p[B1 + "attn.out_proj.weight"].T
+
+
+def norm_of_another(p):
+    for kind in ("weight", "bias"):
+        p[f"{B1}ln_2.{kind}"] = p[f"{B1}ln_1.{kind}"]
+
+
+def norm_left_plain(p):
+    p[B1 + "ln_2.weight"], p[B1 + "ln_2.bias"] = np.ones(64, np.float32), np.zeros(64, np.float32)
+
+
+def q_bias_from_k(p):
+    b = p[B0 + "attn.in_proj_bias"].copy()
+    b[:64] = b[64:128]
+    p[B0 + "attn.in_proj_bias"] = b
+
+
+def bias_of_another_layer(p):
+    p[B0 + "mlp.c_fc.bias"] = p[B1 + "mlp.c_fc.bias"]
+
+
+NINE = {
+    k_from_q: f"{B1}attn.k uses q of {B1}attn.in_proj_weight",
+    layer_twice: f"{B2[:-1]} uses all weights of {B1[:-1]}",
+    layers_swapped: f"{B1[:-1]} and {B2[:-1]} are swapped",
+    last_layer_not_loaded: f"all of {B3[:-1]} uses weights that are no tensor of the reference",
+    out_transposed: f"{B1}attn uses {B1}attn.out_proj.weight transposed",
+    norm_of_another: f"{B1}ln_2 uses {B1}ln_1.weight and {B1}ln_1.bias",
+    norm_left_plain: f"{B1}ln_2 uses a weight of ones and no bias",
+    q_bias_from_k: f"{B0}attn.q uses k of {B0}attn.in_proj_bias",
+    bias_of_another_layer: f"{B0}mlp.c_fc uses {B1}mlp.c_fc.bias",
+}
+
+
+def broken(params, tokens, slip):
+    """Return the trace of params with a slip, made apart from the catalogue."""
+    wrong = params.copy()
+    slip(wrong)
+    return dict(minclip.trace(wrong, tokens))
+
+
+@pytest.mark.parametrize("slip", NINE, ids=lambda slip: slip.__name__)
+def test_a_full_dump_names_the_slip(params, tokens, slip):
+    dump = broken(params, tokens, slip)
+    diagnosis = minclip.diagnose(params, tokens, dump["text_features"], trace=dump)
+    assert diagnosis.verdict == "known", diagnosis
+    assert NINE[slip] in " and ".join(fault.summary for fault in diagnosis.findings[0].faults)
+    assert "The finding explains every stage of the dump." in diagnosis.notes
+
+
+@pytest.mark.parametrize("slip", [k_from_q, q_bias_from_k, norm_left_plain], ids=lambda slip: slip.__name__)
+@pytest.mark.parametrize("shown", ["blocks", "features"])
+def test_block_outputs_or_features_alone_name_the_slip(params, tokens, slip, shown):
+    dump = broken(params, tokens, slip)
+    features = dump.pop("text_features")
+    blocks = {
+        name: array for name, array in dump.items() if re.fullmatch(r"transformer\.resblocks\.\d", name)
+    }
+    diagnosis = minclip.diagnose(params, tokens, features, trace=blocks if shown == "blocks" else None)
+    assert diagnosis.verdict == "known", diagnosis
+    assert diagnosis.findings[0].faults[0].summary == NINE[slip]
+
+
+def test_two_slips_in_two_layers_are_named_together(params, tokens):
+    wrong = params.copy()
+    k_from_q(wrong)
+    bias_of_another_layer(wrong)
+    dump = dict(minclip.trace(wrong, tokens))
+    diagnosis = minclip.diagnose(params, tokens, dump["text_features"], trace=dump)
+    summaries = {fault.summary for fault in diagnosis.findings[0].faults}
+    assert summaries == {NINE[k_from_q], NINE[bias_of_another_layer]}
+
+
+def test_a_slip_runs_from_its_own_block_as_from_the_start(params, tokens):
+    tokens = tokens[[2, 3], :12]
+    runs = SlipRuns(params, tokens, tokens)
+    base, seen = runs.port_features, set()
+    for slip in slips(params):
+        features = runs.features(slip)
+        np.testing.assert_allclose(features, port_with([slip], params, tokens).run(), rtol=1e-4, atol=1e-5)
+        assert slip.id not in seen
+        seen.add(slip.id)
+        assert not np.allclose(features, base, rtol=0, atol=1e-7), slip.id
+
+
+def test_check_weights_reads_a_dump_without_the_ports_weights(params, tokens):
+    dump = broken(params, tokens, k_from_q)
+    check = minclip.check_weights(params, {}, trace={"tokens": tokens, **dump})
+    assert check.verdict == "wrong"
+    assert [finding.explanation for finding in check.findings] == [NINE[k_from_q]]
+    right = minclip.check_weights(params, {}, trace={"tokens": tokens, **minclip.trace(params, tokens)})
+    assert right.verdict == "agrees"
