@@ -1212,6 +1212,108 @@ def check_loss_suspects(faults):
     return "three faults, and none of them crashes"
 
 
+# 12 Send the error back
+
+
+def nudge(function, x, dy, h=1e-6):
+    """The gradient of (function(x) * dy).sum() by x, each number nudged both ways."""
+    gradient = np.zeros_like(x)
+    for at in np.ndindex(x.shape):
+        moved = np.zeros_like(x)
+        moved[at] = h
+        gradient[at] = ((function(x + moved) - function(x - moved)) * dy).sum() / (2 * h)
+    return gradient
+
+
+@exercise
+def check_linear_backward(linear_backward):
+    rng = np.random.default_rng(12)
+    dy, x, W, b = (rng.standard_normal(shape) for shape in ((5, 3), (5, 4), (3, 4), (3,)))
+    result = call(linear_backward, dy, x, W)
+    expect(isinstance(result, tuple) and len(result) == 3, "three arrays were wanted: dx, dW, db")
+    dx, dW, db = result
+    like(dx, (5, 4), cause="dx has the shape of x")
+    like(dW, (3, 4), cause="dW has the shape of W")
+    like(np.asarray(db), (3,), cause="db has the shape of b: add up the rows")
+    equal(dx, nudge(lambda x: x @ W.T + b, x, dy))
+    misses = {"the rows' gradients are added, not averaged": dy.T @ x / 5}
+    equal(dW, nudge(lambda W: x @ W.T + b, W, dy), misses)
+    equal(db, nudge(lambda b: x @ W.T + b, b, dy), {"the rows are added, not averaged": dy.mean(0)})
+    x, W = rng.standard_normal((2, 4, 4))
+    dy = rng.standard_normal((4, 4))
+    dx, dW, _ = call(linear_backward, dy, x, W)
+    expect(not close(dx, dy @ W.T), "dx = dy @ W without .T; a square W hides it")
+    expect(not close(dW, x.T @ dy), "dW is dy.T @ x: you have its transpose, and a square W hides it")
+    equal(dx, dy @ W)
+    equal(dW, dy.T @ x)
+    return "dx, dW and db agree with nudging"
+
+
+@exercise
+def check_softmax_backward(softmax_backward):
+    rng = np.random.default_rng(13)
+    x, dy = rng.standard_normal((2, 2, 3, 5))
+    y = shares(x)
+    dx = call(softmax_backward, dy, y)
+    like(dx, x.shape, cause="dx has the shape of x")
+    misses = {
+        "y (1 - y) dy is only the diagonal: each share depends on every score": dy * y * (1 - y),
+        "the mean is taken under the shares, (dy * y).sum, not over the row": y
+        * (dy - dy.mean(-1, keepdims=True)),
+        "the sum goes over the last axis, with keepdims=True": y * (dy - (dy * y).sum()),
+        "the factor y is missing": dy - (dy * y).sum(-1, keepdims=True),
+        "the sign: the mean is subtracted": y * (dy + (dy * y).sum(-1, keepdims=True)),
+    }
+    equal(dx, nudge(shares, x, dy), misses)
+    x[..., 3:] = -np.inf
+    dx = call(softmax_backward, dy, shares(x))
+    expect((dx[..., 3:] == 0).all(), "a key that the mask hides must get exactly 0")
+    return "as by nudging, and 0 behind the mask"
+
+
+@exercise
+def check_layer_norm_backward(layer_norm_backward):
+    rng = np.random.default_rng(14)
+    x, dy = 0.05 * rng.standard_normal((2, 3, 6))
+    dy, weight = 20 * dy, rng.standard_normal(6)
+
+    def norm(x, eps=1e-5):
+        centered = x - x.mean(-1, keepdims=True)
+        return centered / np.sqrt((centered**2).mean(-1, keepdims=True) + eps) * weight
+
+    dx = call(layer_norm_backward, dy, x, weight)
+    like(dx, x.shape, cause="dx has the shape of x")
+    centered = x - x.mean(-1, keepdims=True)
+    deviation = np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-5)
+    n, dn = centered / deviation, dy * weight
+    shift, stretch = dn.mean(-1, keepdims=True), n * (dn * n).mean(-1, keepdims=True)
+    bare = (dy - dy.mean(-1, keepdims=True) - n * (dy * n).mean(-1, keepdims=True)) / deviation
+    misses = {
+        "mean and deviation are no constants: both terms are missing": dn / deviation,
+        "the deviation depends on x too: the term with n is missing": (dn - shift) / deviation,
+        "the mean depends on x too: mean(dn) is missing": (dn - stretch) / deviation,
+        "the weight is missing: dn = dy * weight": bare,
+        "the division by the deviation is missing": dn - shift - stretch,
+        "ε belongs into the deviation: here it is not small": nudge(lambda x: norm(x, 0), x, dy, 1e-7),
+    }
+    equal(dx, nudge(norm, x, dy, 1e-7), misses, 1e-4)
+    return "as by nudging: nothing that shifts or stretches a row is left"
+
+
+@exercise
+def check_rows(no_gradient):
+    expect(
+        isinstance(no_gradient, dict) and set(no_gradient) == {"a", "b"}, 'a dict with the keys "a" and "b"'
+    )
+    a, b = (set(no_gradient[key]) for key in "ab")
+    expect(a | b <= set(range(10)), "positions are 0 to 9")
+    expect(6 not in a, "a: ⟨end⟩ itself, at position 6, is where the gradient comes from")
+    expect(not a & set(range(6)), "a: ⟨end⟩ attends to every position before it")
+    expect({7, 8, 9} <= a, "a: padding comes after ⟨end⟩, which never sees it")
+    expect(b == set(), "b: without the mask ⟨end⟩ attends to the padding too, and sends it a gradient")
+    return "the gradient goes where something came from"
+
+
 # 16 Choose a precision and a device
 
 

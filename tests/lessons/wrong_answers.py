@@ -602,6 +602,57 @@ WRONG["check_loss_suspects"] = [
     ({**RIGHT_FAULTS, "D": "wrong"}, "is none of"),
 ]
 
+# 12 Send the error back
+
+WRONG["check_linear_backward"] = [
+    (lambda dy, x, W: (dy @ W, dy.T @ x, dy), "db has the shape of b"),
+    (lambda dy, x, W: (dy @ W, dy.T @ x / len(x), dy.sum(0)), "added, not averaged"),
+    (lambda dy, x, W: (dy @ W, dy.T @ x, dy.mean(0)), "the rows are added, not averaged"),
+    (lambda dy, x, W: (dy @ W, x.T @ dy, dy.sum(0)), "dW has the shape of W"),
+    (
+        lambda dy, x, W: (dy @ (W.T if W.shape[0] == W.shape[1] else W), dy.T @ x, dy.sum(0)),
+        "a square W hides it",
+    ),
+    (
+        lambda dy, x, W: (dy @ W, x.T @ dy if W.shape[0] == W.shape[1] else dy.T @ x, dy.sum(0)),
+        "you have its transpose",
+    ),
+    (lambda dy, x, W: dy @ W, "three arrays were wanted"),
+]
+WRONG["check_softmax_backward"] = [
+    (lambda dy, y: dy * y * (1 - y), "only the diagonal"),
+    (lambda dy, y: y * (dy - dy.mean(-1, keepdims=True)), "under the shares"),
+    (lambda dy, y: y * (dy - (dy * y).sum()), "with keepdims=True"),
+    (lambda dy, y: dy - (dy * y).sum(-1, keepdims=True), "the factor y is missing"),
+    (lambda dy, y: y * (dy + (dy * y).sum(-1, keepdims=True)), "the mean is subtracted"),
+    (lambda dy, y: y * (dy - (dy * y).sum(-1, keepdims=True)) + 1e-9, "must get exactly 0"),
+]
+
+
+def norm_backward(dy, x, weight, eps=1e-5, *, shift=1, stretch=1, weighted=True, divided=True):
+    centered = x - x.mean(-1, keepdims=True)
+    deviation = np.sqrt((centered**2).mean(-1, keepdims=True) + eps)
+    n, dn = centered / deviation, dy * (weight if weighted else 1)
+    dx = dn - shift * dn.mean(-1, keepdims=True) - stretch * n * (dn * n).mean(-1, keepdims=True)
+    return dx / deviation if divided else dx
+
+
+WRONG["check_layer_norm_backward"] = [
+    (lambda dy, x, w: norm_backward(dy, x, w, shift=0, stretch=0), "both terms are missing"),
+    (lambda dy, x, w: norm_backward(dy, x, w, stretch=0), "the term with n is missing"),
+    (lambda dy, x, w: norm_backward(dy, x, w, shift=0), "mean(dn) is missing"),
+    (lambda dy, x, w: norm_backward(dy, x, w, weighted=False), "the weight is missing"),
+    (lambda dy, x, w: norm_backward(dy, x, w, divided=False), "the division by the deviation"),
+    (lambda dy, x, w: norm_backward(dy, x, w, eps=0), "ε belongs into the deviation"),
+]
+WRONG["check_rows"] = [
+    ({"a": {6, 7, 8, 9}, "b": set()}, "where the gradient comes from"),
+    ({"a": set(range(6)) | {7, 8, 9}, "b": set()}, "attends to every position before it"),
+    ({"a": set(), "b": set()}, "which never sees it"),
+    ({"a": {7, 8, 9}, "b": {7, 8, 9}}, "without the mask"),
+    ({"a": {7, 8, 9}}, "a dict with the keys"),
+]
+
 # 16 Choose a precision and a device
 
 
