@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ def main(argv=None):
     """Run the command line; returns the exit status. Errors are one line on standard error."""
     args = parser().parse_args(argv)
     sys.stdout.reconfigure(errors="replace")  # a terminal that has no emoji shows ? and goes on
+    usual, warnings.formatwarning = warnings.formatwarning, lambda message, *_: f"minclip: {message}\n"
     try:
         return args.run(args)
     except BrokenPipeError:  # the reader, `head` say, has had enough
@@ -47,6 +49,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("minclip: interrupted", file=sys.stderr)
         return 130
+    finally:
+        warnings.formatwarning = usual
 
 
 def parser():

@@ -8,6 +8,8 @@ import json
 import os
 import re
 import struct
+import subprocess
+import sys
 import threading
 import warnings
 
@@ -383,3 +385,26 @@ def test_no_warning_comes_a_second_time(server):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         minclip.load("ViT-B/32", text_only=True)
+
+
+def test_the_command_line_prints_the_warning_in_one_line(server, tmp_path):
+    environment = {**os.environ, "MINCLIP_TEXT_ONLY": "1", "PYTHONWARNINGS": "default"}
+    run = [sys.executable, "-c", PRELUDE.format(base=ranges.BASE, models=download_module.MODELS)]
+    done = subprocess.run(run, env=environment, capture_output=True, encoding="utf-8", check=False)
+    assert done.stderr.startswith(
+        f"minclip: {tmp_path}/ViT-B-32.text.safetensors holds the text tower alone."
+    )
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stdout.startswith(f"{tmp_path}/ViT-B-32.text.safetensors\ndialect      OpenAI\n")
+    assert done.returncode == 0
+
+
+# The command line in a process of its own, with the test's server in place of OpenAI's.
+PRELUDE = """
+import sys
+from minclip import cli
+from minclip.checkpoint import download, ranges
+download.BASE = ranges.BASE = {base!r}
+download.MODELS.update({models!r})
+sys.exit(cli.main(["inspect", "ViT-B/32"]))
+"""
