@@ -214,9 +214,7 @@ def add_verify(commands):
     verify.add_argument(
         "--model-name", metavar="NAME", help="the model that it should be; by default it is recognized"
     )
-    verify.add_argument(
-        "--activation", choices=ACTIVATIONS, help="for a file that does not say; quick_gelu is OpenAI's"
-    )
+    add_architecture(verify)
     verify.add_argument("--json", action="store_true", help="print the certificate as JSON")
 
 
@@ -298,7 +296,7 @@ def run_verify(args):
     Exit status 0 if all strong sources agree, 1 if one disagrees or nothing is published for the model.
     """
     named = args.source if args.source in checkpoint.available_models() else None
-    params = checkpoint.load(args.source, activation=args.activation)
+    params = checkpoint.load(args.source, activation=args.activation, heads=args.heads)
     certificate = verification.verify(params, args.model_name or named)
     print(json.dumps(certificate.to_dict(), indent=2) if args.json else certificate)
     return int(certificate.verdict != "agrees")

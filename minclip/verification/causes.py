@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from minclip.params import ACTIVATIONS, Params, text_dtype
-from minclip.porting.runs import Runs
-from minclip.porting.search import Search
-from minclip.porting.target import Target
+from minclip.porting import diagnose
 from minclip.tokenizer import tokenize
 from minclip.verification.figures import Printed, Vectors, fill
 from minclip.verification.published import HALF
@@ -21,6 +19,7 @@ from minclip.verification.published import HALF
 ROWS = slice(0, 6)  # vectors that a cause is tried on; they are shipped completely
 TEMPLATES = ("{}", "a {}", "{a} {}", "a photo of a {}", "a photo of a {}.", "a photo of {a} {}.")
 RELATED = 0.5  # mean cosine from which weights have a common origin: towers trained apart are near 0
+BUDGET = 20.0  # seconds for the search of known bugs
 CLEAR = 5  # times the allowance from which an error is clearly one, and not an allowance too small
 
 
@@ -151,15 +150,9 @@ def known_bug(params, source):
         return ""
     tokens = tokenize([fill(source.templates[0], word) for word in source.words[ROWS]])
     dtype = np.float16 if source.allowed >= HALF else np.float32
-    # Single bugs only: to search pairs of bugs takes minutes on a real tower.
-    target = Target(params, tokens, source.figures[ROWS].astype(dtype))
-    search = Search(target, Runs(target))
-    findings = [
-        finding
-        for precision in target.precisions
-        for finding in search.judge_nearest(search.singles(), precision)
-    ]
-    if not findings:
+    figures = source.figures[ROWS].astype(dtype)
+    diagnosis = diagnose(params, tokens, figures, budget=BUDGET)
+    if diagnosis.verdict != "known":
         return ""
-    bugs = " and ".join(f"{fault.id}, {fault.summary}" for fault in findings[0].faults)
+    bugs = " and ".join(f"{fault.id}, {fault.summary}" for fault in diagnosis.findings[0].faults)
     return f"the figures agree once a known porting bug is put into the model: {bugs}"
