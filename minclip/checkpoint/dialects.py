@@ -307,7 +307,10 @@ def why_no_tower(names: list[str]) -> str:
     for word, kind in ADAPTERS.items():
         of_adapter = [name for name in names if word in name]
         if of_adapter:
-            return f"{kind}, to be merged into the weights of {adapted(of_adapter)}, and no tower itself"
+            remedy = " (minclip.apply_lora)" if kind == "a LoRA" else ""
+            return (
+                f"{kind}, to be merged into the weights of {adapted(of_adapter)}{remedy}, and no tower itself"
+            )
     if names and all(name.partition(".")[0] in EMBEDDINGS for name in names):
         return (
             "a textual inversion embedding: rows to append to token_embedding.weight of the tower it was "
@@ -324,10 +327,10 @@ def why_no_tower(names: list[str]) -> str:
 def adapted(names: list[str]) -> str:
     """Return the model that an adapter of these names belongs to."""
     towers = {
-        "lora_te1_": "the first text tower, CLIP's ViT-L/14 (minclip.apply_lora)",
-        "lora_te2_": "the second text tower, ViT-bigG/14 in Stable Diffusion XL (minclip.apply_lora)",
-        "lora_te": "a text tower (minclip.apply_lora)",
-        "text_": "a text tower (minclip.apply_lora)",
+        "lora_te1_": "the first text tower, CLIP's ViT-L/14",
+        "lora_te2_": "the second text tower, ViT-bigG/14 in Stable Diffusion XL",
+        "lora_te": "a text tower",
+        "text_": "a text tower",
     }
     found = [tower for sign, tower in towers.items() if any(sign in name for name in names)]
     return found[0] if found else "a U-Net or an image tower"
@@ -338,7 +341,8 @@ def choose_prefix(prefixes: list[str], wanted: str | None) -> str:
     if wanted is None:
         if len(prefixes) == 1:
             return prefixes[0]
-        raise ValueError(f"{len(prefixes)} text towers: say which, as FILE#PREFIX; {listed(prefixes)}")
+        which = "say which, as FILE#PREFIX (of a state_dict, keep one)"
+        raise ValueError(f"{len(prefixes)} text towers: {which}; {listed(prefixes)}")
     wanted = wanted.strip(".")
     for fits in (
         lambda prefix: prefix.strip(".") == wanted,

@@ -318,6 +318,19 @@ def gguf_of(values=b"", tensors=b"", counts=(0, 0), version=3):
     return b"GGUF" + struct.pack("<IQQ", version, *counts) + values + tensors
 
 
+def gguf_tower(params):
+    """Return a GGUF file of a text tower's arrays in float32, under their own names."""
+    infos, data = b"", b""
+    for name, array in params.items():
+        sizes = array.shape[::-1]
+        infos += gguf_text(name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, 0, len(data))
+        data += array.astype("<f4").tobytes()
+    header = gguf_of(
+        gguf_text("general.architecture") + struct.pack("<I", 8) + gguf_text("clip"), infos, (len(params), 1)
+    )
+    return header + bytes(-len(header) % 32) + data
+
+
 def gguf_text(string):
     return struct.pack("<Q", len(string)) + string.encode()
 

@@ -162,6 +162,7 @@ def sound(tmp_path_factory):
     save_traced(openai_model(), folder / "traced.pt")
     params = minclip.from_state_dict(state, activation="quick_gelu")
     minclip.save(params, folder / "saved.safetensors")
+    (folder / "tower.gguf").write_bytes(hostile.gguf_tower(params))
     np.savez(folder / "plain.npz", **params)
     np.savez_compressed(folder / "packed.npz", **params)
     return {path.name: path for path in sorted(folder.iterdir())}
@@ -218,7 +219,7 @@ def mutate(path, rng):
     if rng.random() < 0.5:
         if path.suffix == ".safetensors":
             return "header", hostile.mutated_header(content, rng)
-        if path.name == "old.pt":
+        if path.name in ("old.pt", "tower.gguf"):
             return "bytes", hostile.mutated_bytes(content, rng)
         if rng.random() < 0.3 or path.suffix == ".npz":
             return "zip", hostile.mutated_archive(content, rng)

@@ -8,6 +8,7 @@ import pytest
 
 import minclip
 from minclip import checkpoint
+from tests.support.hostile import gguf_tower
 from tests.support.oracles import assert_same, random_params, renamed
 
 gguf = pytest.importorskip("gguf", reason='the gguf package writes the files: pip install ".[gguf]"')
@@ -85,6 +86,12 @@ def test_a_quantized_file_asks_for_the_package_that_reads_it(tmp_path, monkeypat
     assert "quantized" in checkpoint.inspect(path)
     write(path, renamed(PARAMS), {})
     assert_same(minclip.load(path, activation="quick_gelu"), PARAMS)
+
+
+def test_a_plain_file_needs_no_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    (tmp_path / "tower.gguf").write_bytes(gguf_tower(PARAMS))
+    assert_same(minclip.load(tmp_path / "tower.gguf", activation="gelu"), PARAMS)
 
 
 def test_a_cut_gguf_file_is_refused(tmp_path):
