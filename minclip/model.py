@@ -62,7 +62,7 @@ def encode_text(params: Mapping[str, Any], tokens: Any, *, tap: Tap | None = Non
 
 def hidden_states(
     params: Mapping[str, Any], tokens: Any, *, skip: int = 0, norm: bool = True, pooled: bool = False
-) -> Any:
+) -> Floats | tuple[Floats, Floats, Floats | None]:
     """Return the residual stream at every position, as Stable Diffusion's models read it.
 
     params, tokens   as `encode_text` takes them; no text_projection is needed

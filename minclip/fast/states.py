@@ -25,6 +25,7 @@ from minclip.fast.cpu import attend, counter
 from minclip.fast.tree import chunks, slices, sort
 from minclip.fast.twigs import grow
 from minclip.params import (
+    Floats,
     architecture,
     as_params,
     check_skip,
@@ -48,7 +49,7 @@ def hidden_states(
     pooled: bool = False,
     progress: bool = False,
     nodes: int | None = None,
-) -> Any:
+) -> Floats | tuple[Floats, Floats, Floats | None]:
     """Return the states of `minclip.hidden_states`, to rounding, for many texts.
 
     params, tokens, skip, norm, pooled   as `minclip.hidden_states` takes them

@@ -19,6 +19,7 @@ from minclip.porting.faults import Fault
 from minclip.porting.layouts import Match, crop
 from minclip.porting.names import rename, unpack
 from minclip.porting.notes import listed, notes_on, verdict_on
+from minclip.porting.port import Port
 from minclip.porting.port_files import read_port
 from minclip.porting.probe import as_trace, read_probe
 from minclip.porting.rounding import (
@@ -29,6 +30,7 @@ from minclip.porting.rounding import (
     coarser,
     distances,
     holds,
+    host_params,
     named_precision,
     possible_precisions,
     ratio,
@@ -40,6 +42,7 @@ from minclip.porting.runs import Runs
 from minclip.porting.search import Search
 from minclip.porting.stages import LOOKED_UP, PRODUCTS, STREAM, axes, entries, is_product, part_of, text_of
 from minclip.porting.target import Target
+from minclip.porting.which_states import Which, states_of
 from minclip.tracing import Trace
 
 
@@ -170,15 +173,28 @@ class Comparer:
         if precision is not None:
             stages = {name: self.with_tolerance(stage, precision) for name, stage in stages.items()}
         judged = judge(stages, self.final if agrees else None)
-        return Comparison(judged, self, precision, self.explain_gradients(judged))
+        explain = self.explain_gradients if self.backwards else self.explain_states
+        return Comparison(judged, self, precision, explain(judged))
 
     def explain_gradients(self, stages: Mapping[str, Stage]) -> list[Fault]:
         """Return the known bugs of backward passes that explain every difference of a port's gradients."""
         new = [name for name, stage in stages.items() if stage.state == "diverges"]
-        if not self.backwards or not new or self.alignment.misfits:
+        if not new or self.alignment.misfits:
             return []
         limits = {name: stages[name].tolerance for name in self.pairs}
         return list(gradients.explain(self.reference, self.pairs, limits, new, self.text))
+
+    def explain_states(self, stages: Mapping[str, Stage]) -> list[Fault]:
+        """Return the faults of a port whose only difference is that its last hidden states are other ones."""
+        new = [name for name, stage in stages.items() if stage.state in ("diverges", "shape")]
+        if new != ["ln_final"] or stages["ln_final"].state == "shape" or self.reference.params is None:
+            return []
+        port, stage = self.pairs["ln_final"][1], stages["ln_final"]
+        for which, states in states_of(Port(host_params(self.reference.params), self.tokens)).items():
+            a, b = entries("ln_final", states, port, self.text)
+            if relative_l2(b, a) <= stage.tolerance:
+                return list(which.faults(Which()))
+        return []
 
     def measure_all(self) -> dict[str, Stage]:
         """Return every stage with its numbers, and the tolerance for the precision that its digits show."""
@@ -395,7 +411,8 @@ class Comparison:
     verdict    one sentence
     notes      further sentences: where in the arrays, how they were read, what was left out
     agrees     whether the port agrees with the reference
-    faults     of gradients, the known bugs that explain every difference, each a `Fault`
+    faults     the known bugs that explain every difference, each a `Fault`: of gradients, and of a port whose
+               last hidden states are other ones
 
     Prints as a table whose first line is the verdict; in Jupyter it is a picture, layers x stages.
     """

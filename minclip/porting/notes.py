@@ -129,7 +129,10 @@ def notes_on_reading(comparison, compared):
         yield f"the port has the first {text.shape[1]} of {L} positions, and only those are compared"
     padding = [name for name, stage in comparison.stages.items() if stage.state == "padding"]
     if padding:
-        yield f"only positions after the end of text, which reach no feature, differ in {listed(padding, 2)}"
+        where = listed(padding, 2)
+        yield f"only positions after the end of text, which reach no feature, differ in {where}"
+        if "ln_final" in padding:
+            yield "as hidden states they count: minclip.diagnose names the cause, given the port's ln_final"
     layouts = {}
     for name in comparison.stages:
         if name in matches and matches[name].layout not in (axes(name), f"P {axes(name)}"):

@@ -123,7 +123,8 @@ def read_states(output: Any, tokens: Any, params: Params) -> tuple[Any, str]:
     for width in dict.fromkeys(params["text_projection"].shape):
         found = readings(output, "B L D", {"B": B, "L": L, "D": width})
         if len(found) > 1 and width == len(params["ln_final.weight"]):  # layouts of the same shape
-            reference = hidden_states(params, tokens)[:, : found[0].length]
+            reference: Any = hidden_states(params, tokens)
+            reference = reference[:, : found[0].length]
             found.sort(key=lambda reading: text_error(reading.array, reference).mean())
         if found:
             return found[0].array, found[0].layout

@@ -154,3 +154,22 @@ def test_the_command_line_diagnoses_hidden_states(params, tokens, tmp_path, caps
     assert "N7: the last block is skipped" in capsys.readouterr().out
     assert main([*command, "--skip", "1", "--no-norm"]) == 0
     assert "agrees: the port gives the reference's hidden states" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("skip", "norm", "expected"), [(1, True, ["N7"]), (0, False, ["N5"]), (2, False, ["N7", "N5"])]
+)
+@pytest.mark.parametrize("name", ["last_hidden_state", "hidden_states"])
+def test_compare_says_which_states_a_port_gives(params, tokens, skip, norm, expected, name):
+    states = port_states(params, tokens, *[] if norm else ["no_final_norm"], skip=skip)
+    comparison = minclip.compare(minclip.trace(params, tokens), {name: states})
+    assert comparison.first == "ln_final"
+    assert [fault.id for fault in comparison.faults] == expected
+    assert f"{expected[0]} explains every difference" in str(comparison)
+
+
+def test_compare_says_that_padding_counts_in_hidden_states(params, tokens):
+    states = port_states(params, tokens, "padded_with_zero")
+    comparison = minclip.compare(minclip.trace(params, tokens), {"last_hidden_state": states})
+    assert comparison.first is None
+    assert any("as hidden states they count" in note for note in comparison.notes)
