@@ -26,7 +26,7 @@ CUDA_DTYPES = {
     "d": ("double", "double"),
 }  # stored, computed
 CUBLAS_DTYPES = {"e": runtime.CUDA_R_16F, "f": runtime.CUDA_R_32F}
-FACTORS = np.float32([0, 1])  # cuBLAS reads its factors from memory
+FACTORS = np.array([0, 1], np.float32)  # cuBLAS reads its factors from memory
 ZERO, ONE = FACTORS.ctypes.data, FACTORS.ctypes.data + FACTORS.itemsize
 SOURCE = Path(__file__).with_name("kernels.cu")
 
@@ -77,7 +77,7 @@ def product(a, b, out, add=False):
     """
     if not out.size:
         return out
-    M, K, N = *a.shape[-2:], b.shape[-1]
+    (M, K), N = a.shape[-2:], b.shape[-1]
     (a, a_transposed), (b, b_transposed) = as_stored(a), as_stored(b)
     operation = cublas.CUBLAS_OP_N, cublas.CUBLAS_OP_T
     half = CUBLAS_DTYPES["e"]
