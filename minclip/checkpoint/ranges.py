@@ -187,7 +187,7 @@ def download_text_tower(name: str, *, cache: str | os.PathLike[str] | None = Non
         return path
     url = f"{BASE}/{digest}/{filename}"
     try:
-        fetch_text_tower(url, path)
+        fetch_text_tower(url, path, activation="quick_gelu")
     except NoRangesError as error:
         warnings.warn(f"{error}: downloading all of {filename}", stacklevel=4)
         return download(name, cache=cache)
@@ -223,30 +223,42 @@ def download_from_hub(source: str, *, cache: str | os.PathLike[str] | None = Non
         if (folder / config).is_file() and (folder / weights).is_file():
             return folder
     for config, weights in HUB_FILES:
-        try:
-            with urllib.request.urlopen(f"{base}/{config}", timeout=TIMEOUT) as response:
-                text = response.read(LARGEST_DIRECTORY)
-        except urllib.error.HTTPError as error:
-            if error.code in (401, 404):  # the hub answers 401 for a model that is not there
-                continue
-            raise OSError(f"cannot download {base}/{config}: {error}") from None
-        except OSError as error:
-            raise OSError(f"cannot download {base}/{config}: {error}") from None
-        try:
-            fetch_text_tower(f"{base}/{weights}", folder / weights)
-        except NoRangesError as error:
-            warnings.warn(f"{error}: downloading all of {weights}", stacklevel=4)
-            fetch(f"{base}/{weights}", folder / f"{weights}.part")
-            os.replace(folder / f"{weights}.part", folder / weights)
-        (folder / config).write_bytes(text)
-        return folder
+        text = fetch_config(f"{base}/{config}")
+        if text is not None:
+            fetch_weights(f"{base}/{weights}", folder / weights)
+            (folder / config).write_bytes(text)
+            return folder
     raise FileNotFoundError(
         f"the Hugging Face hub has no {name}, or it has neither config.json nor open_clip_config.json"
     )
 
 
-def fetch_text_tower(url: str, path: Path) -> None:
+def fetch_config(url: str) -> bytes | None:
+    """Return a config of the hub, None where there is none. Raises OSError if the download fails."""
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+            return response.read(LARGEST_DIRECTORY)
+    except (OSError, http.client.HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError) and error.code in (401, 404):
+            return None  # the hub answers 401 for a model that is not there
+        raise OSError(f"cannot download {url}: {error}") from None
+
+
+def fetch_weights(url: str, path: Path) -> None:
+    """Download the text tower of the hub's weights, or all of them from a server without ranges."""
+    try:
+        fetch_text_tower(url, path)
+    except NoRangesError as error:
+        warnings.warn(f"{error}: downloading all of {path.name}", stacklevel=5)
+        part = path.with_name(f"{path.name}.part")
+        fetch(url, part)
+        os.replace(part, path)
+
+
+def fetch_text_tower(url: str, path: Path, *, activation: str | None = None) -> None:
     """Download the text tower of a .pt or safetensors file to path, as safetensors.
+
+    activation   that of a .pt file's weights. Without it, only safetensors are accepted
 
     Raises NoRangesError where the server takes no ranges, other OSErrors where the download fails, ValueError
     where the file has no text tower or is damaged.
@@ -254,7 +266,7 @@ def fetch_text_tower(url: str, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remote = RemoteFile(url)
-        plan = plan_download(remote)
+        plan = plan_download(remote, activation)
         part = path.with_name(f"{path.name}.{plan.tag:08x}.part")
         fetch_spans(remote, plan.spans, part)
     except NoRangesError:
@@ -287,17 +299,17 @@ def fetch_spans(remote: RemoteFile, spans: list[tuple[int, int]], part: Path) ->
                 bar.update(len(chunk))
 
 
-def plan_download(remote: RemoteFile) -> Plan:
-    """Read the directory of a .pt or safetensors file, and return what of it is the text tower's."""
+def plan_download(remote: RemoteFile, activation: str | None) -> Plan:
+    """Read the directory of a .pt or safetensors file, and return which of its bytes are the text tower's."""
     file = io.BufferedReader(remote, BUFFER)
     head = file.read(8)
-    if head.startswith(b"PK\3\4"):
-        return plan_archive(file)
+    if head.startswith(b"PK\3\4") and activation:
+        return plan_archive(file, activation)
     (size,) = struct.unpack("<Q", head.ljust(8, b"\xff"))
     return plan_safetensors(file, size, remote.size)
 
 
-def plan_archive(file: Any) -> Plan:
+def plan_archive(file: Any, activation: str) -> Plan:
     """Return the plan of a PyTorch archive, whose pickle says which entries hold the text tower."""
     try:
         with zipfile.ZipFile(file) as archive:
@@ -309,7 +321,7 @@ def plan_archive(file: Any) -> Plan:
     machine = PickleMachine()
     with refusing("its pickle, data.pkl,"):
         tensors, _ = flatten(machine.run(io.BytesIO(program)))
-    tower = dialects.Tower(tensors, dialects.choose_prefix(dialects.find_towers(tensors), None))
+    tower = the_tower(tensors)
     storages = {f"{folder}data/{key}": machine.storages[key] for key in storage_keys(tower)}
     entries = [(info, end) for info, end in zip(infos, ends, strict=True) if info.filename in storages]
     if len(entries) < len(storages):
@@ -318,13 +330,23 @@ def plan_archive(file: Any) -> Plan:
     def write(pieces: Pieces, path: Path) -> None:
         for info, _ in entries:
             place(storages[info.filename], info, pieces)
-        metadata = {"format": "minclip", "activation": "quick_gelu", "heads": str(tower.sizes["D"] // 64)}
-        arrays = {name: tower.array(name, lambda tensor, _: np.asarray(tensor)) for name in tower.sources}
-        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        safetensors.numpy.save_file(contiguous, path, metadata=metadata)
+        write_tower(tower, activation, path)
 
     tag = zlib.crc32(repr([(info.filename, info.CRC, end) for info, end in entries]).encode())
     return Plan(joined((info.header_offset, end) for info, end in entries), tag, write)
+
+
+def the_tower(tensors: dict[str, Stored]) -> dialects.Tower:
+    """Return the one text tower among the tensors."""
+    return dialects.Tower(tensors, dialects.choose_prefix(dialects.find_towers(tensors), None))
+
+
+def write_tower(tower: dialects.Tower, activation: str, path: Path) -> None:
+    """Write a tower in its own dtypes, as `save` does."""
+    metadata = {"format": "minclip", "activation": activation, "heads": str(tower.sizes["D"] // 64)}
+    arrays = {name: tower.array(name, lambda tensor, _: np.asarray(tensor)) for name in tower.sources}
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    safetensors.numpy.save_file(contiguous, path, metadata=metadata)
 
 
 def read_pickle(archive: zipfile.ZipFile, infos: list[zipfile.ZipInfo]) -> tuple[bytes, str]:
@@ -354,39 +376,46 @@ def place(storage: Storage, info: zipfile.ZipInfo, pieces: Pieces) -> None:
 def plan_safetensors(file: Any, size: int, end: int) -> Plan:
     """Return the plan of a safetensors file of `end` bytes, whose header of `size` bytes has the places."""
     if size > LARGEST_DIRECTORY:
-        raise ValueError("neither a zip archive nor safetensors")
+        raise ValueError("neither OpenAI's zip archive nor safetensors")
+    start = 8 + size
+    text = file.read(size)
     try:
-        text = file.read(size)
         header = json.loads(text, object_pairs_hook=without_duplicates)
         header.pop("__metadata__", None)
-        places = {name: place_of(about["data_offsets"], end - 8 - size) for name, about in header.items()}
+        places = {name: place_of(about["data_offsets"], end - start) for name, about in header.items()}
         tensors = {
             name: Stored(about["shape"], DTYPES.get(about["dtype"], about["dtype"]), unread, 0)
             for name, about in header.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not a safetensors file: {error!s:.200}") from None
-    tower = dialects.Tower(tensors, dialects.choose_prefix(dialects.find_towers(tensors), None))
-    names = sorted(tower.tensor_names(), key=places.__getitem__)
+    names = sorted(the_tower(tensors).tensor_names(), key=places.__getitem__)
+    spans = [(start + first, start + last) for first, last in (places[name] for name in names)]
 
     def write(pieces: Pieces, path: Path) -> None:
-        offsets = itertools.accumulate((places[name][1] - places[name][0] for name in names), initial=0)
-        kept = {
-            name: header[name] | {"data_offsets": pair}
-            for name, pair in zip(names, itertools.pairwise(offsets), strict=True)
-        }
-        with open(path, "wb") as out:
-            directory = json.dumps(kept).encode()
-            directory += b" " * (-len(directory) % 8)
-            out.write(struct.pack("<Q", len(directory)) + directory)
-            for name in names:
-                first, last = places[name]
-                out.write(pieces[8 + size + first : 8 + size + last])
-        with safetensors.safe_open(path, "numpy"):
-            pass  # the library checks the directory that was made from the server's
+        content = (pieces[first:last] for first, last in spans)
+        write_tensors({name: header[name] for name in names}, content, path)
 
-    spans = joined((8 + size + first, 8 + size + last) for first, last in (places[name] for name in names))
-    return Plan(spans, zlib.crc32(text), write)
+    return Plan(joined(spans), zlib.crc32(text), write)
+
+
+def write_tensors(header: dict[str, Any], content: Iterable[bytes], path: Path) -> None:
+    """Write a safetensors file of the tensors of a header, each with its bytes. The library checks it."""
+    start = 0
+    for about in header.values():
+        first, last = about["data_offsets"]
+        about["data_offsets"] = [start, start + last - first]
+        start += last - first
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.writelines(content)
+    try:
+        with safetensors.safe_open(path, "numpy"):
+            pass
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"not a safetensors file: {error}") from None
 
 
 def unread() -> np.ndarray:

@@ -119,12 +119,8 @@ def mean_cosine(ours: Any, theirs: Any) -> float:
     return float(np.nan_to_num(np.mean(cosines)))
 
 
-def certify(params: Params, name: str, others: list[str], recognized: bool = False) -> Certificate:
-    """Return the certificate of weights that should be those of a model.
-
-    others       models of the same shapes
-    recognized   whether the model was found by its figures, not named
-    """
+def compare_sources(params: Params, name: str) -> tuple[list[SourceCheck], list[Any], list[Any]]:
+    """Return the checks of a model's sources, the figures (as `cosine_of` takes them), the failed sources."""
     checks, found, failed = [], [], []
     for source in usable(params, name):
         ours = source.compute(params)
@@ -133,6 +129,16 @@ def certify(params: Params, name: str, others: list[str], recognized: bool = Fal
         found.append((source, ours, source.figures))
         if source.strong and not checks[-1].agrees:
             failed.append((source, errors))
+    return checks, found, failed
+
+
+def certify(params: Params, name: str, others: list[str], recognized: bool = False) -> Certificate:
+    """Return the certificate of weights that should be those of a model.
+
+    others       models of the same shapes
+    recognized   whether the model was found by its figures, not named
+    """
+    checks, found, failed = compare_sources(params, name)
     strong = any(check.strong for check in checks)
     cosine = cosine_of([each for each in found if each[0].strong or not strong])
     counted = [check for check in checks if check.strong or not strong]

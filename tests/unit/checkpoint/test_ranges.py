@@ -274,7 +274,7 @@ def minclip_archive(content):
         (lambda path: repacked(path, b"\x80\x02cposix\nsystem\nX\2\0\0\0id\x85R."), "no CLIP text tower"),
         (lambda path: repacked(path, b"\x80\x02garbage"), "pickle"),
         (lambda path: path.read_bytes()[:-30], "not a complete zip archive"),
-        (lambda path: b"<html>not found</html>" * 100, "neither a zip archive nor safetensors"),
+        (lambda path: b"<html>not found</html>" * 100, "neither OpenAI's zip archive nor safetensors"),
         (lambda path: struct.pack("<Q", 50) + b"{" * 60, "not a safetensors file"),
         (lambda path: b"PK\3\4", "not a complete zip archive"),
     ],
@@ -355,6 +355,12 @@ def test_a_hub_without_ranges_gives_the_complete_file(server, hub_model):
     server.misbehave = serve_without_ranges
     with pytest.warns(UserWarning, match=r"downloading all of model\.safetensors"):
         assert_same(minclip.load("hf:owner/clip"), params)
+
+
+def test_a_zip_archive_in_place_of_safetensors_is_refused(server, content, hub_model):
+    put_on_hub(server, hub_model[1] | {"model.safetensors": content})
+    with pytest.raises(ValueError, match="neither OpenAI's zip archive nor safetensors"):
+        minclip.load("hf:owner/clip")
 
 
 def test_names_that_the_hub_does_not_have_are_refused(server):
