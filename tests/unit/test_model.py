@@ -241,6 +241,17 @@ def test_every_fault_of_the_catalogue_put_into_encode_text_fails_these_tests():
     assert not mutation_check.main([])
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("gate", [model.quick_gelu, model.gelu])
+def test_a_large_array_gives_the_same_bits_as_each_of_its_rows(gate, dtype):
+    """Steps in minclip/arrays.py compute a few rows at a time."""
+    x = (4 * np.random.default_rng(0).standard_normal((3, 211, 301))).astype(dtype)
+    expected = np.stack([gate(row) for row in x.reshape(-1, 301)]).reshape(x.shape)
+    np.testing.assert_array_equal(gate(x), expected)
+    np.testing.assert_array_equal(gate(x.swapaxes(0, 1)), expected.swapaxes(0, 1))
+    assert gate(x[:0]).shape == (0, 211, 301)
+
+
 def test_gelu_is_exact():
     import math
 
