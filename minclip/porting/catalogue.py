@@ -2,7 +2,7 @@
 
 The letter of an id names an area of the encoder: A activation, M mask, P pooling, D padding and special ids,
 E embedding and positions, T attention, N norms, residuals, layers, projection and output; R is the order of
-the rows.
+the rows, Q the storage of weights, X the comparison itself. W are slips in one layer, see `slips`.
 """
 
 import math
@@ -13,6 +13,8 @@ from minclip.model import softmax
 from minclip.porting.faults import (
     Fault,
     all_of,
+    codes_for_weights,
+    cosines,
     deeper_than,
     double,
     each_third,
@@ -40,6 +42,7 @@ from minclip.porting.faults import (
     regroup,
     repad,
     replace,
+    replace_lookup,
     reshape_heads,
     same,
     scale_scores,
@@ -58,6 +61,7 @@ from minclip.porting.faults import (
     without_end,
     zero,
 )
+from minclip.porting.quantization import e4m3
 
 NONE_KNOWN = "no public thread known"
 CAUSAL = "add -inf to the scores above the diagonal, before the softmax; CLIP's text encoder is causal"
@@ -75,6 +79,8 @@ PRE_NORM = "x = x + attn(ln_1(x)), then x = x + mlp(ln_2(x))"
 PROJECTION = "text_projection is a bare parameter [width, embedding], used as x @ P, not as a Linear"
 IN_ORDER = "run each block once, in the order of the number in its name, every one with its own weights"
 QUICK = "use x * sigmoid(1.702 * x) for OpenAI's weights, erf GELU only where the config says so"
+NOT_LOGITS = "compare the features that go into the product: model.get_text_features, not logits_per_text"
+SCALES = "multiply each matrix by its scale (weight_scale, scale_weight, scales) as it is loaded"
 NOT_UNIT = "return x @ P as it is; normalize later, where you need cosines"
 
 # An entry: id and summary; source and remedy; the change, which ports it fits, what it needs.
@@ -195,6 +201,9 @@ CATALOGUE = (
     Fault("P8-pool", "ids cast to int16 before argmax: pooled at the largest ordinary id",
           "instant-clip keeps ids in 16 bits", "keep ids in int32 or int64",
           pooled_at(lambda port: low_bits(port.tokens, np.int16).argmax(-1)), full_vocabulary, "padding"),
+    Fault("P8-lookup", "ids cast to int16 for the lookup alone: wrong rows, but pooled at the right end",
+          "instant-clip keeps ids in 16 bits", "keep ids in int32 or int64",
+          replace_lookup(np.int16), full_vocabulary),
     Fault("P9", "every row is pooled at the first row's end of text",
           "tinygrad clip.py:334; tinygrad#6292",
           "index rows and positions together: x[arange(B), tokens.argmax(-1)]",
@@ -415,6 +424,9 @@ CATALOGUE = (
     Fault("T3-12", "12 heads",
           "12 is the number of ViT-L/14", "take the heads from the config, or width // 64",
           with_heads(lambda H: 12), other_heads(lambda H: 12, [half, double])),
+    Fault("T3-16", "16 heads",
+          "16 is the number of ViT-L/14's image tower", "take the heads from the text tower's own config",
+          with_heads(lambda H: 16), other_heads(lambda H: 16, [half, double])),
     Fault("T4", "scores scaled by 1 / sqrt(number of heads)",
           "tt-metal#56789", SCALE,
           scale_scores(lambda K, H, D: (K / H) ** 0.5)),
@@ -657,6 +669,20 @@ CATALOGUE = (
           "SoundCLR#4; lerobot#38", "normalize over the last axis",
           replace("text_features", lambda at: to_unit_length(at["text_features"], 0)),
           lambda port: len(port.batch) > 1, "batch"),
+    Fault("X1-logits", "compared with logits, 100 times the texts' cosine similarities, not with features",
+          "huggingface/transformers#18639", NOT_LOGITS,
+          replace("text_features", lambda at: 100 * cosines(at["text_features"])),
+          lambda port: len(port.batch) > 1, "batch"),
+    Fault("X1-cosines", "compared with the texts' cosine similarities, not with features",
+          "huggingface/transformers#18639", NOT_LOGITS,
+          replace("text_features", lambda at: cosines(at["text_features"])),
+          lambda port: len(port.batch) > 1, "batch"),
+    Fault("Q1-fp8", "the blocks' matrices are fp8 codes (e4m3) whose scales were forgotten",
+          "leejet/stable-diffusion.cpp#1898", SCALES,
+          lambda port: codes_for_weights(port, lambda code: e4m3(448 * code))),
+    Fault("Q1-int8", "the blocks' matrices are int8 codes whose scales were forgotten",
+          "leejet/stable-diffusion.cpp#1898", SCALES,
+          lambda port: codes_for_weights(port, lambda code: np.round(127 * code))),
     Fault("N16-broadcast", "every row equals the first row",
           "tinygrad#6292 has the class of bug", "check how one row is broadcast over the batch",
           replace("text_features", lambda at: at["text_features"][:1] + 0 * at["text_features"]),

@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from minclip.porting.alignment import SILENT, align
+from minclip.porting.dropout import dropout_in
 from minclip.porting.faults import Fault
 from minclip.porting.names import unpack
 from minclip.porting.rounding import allowed, relative_l2
@@ -80,6 +81,8 @@ class StagewiseSearch:
     def findings(self, precision: str) -> list[Finding]:
         """Return chains of faults that explain the features, each found at the first divergence left."""
         found: dict[Faults, Finding] = {}
+        if self.dropout and (judgment := self.search.judge((self.dropout,), "", precision)).fits:
+            return [judgment.finding]
         if self.slips and (judgment := self.search.judge(self.slips, "", precision)).fits:
             return [judgment.finding]
         for chain in self.chains[0]:
@@ -88,6 +91,13 @@ class StagewiseSearch:
                 if chain and judgment.fits:
                     found.setdefault(chain, judgment.finding)
         return list(found.values())
+
+    @functools.cached_property
+    def dropout(self) -> Fault | None:
+        """Dropout, where the first divergence shows it."""
+        if self.start == len(self.order):
+            return None
+        return dropout_in(self.stages, self.record((), "float64", None), self.order[self.start], self.text)
 
     @functools.cached_property
     def slips(self) -> Faults:

@@ -303,6 +303,28 @@ def deeper_than(layers):
     return lambda port: port.layers > layers
 
 
+def replace_lookup(dtype):
+    """Look up ids that were cast to a type too small for them; the position of the end stays right."""
+    return lambda port: port.replace("token_embedding", lambda at: port.embed(low_bits(port.tokens, dtype)))
+
+
+def codes_for_weights(port, round_to_codes):
+    """Replace every matrix of the blocks by its codes: round_to_codes(matrix / largest |number|)."""
+
+    def codes(w):
+        return round_to_codes(w / abs(w).max())
+
+    port.weights("attn.in_proj_weight", lambda w: each_third(w, codes, codes, codes))
+    for module in ("attn.out_proj", "mlp.c_fc", "mlp.c_proj"):
+        port.weights(f"{module}.weight", codes)
+
+
+def cosines(features):
+    """Return the cosine similarities [B, B] of features [B, E]."""
+    unit = to_unit_length(features)
+    return unit @ unit.T
+
+
 def other_heads(count, but=()):
     """Tell whether count(H) is another number of heads that divides the width, and none of those in but."""
 

@@ -35,6 +35,7 @@ class Use:
 
     weight, bias   a stage; "" for none, or a norm's 1 and 0; None for no tensor of the reference
     transposed     whether the matrix is used transposed
+    scale          the factor by which the matrix is too large
     error          relative L2 that the right tensors leave of the port's output
     """
 
@@ -43,11 +44,12 @@ class Use:
     bias: str | None
     transposed: bool = False
     error: float = 0.0
+    scale: float = 1.0
 
     @property
     def right(self) -> bool:
         """Whether the port used the tensors that belong there."""
-        return self.weight == self.bias == self.stage and not self.transposed
+        return self.weight == self.bias == self.stage and not self.transposed and self.scale == 1
 
 
 def uses_of(params: Mapping[str, Any], stages: Mapping[str, Any], text: Any) -> Iterator[Use]:
@@ -92,6 +94,11 @@ def product_used(params: Mapping[str, Any], stage: str, places: list[str], x: An
         return Use(
             stage, stage, bias_used(params, stage, places, (y - own).mean(axis=0)), False, float(error)
         )
+    centered, other = own - own.mean(axis=0), y - y.mean(axis=0)
+    scale = float((centered * other).sum() / ((centered**2).sum() or 1))
+    if np.linalg.norm(other - scale * centered) <= RIGHT * size:
+        bias = bias_used(params, stage, places, (y - scale * own).mean(axis=0))
+        return Use(stage, stage, bias, scale=scale)
     tried = []
     for place in places:
         for transposed in (False, True):

@@ -97,7 +97,7 @@ class Search:
         exact = target.transform(self.runs.run(faults, precision="float64"))
         rounded = target.transform(self.runs.run(faults, precision=precision))
         if not target.has_width_of(exact):
-            return Judgment(Finding(tuple(faults), np.inf), np.inf, 0.0, 0.0)
+            return Judgment(Finding(tuple(faults), np.inf), np.inf, worst_rounding(rounded, exact), 0.0)
         told = [NORMALIZED] if target.unit else []
         if transform == "shuffled" or not target.aligned:
             rows = nearest_rows(target.features, exact)
@@ -107,8 +107,7 @@ class Search:
             factor = fitted_factor(target.features, exact)
             exact, rounded = factor * exact, factor * rounded
             told.append(dataclasses.replace(SCALED, summary=SCALED.summary.format(factor=f"{factor:.6g}")))
-        moved = relative_l2(rounded, exact)
-        rounding = float(moved[np.isfinite(moved)].max(initial=0))
+        rounding = worst_rounding(rounded, exact)
         limit = allowed(rounding, precision)
         if faults:  # a model that amplifies rounding without bound must not pass for anything
             limit = min(limit, NEAR[precision] * self.rounding(precision))
@@ -255,6 +254,12 @@ class Search:
                     trials += self.try_faults(pair, self.runs.run(pair, self.rows))
         self.rows = home
         return trials
+
+
+def worst_rounding(rounded: Any, exact: Any) -> float:
+    """Return the largest finite relative L2 distance between rows of two runs."""
+    moved = relative_l2(rounded, exact)
+    return float(moved[np.isfinite(moved)].max(initial=0))
 
 
 def ranked(findings: list[Finding]) -> list[Finding]:

@@ -20,6 +20,7 @@ from minclip.porting.slips import (
     SlipRuns,
     layer_of,
     loaded_from,
+    scaled,
     slip,
     slips,
     swapped,
@@ -42,6 +43,8 @@ def slips_of_products(params: Mapping[str, Any], stages: Mapping[str, Any], text
     lost = [use for use in rest if use.weight is None or use.bias is None]
     named = [
         uses(use.stage, use.weight, use.bias, transposed=use.transposed)
+        if use.scale == 1
+        else scaled(use.stage, use.scale)
         for use in rest
         if use.weight is not None and use.bias is not None
     ]

@@ -115,6 +115,19 @@ def uses(stage: str, weight_of: str | None, bias_of: str | None, *, transposed: 
     return slip(kind, layer_of(stage), summary, change)
 
 
+def scaled(stage: str, factor: float) -> Slip:
+    """Return the slip by which the matrix of a stage is too large by a factor."""
+    weight, _, rows = parameters_of(stage)
+    summary = f"{stage} uses {named(weight, rows)} times {factor:.6g}"
+    summary += ": was the scale of its codes forgotten?" if factor > 2 else ""
+    return slip(
+        f"W9-{stage}",
+        layer_of(stage),
+        summary,
+        lambda port: put(port, weight, rows, np.float32(factor) * tensor(port, weight, rows)),
+    )
+
+
 def how_used(of: str, which: int, transposed: bool) -> str:
     """Return in words what a stage uses for its weight or bias."""
     if of == "":

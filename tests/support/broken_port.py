@@ -34,6 +34,7 @@ SINGLES = {
     "pool_mean": {"P13"},
     "pool_int16": {"P8-pool"},
     "ids_int16": {"P8"},
+    "lookup_int16": {"P8-lookup"},
     "ids_half": {"E5"},
     "end_last": {"P10"},
     "no_start": {"D5-no-start"},
@@ -80,6 +81,9 @@ SINGLES = {
     "normalised": {"N10"},
     "normalised_over_batch": {"N10-axis"},
     "logit_scale": {"N11"},
+    "logits": {"X1-logits"},
+    "fp8_without_scale": {"Q1-fp8"},
+    "int8_without_scale": {"Q1-int8"},
     "shuffled": {"R1"},
 }
 
@@ -106,7 +110,20 @@ class BrokenPort:
         unknown = set(bugs) - set(SINGLES) - set(HARMLESS)
         assert not unknown, f"no such switch: {unknown}"
         self.state, self.heads, self.activation, self.bugs = state, heads, activation, set(bugs)
+        if self.has("fp8_without_scale", "int8_without_scale"):
+            self.state = {name: self.codes(name, tensor) for name, tensor in state.items()}
         self.depth = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("transformer."))
+
+    def codes(self, name, tensor):
+        """A matrix of the blocks as the codes that a quantizer stores beside its scale."""
+        if tensor.ndim != 2 or not name.startswith("transformer."):
+            return tensor
+        parts = tensor.chunk(3) if "in_proj" in name else [tensor]
+        if self.has("int8_without_scale"):
+            return torch.cat([torch.round(part * (127 / part.abs().max())) for part in parts])
+        return torch.cat(
+            [(part * (448 / part.abs().max())).to(torch.float8_e4m3fn).float() for part in parts]
+        )
 
     def has(self, *switches):
         return bool(self.bugs & set(switches))
@@ -121,6 +138,8 @@ class BrokenPort:
             features = F.normalize(features, dim=-1)
         if self.has("normalised_over_batch"):
             features = F.normalize(features, dim=0)
+        if self.has("logits"):
+            features = 100 * F.normalize(features, dim=-1) @ F.normalize(features, dim=-1).T
         if self.has("logit_scale"):
             features = features * math.exp(4.6052)
         if self.has("shuffled"):
@@ -159,7 +178,7 @@ class BrokenPort:
     def stream(self, ids, skip=0):
         state = self.state
         looked_up = ids
-        if self.has("ids_int16"):
+        if self.has("ids_int16", "lookup_int16"):
             looked_up = ids.to(torch.int16).long()
             looked_up = torch.where(
                 looked_up < 0, looked_up + len(state["token_embedding.weight"]), looked_up

@@ -142,3 +142,25 @@ def test_check_weights_reads_a_dump_without_the_ports_weights(params, tokens):
     assert [finding.explanation for finding in check.findings] == [NINE[k_from_q]]
     right = minclip.check_weights(params, {}, trace={"tokens": tokens, **minclip.trace(params, tokens)})
     assert right.verdict == "agrees"
+
+
+def test_the_scale_that_one_matrix_lacks_is_named(params, tokens):
+    dump = broken(params, tokens, lambda p: p.update({B2 + "mlp.c_fc.weight": 8 * p[B2 + "mlp.c_fc.weight"]}))
+    diagnosis = minclip.diagnose(params, tokens, dump["text_features"], trace=dump)
+    said = [fault.summary for fault in diagnosis.findings[0].faults]
+    assert said == [f"{B2}mlp.c_fc uses {B2}mlp.c_fc.weight times 8: was the scale of its codes forgotten?"]
+
+
+@pytest.mark.parametrize("part", ["attn.weights", "mlp"])
+def test_dropout_is_named_from_a_dump(params, tokens, part):
+    rng = np.random.default_rng(3)
+
+    def tap(name, array):
+        if not name.endswith(f".{part}"):
+            return array
+        return array * (rng.random(array.shape) > 0.1).astype(np.float32) / np.float32(0.9)
+
+    dump = dict(minclip.trace(params, tokens, tap=tap))
+    diagnosis = minclip.diagnose(params, tokens, dump["text_features"], trace=dump)
+    assert [fault.id for fault in diagnosis.findings[0].faults] == ["N18-dropout"]
+    assert f"10% of {B0}{part}" in diagnosis.findings[0].faults[0].summary
