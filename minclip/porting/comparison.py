@@ -474,7 +474,8 @@ def compare_files(
     reference = read_probe(probe)
     reference.params = params
     if params is not None:
-        features, expected = as_array(run(params, reference.tokens, keep)), reference["text_features"]
+        features = as_array(run(params, reference.tokens, keep))
+        expected = reference.get("text_features", reference["pooled"])
         if features.shape != expected.shape or relative_l2(features, expected, axis=None) > 1e-2:
             raise ValueError(f"{probe} was written with another model than the one given")
     arrays = read_port(port, reference.tokens)

@@ -104,7 +104,7 @@ def host_trace(traced: Trace) -> Trace:
 def read_probe(path: str | os.PathLike[str]) -> Trace:
     """Return the `Trace` that `write_probe` wrote. Raises OSError or ValueError where it cannot be read."""
     dump = read_dump(path)
-    if "tokens" not in dump or "text_features" not in dump:
+    if "tokens" not in dump or not {"text_features", "pooled", "known"} & set(dump):
         raise ValueError(f"{path} is no probe: it has no tokens or no stages; `minclip probe` writes one")
     try:
         return as_trace(dump)

@@ -14,6 +14,7 @@ import pytest
 from distributed import Client
 
 import minclip
+from minclip.cli import main
 from minclip.corpus import cluster, encode_file
 from tests.support.corpora import count_encoded
 from tests.support.oracles import random_params
@@ -110,6 +111,15 @@ def test_the_command_line_encodes_on_the_workers(scheduler, model, tmp_path):
     assert done.stdout == "features.npy: features of 400 texts, [400, 16] float16\n"
     truth = minclip.normalize(expected(model))
     np.testing.assert_allclose(np.load(tmp_path / "features.npy"), truth, atol=1e-3)
+
+
+def test_workers_compute_hidden_states(scheduler, model, tmp_path):
+    (tmp_path / "captions.txt").write_text("\n".join(TEXTS[:40]))
+    output = tmp_path / "states.npy"
+    command = ["encode", "--file", str(tmp_path / "captions.txt"), "-o", str(output), "--model", model]
+    assert main([*command, "--states", "--no-norm", "--dtype", "float32", "--dask", scheduler[0]]) == 0
+    truth = minclip.hidden_states(minclip.load(model), minclip.tokenize(TEXTS[:40]), norm=False)
+    np.testing.assert_allclose(np.load(output), truth, atol=1e-5)
 
 
 def test_a_job_begun_on_workers_resumes_without_them(scheduler, model, tmp_path, monkeypatch):

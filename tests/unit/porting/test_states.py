@@ -173,3 +173,19 @@ def test_compare_says_that_padding_counts_in_hidden_states(params, tokens):
     comparison = minclip.compare(minclip.trace(params, tokens), {"last_hidden_state": states})
     assert comparison.first is None
     assert any("as hidden states they count" in note for note in comparison.notes)
+
+
+def test_a_tower_without_projection_has_a_probe(params, tmp_path, capsys):
+    tower, probe, port = (str(tmp_path / name) for name in ("tower.safetensors", "probe.npz", "port.npz"))
+    minclip.save(params, tower)
+    assert main(["probe", "-o", probe, "--model", tower]) == 0
+    with np.load(probe) as file:
+        tokens = file["tokens"]
+    padding = {int(row[-1]) for row in tokens if row.argmax() < L - 1}
+    assert padding == {0, END}
+    np.savez(port, tokens=tokens, last_hidden_state=port_states(params, tokens, skip=1))
+    capsys.readouterr()
+    assert main(["compare", probe, port, "--model", tower]) == 1
+    assert "N7 explains every difference" in capsys.readouterr().out
+    np.savez(port, tokens=tokens, last_hidden_state=port_states(params, tokens))
+    assert main(["compare", probe, port, "--model", tower]) == 0
