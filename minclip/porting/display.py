@@ -50,7 +50,7 @@ TITLES = ("  stage", "max abs", "rel L2", "allowed", "new", "cosine", "norms", "
 
 def cells(stage: Any) -> tuple[str, ...]:
     """Return a stage's numbers as the table shows them."""
-    if stage.state == "shape":
+    if stage.error is None:  # an array of another shape
         return ("-",) * 7
     numbers = (stage.max_abs, stage.relative_l2, stage.tolerance)
     new = "-" if stage.new is None else f"{stage.new:.1e}"

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import minclip
+from minclip.porting.probe import read_probe
 from tests.support.oracles import random_params
 
 ROOT = Path(__file__).parents[2]
@@ -124,8 +125,7 @@ def walk(folder, environment, skip=()):
         if not printed:
             printed[1] = output
         if command.startswith("minclip probe"):  # the reader's part: a port, run on the probe
-            with np.load(folder / "probe.npz") as probe:
-                np.savez(folder / "port.npz", **probe)
+            np.savez(folder / "port.npz", **read_probe(folder / "probe.npz"))
     if "python" not in skip:
         code = [(i, block) for i, (language, block) in enumerate(BLOCKS) if language == "python"]
         outputs = run("python", "-c", f"print({END!r})\n".join(block for _, block in code)).split(f"{END}\n")
