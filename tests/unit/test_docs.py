@@ -125,7 +125,8 @@ def walk(folder, environment, skip=()):
         if not printed:
             printed[1] = output
         if command.startswith("minclip probe"):  # the reader's part: a port, run on the probe
-            np.savez(folder / "port.npz", **read_probe(folder / "probe.npz"))
+            stages = read_probe(folder / "probe.npz")
+            np.savez(folder / "port.npz", tokens=stages.tokens, **stages)
     if "python" not in skip:
         code = [(i, block) for i, (language, block) in enumerate(BLOCKS) if language == "python"]
         outputs = run("python", "-c", f"print({END!r})\n".join(block for _, block in code)).split(f"{END}\n")
