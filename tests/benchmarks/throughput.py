@@ -29,7 +29,7 @@ from threadpoolctl import threadpool_limits
 import minclip
 from minclip import fast, tokenizer
 from minclip.fast.tree import sort
-from minclip.params import end_of_text
+from minclip.params import count_layers, end_of_text
 from tests.benchmarks.peers import peak_memory
 from tests.support.oracles import SIZES, openai_model, random_params, transformers_model
 
@@ -71,7 +71,7 @@ def needed_flops(params, tokens):
 
     block = nodes * (8 * D * D + 4 * D * F) + 4 * D * seen(texts.shared, texts.lengths)
     last = nodes * 4 * D * D + count * (4 * D * D + 4 * D * F) + 4 * D * texts.lengths.sum()
-    return (SIZE["layers"] - 1) * block + last + count * 2 * D * E
+    return (count_layers(params) - 1) * block + last + count * 2 * D * E
 
 
 def matmul_rate():
@@ -197,14 +197,14 @@ def exportable(params):
     from torch.nn import functional
 
     state = {name: torch.from_numpy(array) for name, array in params.items()}
-    D = SIZE["width"]
+    D, layers = params["text_projection"].shape[0], count_layers(params)
     mask = torch.full((77, 77), -torch.inf).triu(1)
 
     class Text(torch.nn.Module):
         def forward(self, tokens):
             B, L = tokens.shape
             x = state["token_embedding.weight"][tokens] + state["positional_embedding"][:L]
-            for i in range(SIZE["layers"]):
+            for i in range(layers):
                 p = {
                     k.split(".", 3)[3]: v
                     for k, v in state.items()
