@@ -21,7 +21,6 @@ import itertools
 from collections.abc import Iterable
 from importlib import resources
 
-import ftfy
 import numpy as np
 import regex
 from numpy.typing import ArrayLike
@@ -127,6 +126,8 @@ def clean(text):
     # is the space itself.
     if text.isascii() and text.isprintable() and "&" not in text:
         return " ".join(text.split()).lower()
+    import ftfy  # here, because it takes time to import
+
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return SPACES.sub(" ", text).strip().lower()
 

@@ -10,8 +10,10 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 BASE = "https://openaipublic.azureedge.net/clip/models"
 MODELS = {  # name: sha256 and file name, from openai/CLIP's clip/clip.py
@@ -145,6 +147,8 @@ def copy(response, file, bar):
 
 def progress_bar(name: str) -> tqdm:
     """Return a progress bar in bytes, shown only on a terminal."""
+    from tqdm import tqdm  # here, because it takes time to import
+
     return tqdm(desc=name, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
 
 

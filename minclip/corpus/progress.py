@@ -7,8 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from tqdm import tqdm
-
 LOG_SECONDS = 60
 
 
@@ -21,6 +19,8 @@ def reporting(progress: bool, total: int, done: int, unit: str) -> Iterator[Call
     if not progress:
         yield lambda count: None
     elif sys.stderr.isatty():
+        from tqdm import tqdm  # here, because it takes time to import
+
         with tqdm(total=total, initial=done, unit=f" {unit}", unit_scale=True) as bar:
             yield bar.update
     else:
@@ -41,6 +41,8 @@ class Log:
         if now - self.printed < LOG_SECONDS:
             return
         self.printed = now
+        from tqdm import tqdm  # here, because it takes time to import
+
         rate = (self.done - self.first) / (now - self.start)
         left = tqdm.format_interval((self.total - self.done) / rate)
         print(

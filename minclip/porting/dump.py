@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from minclip.porting.alignment import SILENT, align
 from minclip.porting.dropout import dropout_in
@@ -138,6 +137,8 @@ class StagewiseSearch:
 
     def extend_at(self, chains: Sequence[Faults], place: int) -> dict[Faults, int]:
         """Return the chains with one more fault that explains a stage, and the next divergence after it."""
+        from tqdm import tqdm  # here, because it takes time to import
+
         reached = {}
         last, acting = self.search.runs.place[self.order[place]], self.search.runs.first_stage
         candidates = [fault for fault in self.search.catalogue if acting[fault.id] <= last]

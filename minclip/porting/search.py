@@ -14,7 +14,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from minclip.porting.catalogue import CATALOGUE, NORMALIZED, SCALED, SHUFFLED
 from minclip.porting.faults import Fault
@@ -166,6 +165,8 @@ class Search:
 
     def singles(self) -> list[Trial]:
         """Return a trial of every fault by itself, and of none, nearest first."""
+        from tqdm import tqdm  # here, because it takes time to import
+
         if self.tried is None:
             self.tried = []
             for fault in tqdm([None, *self.catalogue], "single bugs", disable=None, leave=False):
@@ -178,6 +179,8 @@ class Search:
 
     def pairs(self) -> list[Trial]:
         """Return trials of two faults together, nearest first, up to the first that fits and its like."""
+        from tqdm import tqdm  # here, because it takes time to import
+
         self.singles()
         trials: list[Trial] = []
         order = list(self.pair_order())

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from minclip.arrays import as_array
 from minclip.model import hidden_states
@@ -246,6 +245,8 @@ class StatesSearch:
 
     def singles(self) -> list[Trial]:
         """Return (error, faults, which states) of every fault by itself, on one text, nearest first."""
+        from tqdm import tqdm  # here, because it takes time to import
+
         if self.trials is None:
             row = slice(self.target.row, self.target.row + 1)
             clean = self.run_rows((), np.r_[row])

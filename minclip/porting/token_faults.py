@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import ftfy
 import regex
 
 from minclip import tokenizer
@@ -43,6 +42,12 @@ class TokenFault(Fault):
 
 
 # Steps that ports put in place of the reference's.
+
+
+def fix_encoding(text):
+    import ftfy  # here, because it takes time to import
+
+    return ftfy.fix_encoding(text)
 
 
 def basic_clean(text):
@@ -289,7 +294,7 @@ CATALOGUE = (
         "ftfy.fix_encoding in place of ftfy.fix_text: curly quotes, ligatures and wide letters stay",
         "no report found",
         "call ftfy.fix_text, which also straightens quotes and widths",
-        {"repair": ftfy.fix_encoding},
+        {"repair": fix_encoding},
     ),
     TokenFault(
         "K9-none",

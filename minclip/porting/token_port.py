@@ -10,7 +10,6 @@ import functools
 import html
 import itertools
 
-import ftfy
 import regex
 
 from minclip import tokenizer
@@ -60,8 +59,14 @@ def cut_keeping_end(ids, end, limit):
     return ids if len(ids) <= limit else [*ids[: limit - len(end)], *end]
 
 
+def fix_text(text):
+    import ftfy  # here, because it takes time to import
+
+    return ftfy.fix_text(text)
+
+
 CLEAN = {
-    "repair": ftfy.fix_text,
+    "repair": fix_text,
     "unescape": unescape_twice,
     "normalize": same,  # a Unicode normalization form
     "mark": same,  # for steps that tell capitals apart after lower-casing

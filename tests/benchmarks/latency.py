@@ -325,6 +325,7 @@ def main():
     parser.add_argument("parts", nargs="*", metavar="part", help="any of start, sizes, growth")
     parser.add_argument("--python", action="append", default=[], metavar="PEER=PATH")
     parser.add_argument("--size", choices=["ViT-B/32", "ViT-L/14", "built-in"], help="this size only")
+    parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS), help="these ways only")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--plot", default=Path(__file__).with_name("latency.svg"))
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
@@ -344,7 +345,7 @@ def main():
             print(f"\n## {size}, {len(os.sched_getaffinity(0))} cores, numpy {np.__version__}", flush=True)
             if "start" in wanted:
                 start_table(folder, pythons, options.rounds)
-            workers = start_workers(folder, pythons, WAYS)
+            workers = start_workers(folder, pythons, options.ways)
             if "sizes" in wanted:
                 names = ["one", "texts 8", "texts 32", "texts 64"]
                 table(measure(workers, names, options.rounds), names, ["1 text", "8", "32", "64"])

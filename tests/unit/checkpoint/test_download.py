@@ -8,6 +8,7 @@ import threading
 
 import numpy as np
 import pytest
+import tqdm
 
 import minclip
 from minclip.checkpoint import download as module
@@ -216,17 +217,17 @@ def test_a_full_disk_keeps_the_part_and_is_reported(server, content, tmp_path):
 
 
 def test_a_download_stopped_by_ctrl_c_can_be_resumed(server, content, tmp_path, monkeypatch):
-    class Interrupted(module.tqdm):
+    class Interrupted(tqdm.tqdm):
         def update(self, n=1):
             if n:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "tqdm", Interrupted)
+    monkeypatch.setattr(tqdm, "tqdm", Interrupted)
     monkeypatch.setattr(module, "CHUNK", 4096)
     with pytest.raises(KeyboardInterrupt):
         download("ViT-B/32", cache=tmp_path)
     assert os.listdir(tmp_path) == ["ViT-B-32.pt.part"]
-    monkeypatch.setattr(module, "tqdm", Interrupted.__base__)
+    monkeypatch.setattr(tqdm, "tqdm", Interrupted.__base__)
     assert download("ViT-B/32", cache=tmp_path).read_bytes() == content
     assert server.requests == (0, 4096)
 
