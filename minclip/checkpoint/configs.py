@@ -172,6 +172,7 @@ def activation_in(name: str) -> str | None:
 
 
 NAMES = ("config.json", "open_clip_config.json")
+SIZES = {"V": "vocabulary", "L": "context length", "D": "width", "layers": "layers"}
 
 
 def config_beside(
@@ -195,8 +196,8 @@ def config_beside(
     for letter, size in config.sizes.items():
         if sizes[letter] != size:
             raise ValueError(
-                f"{first} beside it contradicts the tensors: it says {letter} {size!r:.80}, and they have "
-                f"{sizes[letter]}. Put the config of these weights there, or move it away"
+                f"{first} beside it contradicts the tensors: it says {SIZES[letter]} {size!r:.80}, and they "
+                f"have {sizes[letter]}. Put the config of these weights there, or move it away"
             )
     if other is not None and other.activation != config.activation:
         raise ValueError(

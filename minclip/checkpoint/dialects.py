@@ -224,7 +224,9 @@ class Tower:
             for name in names:
                 if name not in own:
                     shape = list(self.shape_of(ours))
-                    raise ValueError(f"{self.prefix}{name}, {shape}, is missing{self.nearest(name, spare)}")
+                    raise ValueError(
+                        f"{shown(self.prefix + name)}, {shape}, is missing{self.nearest(name, spare)}"
+                    )
         if spare:
             name = shown(self.prefix + spare[0])
             raise ValueError(f"{name} is no parameter of CLIP's text tower{self.nearest(spare[0], expected)}")
@@ -241,7 +243,9 @@ class Tower:
             for name in names:
                 shape = tuple(self.tensors[self.prefix + name].shape)
                 if shape != expected:
-                    raise ValueError(f"{self.prefix}{name} is {list(shape)}, expected {list(expected)}")
+                    raise ValueError(
+                        f"{shown(self.prefix + name)} is {list(shape)}, expected {list(expected)}"
+                    )
 
     def shape_of(self, ours: str) -> tuple[int, ...]:
         """Return the shape that each source of one of OpenAI's parameters must have."""

@@ -95,12 +95,12 @@ def test_a_config_that_contradicts_the_tensors_says_which_and_how_to_go_on(tmp_p
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 128}))
     with pytest.raises(
-        ValueError, match=r"contradicts the tensors: it says D 128, and they have 64\. Put the"
+        ValueError, match=r"contradicts the tensors: it says width 128, and they have 64\. Put the"
     ):
         minclip.load(tmp_path)
     del config["hidden_size"]  # left out, so transformers' default of 512
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="it says D 512, and they have 64"):
+    with pytest.raises(ValueError, match="it says width 512, and they have 64"):
         minclip.load(tmp_path)
 
 
