@@ -21,7 +21,8 @@ from minclip.tracing import Trace, gradient_of_features, recorder, trimmed
 def backward(trace: Trace, grad_features: Any, *, tap: Tap | None = None, parameters: bool = True) -> Trace:
     """Return the gradient of (features * grad_features).sum() by every parameter, under its name in params.
 
-    trace           the forward pass. Blocks whose stages `minclip.trace` did not keep are computed again
+    trace           the forward pass, from `minclip.trace`. With stages="blocks", peak memory falls to a third
+                    (at 77 tokens, ViT-B/32's size), and each block is computed a second time here
     grad_features   [..., E], the gradient by the features (without projection: pooled rows); None means zeros
     tap             called as tap(name, gradient) for every stage but "eot", in reverse order. The pass goes
                     on with the result: record or stop a gradient, or add that of a loss on the stage
