@@ -106,14 +106,15 @@ def spell_latin1(word):
 
 def spell_utf16(word):
     """Write each UTF-16 code unit as UTF-8, so that an emoji becomes six bytes."""
-    units = struct.unpack(f"<{len(word.encode('utf-16-le')) // 2}H", word.encode("utf-16-le"))
+    encoded = word.encode("utf-16-le", errors="surrogatepass")
+    units = struct.unpack(f"<{len(encoded) // 2}H", encoded)
     letters = tokenizer.byte_characters()
     return [letters[b] for unit in units for b in chr(unit).encode("utf-8", errors="surrogatepass")]
 
 
 def spell_unshifted(word):
     """Write each byte as the character of the same number, where GPT-2's table shifts 68 of them."""
-    return [chr(b) for b in word.encode("utf-8")]
+    return [chr(b) for b in word.encode("utf-8", errors="surrogatepass")]
 
 
 def number_unshifted(piece):
@@ -152,8 +153,9 @@ def end_word_of_several(symbols):
 def longest_pieces(symbols):
     """Take the longest piece of the vocabulary, again and again from the left."""
     pieces, known = [], tokenizer.vocabulary()
+    longest = max(map(len, known))
     while symbols:
-        for n in range(len(symbols), 0, -1):
+        for n in range(min(len(symbols), longest), 0, -1):
             if n == 1 or "".join(symbols[:n]) in known:
                 pieces.append("".join(symbols[:n]))
                 symbols = symbols[n:]

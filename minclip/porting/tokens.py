@@ -24,7 +24,7 @@ from minclip.porting.verdict import Diagnosis, Finding
 TOGETHER = 3  # faults tried together, in every combination
 CHAIN = 8  # faults that are added one by one where no combination fits
 SEARCHED = 90  # texts that are searched on; the findings are checked on all
-LONGEST = 600  # characters of a text that is searched on
+LONGEST, LONGEST_WORD = 2000, 200  # characters of a text that faults are tried on, and of its words
 SHOWN = 5  # findings that fit equally well
 PIECES_SHOWN = 12
 PLACE = {fault.id: i for i, fault in enumerate(CATALOGUE)}
@@ -139,6 +139,8 @@ class Search:
         if not self.wrong:
             return self.result("agrees", [], self.remarks())
         self.choose()
+        if all(is_long(self.texts[i]) for i in self.wrong):
+            return self.unknown((), self.wrong)
         found = self.explanations()
         if found:
             return self.known(found)
@@ -165,28 +167,30 @@ class Search:
         """Return whether a fault changes any row that is searched on."""
         with_it = TokenizerPort((*frame.faults, fault), self.memory)
         without = TokenizerPort(frame.faults, self.memory)
-        return any(
-            with_it.row(text) != without.row(text) for text in map(self.texts.__getitem__, self.sample)
-        )
+        texts = [self.texts[i] for i in self.sample]
+        return any(with_it.row(text) != without.row(text) for text in texts)
 
     def choose(self):
-        """Choose the texts to search on: short ones that differ first, since they rule out most faults."""
-        self.likeliest = min(self.frames, key=lambda frame: len(self.differing((), frame, self.given)))
-        wrong = set(self.differing((), self.likeliest, self.given))
+        """Choose the likeliest frame and the texts to search on.
 
-        def cost(i):
-            return len(self.texts[i]) > LONGEST, len(self.texts[i])
-
-        differ = sorted((i for i in self.given if i in wrong), key=cost)[: SEARCHED * 2 // 3]
-        agree = sorted((i for i in self.given if i not in wrong), key=cost)[-SEARCHED // 3 :]
+        Short texts that differ come first, since they rule out most faults.
+        """
+        few = self.given[:SEARCHED]
+        self.likeliest = min(self.frames, key=lambda frame: len(self.differing((), frame, few)))
+        self.own = self.differing((), self.likeliest, self.given)
+        self.tried = [i for i in self.given if not is_long(self.texts[i])]
+        own = set(self.own)
+        by_length = sorted(self.tried, key=lambda i: len(self.texts[i]))
+        differ = [i for i in by_length if i in own][: SEARCHED * 2 // 3]
+        agree = [i for i in by_length if i not in own][-SEARCHED // 3 :]
         self.sample = differ + agree
 
     def explanations(self):
         """Return the smallest sets of faults that explain every row, as pairs of faults and frame."""
         for n in range(TOGETHER + 1):
-            frames = self.frames if n < TOGETHER else self.frames[:2]
+            frames = self.frames if n < TOGETHER else dict.fromkeys([self.likeliest, self.frame])
             found = [(faults, frame) for frame in frames for faults in self.combinations(frame, n)]
-            found = [pair for pair in found if not self.differing(*pair, self.given)]
+            found = [pair for pair in found if not self.differing(*pair, self.tried)]
             if found:
                 fewest = min(len(faults) + len(frame.faults) for faults, frame in found)
                 return [(f, frame) for f, frame in found if len(f) + len(frame.faults) == fewest]
@@ -226,7 +230,7 @@ class Search:
                 break
             left = min(counts)
             chain = longer[counts.index(left)]
-        return chain, self.differing(chain, frame, self.given)
+        return chain, self.differing(chain, frame, self.tried)
 
     # Wording.
 
@@ -245,6 +249,12 @@ class Search:
         lengths = {len(self.rows[i]) for i in self.given}
         if len(lengths) > 1:
             notes.append("The rows are not padded to one length.")
+        long = sum(is_long(self.texts[i]) for i in self.wrong)
+        if long:
+            notes.append(
+                f"No mistakes were tried on {long} of the texts that differ: they have more than {LONGEST:,} "
+                f"characters, or a word of more than {LONGEST_WORD}."
+            )
         return notes
 
     def known(self, found):
@@ -289,8 +299,7 @@ class Search:
 
     def first(self):
         """Return the first `Divergence` of a text's own ids, or else of a row."""
-        own = self.differing((), self.likeliest, self.given)
-        return self.divergence(own[:1], self.likeliest.faults) or self.divergence(self.wrong[:1])
+        return self.divergence(self.own[:1], self.likeliest.faults) or self.divergence(self.wrong[:1])
 
     def divergence(self, indices, faults=None):
         """Return the smallest `Divergence` of texts from the reference with faults, or None for no text."""
@@ -302,6 +311,11 @@ class Search:
             part = tokenizer.decode([[id for id in a if 0 <= id < START_ID]])[0]
             found.append(Divergence(i, self.texts[i], part, tuple(map(piece, a)), tuple(map(piece, b))))
         return min(found, key=lambda d: (not d.part, len(d.part), len(d.found)), default=None)
+
+
+def is_long(text):
+    """Return whether the slowest faults would take too long on a text: they are quadratic in its words."""
+    return len(text) > LONGEST or any(len(word) > LONGEST_WORD for word in text.split())
 
 
 def simplicity(faults):

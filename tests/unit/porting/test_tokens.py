@@ -91,6 +91,13 @@ def test_each_mistake_alone_is_named_first_on_the_probes_texts(id):
     assert diagnosis.error > 0
 
 
+def test_no_fault_raises_on_hostile_strings():
+    texts = [*hostile_texts(60, seed=14), "\ud800", "\udc36 x", "\0", "\ufdd0", "\ue000<|ENDOFTEXT|>"]
+    for fault in CATALOGUE:
+        port = TokenizerPort([fault, FAULTS["K8-none"]] if "repair" not in fault.change else [fault])
+        assert all(isinstance(id, int) for text in texts for id in port.row(text)), fault.id
+
+
 def equivalent(a, b):
     """Return whether two sets of faults give the same ids for every text tried."""
     a, b = TokenizerPort(a), TokenizerPort(b)
@@ -217,6 +224,16 @@ def test_the_smallest_part_that_no_mistake_explains_is_shown():
     assert diagnosis.smallest.expected == ("cafÃ©</w>",)
     assert diagnosis.smallest.found == ("c",)
     assert "'c' in the port, 'cafÃ©</w>' in the reference" in str(diagnosis)
+
+
+def test_long_texts_are_compared_but_no_mistakes_are_tried_on_them():
+    texts = ["a" * 5000, "word " * 10_000]
+    rows = minclip.tokenize(texts, truncate=True)
+    assert diagnose_tokens(texts, rows).verdict == "agrees"
+    rows[1, 5] = 7
+    diagnosis = diagnose_tokens(texts, rows)
+    assert diagnosis.verdict == "unknown"
+    assert "No mistakes were tried on 1 of the texts that differ" in str(diagnosis)
 
 
 def test_the_first_difference_is_shown_as_pieces():
