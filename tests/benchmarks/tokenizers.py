@@ -134,7 +134,7 @@ def in_words(diagnosis):
     if diagnosis.verdict == "agrees":
         return f"{1 - diagnosis.error:.0%} | none | agrees"
     faults = diagnosis.findings[0].faults if diagnosis.findings else ()
-    names = "; ".join(f"{fault.id} {fault.summary}" for fault in faults)
+    names = "; ".join(f"{fault.id} {fault.summary}" for fault in faults).replace("|", r"\|")
     return f"{1 - diagnosis.error:.0%} | {names} | {diagnosis.verdict}"
 
 

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import json
 import os
 import pkgutil
 import re
@@ -47,6 +48,7 @@ LEFT_OUT = {
     "python -m tests.benchmarks.corpus --model NAME": "a benchmark",
     "python -m tests.benchmarks.peers": "a benchmark, with downloads",
     "python -m tests.benchmarks.backward parity": "minutes, for the same reason as the next",
+    "python -m tests.benchmarks.tokenizers": "a benchmark",
     "python -m tests.benchmarks.parity": "computes three full-size towers in float64, a minute",
     "minclip verify ViT-B/32": "downloads 178 MB; test_ranges.py does the same from a server of its own",
     "minclip verify": "needs real weights; test_verify.py runs it on stand-ins",
@@ -124,7 +126,11 @@ def walk(folder, environment, skip=()):
         output = run("bash", "-ec", command)
         if not printed:
             printed[1] = output
-        if command.startswith("minclip probe"):  # the reader's part: a port, run on the probe
+        if command.startswith("minclip probe --texts"):  # the reader's part: a tokenizer, run on the texts
+            texts = json.loads((folder / "texts.json").read_text(encoding="utf-8"))["texts"]
+            ids = minclip.tokenize(texts, truncate=True).tolist()
+            (folder / "ids.json").write_text(json.dumps(ids), encoding="utf-8")
+        elif command.startswith("minclip probe"):  # the reader's part: a port, run on the probe
             stages = read_probe(folder / "probe.npz")
             np.savez(folder / "port.npz", tokens=stages.tokens, **stages)
     if "python" not in skip:
