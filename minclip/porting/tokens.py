@@ -90,7 +90,7 @@ def diagnose_tokens(
     Rows without start or end, padded otherwise, or with shifted ids are read too, and the finding says so.
     Returns a `TokenDiagnosis`. Raises ValueError or TypeError where texts or ids cannot be read.
 
-    >>> port = [[49406, 64, 1153, 49407], [49406, 64, 2368, 49407]]
+    >>> port = [[49406, 64, 1153, 49407], [49406, 64, 1481, 49407]]
     >>> diagnosis = diagnose_tokens(["a photo", "a cat"], port)
     >>> diagnosis.verdict, diagnosis.findings[0].faults[0].id
     ('known', 'K1')
