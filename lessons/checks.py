@@ -1314,6 +1314,131 @@ def check_rows(no_gradient):
     return "the gradient goes where something came from"
 
 
+# 13 Train your own
+
+
+def adam_step(param, grad, m, v, t, rate, beta1=0.9, beta2=0.98, eps=1e-8):
+    m, v = m + (1 - beta1) * (grad - m), v + (1 - beta2) * (grad**2 - v)
+    return param - rate * m / (1 - beta1**t) / (np.sqrt(v / (1 - beta2**t)) + eps), m, v
+
+
+def train_tower(params, tokens, pictures, steps, rate, *, batch=48, keep=None, positions=True, seed=0):
+    """(params, or {step: params} for keep; the loss of each step). (Reading on spoils exercise 2.)"""
+    rng, params, values = np.random.default_rng(seed), params.copy(), []
+    if not positions:
+        params["positional_embedding"] = 0 * params["positional_embedding"]
+    m, v = ({name: np.zeros_like(array) for name, array in params.items()} for _ in range(2))
+    kept = {0: params.copy()}
+    for t in range(1, steps + 1):
+        rows = rng.permutation(len(tokens))[:batch]
+        trace = minclip.trace(params, tokens[rows])
+        loss, (dfeatures, _, _) = minclip.contrastive_loss(trace["text_features"], pictures[rows], 3.0)
+        for name, grad in minclip.backward(trace, dfeatures).items():
+            if positions or name != "positional_embedding":
+                params[name], m[name], v[name] = adam_step(params[name], grad, m[name], v[name], t, rate)
+        values.append(float(loss))
+        if keep and t in keep:
+            kept[t] = params.copy()
+    return kept if keep else params, values
+
+
+@exercise
+def check_adam(adam):
+    rng = np.random.default_rng(15)
+    param, m, v = rng.standard_normal((3, 4)), np.zeros((3, 4)), np.zeros((3, 4))
+    first = rng.standard_normal((3, 4))
+    result = call(adam, param, first, m, v, 1, 0.1)
+    expect(isinstance(result, tuple) and len(result) == 3, "three arrays were wanted: param, m, v")
+    new = result[0]
+    expect(
+        not close(new, param + 0.1 * np.sign(first)), "the step goes *down*: param minus rate times the step"
+    )
+    expect(
+        not close(new, param - 0.1 * (0.1 * first) / (np.sqrt(0.02 * first**2) + 1e-8)),
+        "m and v begin at 0: divide them by 1 - beta ** t",
+    )
+    equal(new, param - 0.1 * np.sign(first), {"the root of v is missing": param - 0.1 / first}, 1e-4)
+    truth, state = param, (m, v)
+    got, mine = param, (m, v)
+    for t in range(1, 6):
+        grad = rng.standard_normal((3, 4))
+        truth, *state = adam_step(truth, grad, *state, t, 0.1)
+        got, *mine = call(adam, got, grad, *mine, t, 0.1)
+        if not close(got, truth, 1e-6):
+            expect(
+                not close(mine[1], mine[0] ** 2, 1e-6),
+                "v is the mean of the squares, not the square of the mean",
+            )
+            raise Wrong(f"step {t} differs: are beta1 and beta2 each where they belong?")
+    return "five steps, as the formula has it"
+
+
+@functools.cache
+def small_task():
+    """Params of the small tower, tokens [12, 6] and pictures [12, 20] for it."""
+    rng = np.random.default_rng(16)
+    tokens = np.array([[58, *rng.integers(0, 57, 3), 59, 0] for _ in range(12)], np.int32)
+    pictures = rng.standard_normal((12, 20)).astype(np.float32)
+    params = small_tower()[0].map(lambda array: array * np.float32(0.3) if array.ndim > 1 else array)
+    return params, tokens, pictures
+
+
+@exercise
+def check_train(train):
+    params, tokens, pictures = small_task()
+    before = {name: array.copy() for name, array in params.items()}
+    result = train(params, tokens, pictures, 60, 5e-3, 8)
+    expect(
+        all(np.array_equal(before[name], params[name]) for name in before),
+        "the given params have changed: begin with params.copy(), and make new arrays",
+    )
+    expect(isinstance(result, tuple) and len(result) == 2, "two results were wanted: params, and the losses")
+    trained, values = result
+    expect(len(values) == 60, f"one loss for each of 60 steps was wanted, not {len(values)}")
+    expect(np.isfinite(values).all(), "the loss is not finite: is the rate applied, and the mask in place?")
+    start = np.mean(values[:3])
+    expect(
+        abs(values[0] - values[1]) > 0 or abs(values[0] - values[-1]) > 1e-6,
+        "the loss never changes: do the new arrays go back into params?",
+    )
+    expect(
+        np.mean(values[-5:]) < start,
+        f"the loss went up, from {start:.2f} to {np.mean(values[-5:]):.2f}: the sign?",
+    )
+    expect(
+        np.mean(values[-5:]) < 0.3 * start,
+        f"only from {start:.2f} to {np.mean(values[-5:]):.2f}: is it all arrays?",
+    )
+    moved = [name for name in before if not np.array_equal(trained[name], before[name])]
+    still = sorted(set(before) - set(moved))
+    expect(not still, f"{still[:1]} was not trained: a step for every name that backward gives")
+    unit = minclip.normalize(minclip.encode_text(trained, tokens))
+    share = ((unit @ minclip.normalize(pictures).T).argmax(-1) == np.arange(12)).mean()
+    expect(
+        share > 0.9, "the losses fall, but the trained params do not find the pictures: are they returned?"
+    )
+    return "the loss falls, and every text finds its picture"
+
+
+@exercise
+def check_outcomes(outcomes):
+    names, known = {"rate x 10", "no positions", "batch of one"}, {"about as well", "worse", "nothing"}
+    expect(isinstance(outcomes, dict) and set(outcomes) == names, f"a dict with the keys {sorted(names)}")
+    expect(set(outcomes.values()) <= known, f"the outcomes are {sorted(known)}")
+    expect(
+        outcomes["rate x 10"] == "worse", "rate x 10: every step jumps across the valley that it looks for"
+    )
+    expect(
+        outcomes["no positions"] == "about as well",
+        "no positions: which two names differ only in their order?",
+    )
+    expect(
+        outcomes["batch of one"] == "nothing",
+        "batch of one: who is alone has the whole share, and no gradient",
+    )
+    return "now run them"
+
+
 # 16 Choose a precision and a device
 
 

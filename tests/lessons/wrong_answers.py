@@ -11,6 +11,8 @@ import checks
 import numpy as np
 import regex
 
+import minclip
+
 WRONG = {}
 
 # 01 Turn text into tokens
@@ -651,6 +653,67 @@ WRONG["check_rows"] = [
     ({"a": set(), "b": set()}, "which never sees it"),
     ({"a": {7, 8, 9}, "b": {7, 8, 9}}, "without the mask"),
     ({"a": {7, 8, 9}}, "a dict with the keys"),
+]
+
+# 13 Train your own
+
+
+def adam_with(param, grad, m, v, t, rate, *, sign=-1, corrected=True, root=True, swap=False, square=True):
+    b1, b2 = (0.98, 0.9) if swap and t > 1 else (0.9, 0.98)
+    m = m + (1 - b1) * (grad - m)
+    v = v + (1 - b2) * (grad**2 - v) if square else m**2 / (1 - 0.9**t) ** 2 * (1 - 0.98**t)
+    c1, c2 = (1 - 0.9**t, 1 - 0.98**t) if corrected else (1, 1)
+    size = np.sqrt(v / c2) if root else v / c2
+    return param + sign * rate * m / c1 / (size + 1e-8), m, v
+
+
+WRONG["check_adam"] = [
+    (lambda *a: adam_with(*a, sign=1), "the step goes *down*"),
+    (lambda *a: adam_with(*a, corrected=False), "m and v begin at 0"),
+    (lambda *a: adam_with(*a, root=False), "the root of v is missing"),
+    (lambda *a: adam_with(*a, swap=True), "each where they belong"),
+    (lambda *a: adam_with(*a)[0], "three arrays were wanted"),
+]
+
+
+def trainer(params, tokens, pictures, steps, rate, batch=48, logit_scale=3.0, seed=0, *, sign=1, only=None,
+            returned=True, forget=False):  # fmt: skip
+    rng, given = np.random.default_rng(seed), params
+    params, values = params.copy(), []
+    m, v = ({name: np.zeros_like(array) for name, array in params.items()} for _ in range(2))
+    for t in range(1, steps + 1):
+        rows = rng.permutation(len(tokens))[:batch] if not forget else np.arange(batch)
+        trace = minclip.trace(params, tokens[rows])
+        loss, (dfeatures, _, _) = minclip.contrastive_loss(
+            trace["text_features"], pictures[rows], logit_scale
+        )
+        for name, grad in minclip.backward(trace, sign * dfeatures).items():
+            if (only is None or only(name)) and not forget:
+                params[name], m[name], v[name] = checks.adam_step(
+                    params[name], grad, m[name], v[name], t, rate
+                )
+        values.append(float(loss))
+    return params if returned else given, values
+
+
+WRONG["check_train"] = [
+    (lambda *a, **k: trainer(*a, **k, sign=-1), "the sign?"),
+    (lambda *a, **k: trainer(*a, **k, forget=True), "the loss never changes"),
+    (lambda *a, **k: trainer(*a, **k, only=lambda name: "ln_1" not in name), "was not trained"),
+    (lambda *a, **k: trainer(*a, **k, returned=False), "was not trained"),
+    (lambda *a, **k: trainer(*a, **k)[1], "two results were wanted"),
+    (
+        lambda p, t, i, steps, rate, batch: trainer(p, t, i, steps // 2, rate, batch),
+        "one loss for each of 60",
+    ),
+]
+RIGHT_OUTCOMES = {"rate x 10": "worse", "no positions": "about as well", "batch of one": "nothing"}
+WRONG["check_outcomes"] = [
+    ({**RIGHT_OUTCOMES, "rate x 10": "about as well"}, "jumps across the valley"),
+    ({**RIGHT_OUTCOMES, "no positions": "worse"}, "differ only in their order"),
+    ({**RIGHT_OUTCOMES, "batch of one": "worse"}, "no gradient"),
+    ({**RIGHT_OUTCOMES, "batch of one": "bad"}, "the outcomes are"),
+    ({"rate x 10": "worse"}, "a dict with the keys"),
 ]
 
 # 16 Choose a precision and a device
