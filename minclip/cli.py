@@ -21,6 +21,7 @@ from minclip.porting import (
     diagnosis,
     port_files,
     probe,
+    recipes,
     token_probe,
     tokens,
     weight_files,
@@ -87,7 +88,13 @@ def parser():
     inspect.add_argument("source", metavar="SOURCE", help="a model's name, or a file or folder of weights")
     add_architecture(inspect)
 
-    write = commands.add_parser("probe", help="write what to run a port on", description=run_probe.__doc__)
+    write = commands.add_parser(
+        "probe",
+        help="write what to run a port on",
+        description=run_probe.__doc__,
+        epilog=recipes.text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     write.set_defaults(run=run_probe)
     write.add_argument("-o", dest="output", metavar="probe.npz", required=True, help="the file to write")
     write.add_argument(

@@ -3,7 +3,7 @@
 Read in this order:
 
 - stages (names and axes), rounding (how far a correct port may be from the reference)
-- torch_hooks and onnx_graph (record a torch model, an ONNX graph), port_files (read a dump),
+- torch_hooks and onnx_graph (record a torch model, an ONNX graph), port_files (read a dump), recipes,
   probe and probe_file (the tokens to run a port on), token_probe (the texts)
 - names and layouts (how others call and store the stages), alignment (recognize arrays as stages)
 - port (the reference with a change), faults and catalogue (the known bugs)

@@ -281,7 +281,8 @@ class Comparer:
         Then no stage after a matrix product agrees to a much finer precision, the looked-up parameters
         agree, and most products add an error of their own.
         """
-        if self.dtype is not None or precision in ("float64", "float32"):
+        shown = self.measured[self.final].precision
+        if self.dtype is not None or precision in ("float64", "float32", shown):
             return True
         finer = [s for s in stages.values() if s.error is not None and s.precision != precision]
         if any(s.error > s.tolerance for s in finer if s.stage in LOOKED_UP):

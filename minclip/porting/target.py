@@ -32,12 +32,12 @@ class Target:
     def __init__(self, params: Mapping[str, Any], tokens: Any, features: Any, dtype: Any = None):
         self.params = host_params(params)
         self.batch = check_tokens(self.params, tokens)[0]
-        features = check_features(features, len(self.batch))
+        self.reference = self.encode_all()
+        features = check_features(upright(as_array(features), self.reference), len(self.batch))
         self.precisions = possible_precisions(features, dtype)
         self.features = features.astype(np.float64)
         self.aligned = len(features) == len(self.batch)
         self.unit = has_unit_length(self.features)
-        self.reference = self.encode_all()
         self.tokens, self.rows = self.batch, np.arange(len(self.batch))
         if self.aligned:
             self.select_rows()
@@ -96,6 +96,16 @@ class Target:
         features = np.asarray(features, dtype=np.float64)
         with np.errstate(all="ignore"):
             return features / np.linalg.norm(features, axis=-1, keepdims=True) if self.unit else features
+
+
+def upright(features: Any, reference: Any) -> Any:
+    """Return features [N, E] given as [E, N], with their axes swapped or their shape listed in reverse."""
+    if features.ndim != 2 or features.shape != reference.shape[::-1] or features.dtype.kind != "f":
+        return features
+    ways = [features.T, features.reshape(reference.shape)]
+    if features.shape == reference.shape:
+        ways.insert(0, features)
+    return min(ways, key=lambda way: float(relative_l2(way, reference, axis=None)))
 
 
 def check_features(features: Any, texts: int) -> Any:

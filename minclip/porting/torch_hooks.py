@@ -43,6 +43,8 @@ def trace_torch(torch_model: Any, tokens: Any, *, grad: Any = None) -> dict[str,
             hook.remove()
     if isinstance(output, dict):
         recorder.keep("", output)
+        if "text_embeds" in output:  # under this name too where a module has returned it already
+            recorder.stages["text_features"] = as_array(output["text_embeds"]).copy()
     else:  # of a tuple the first; under this name also where a module has returned it already
         output = output[0] if isinstance(output, tuple) else output
         recorder.stages["text_features"] = as_array(output).copy()

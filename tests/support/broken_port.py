@@ -1,7 +1,7 @@
 """A port of CLIP's text encoder to PyTorch, written apart from minclip, with bugs that can be switched on.
 
-It is what `minclip.diagnose` is tried on: nothing here is shared with minclip/faults.py. The layout
-is OpenAI's own, [L, B, D]; each mistake is made where a port would make it.
+`minclip.diagnose` is tried on it. Nothing here is shared with minclip's catalogue. The layout is OpenAI's,
+[L, B, D], the names of the stages are timm's, and each mistake is made where a port would make it.
 """
 
 import math
@@ -110,6 +110,7 @@ class BrokenPort:
         unknown = set(bugs) - set(SINGLES) - set(HARMLESS)
         assert not unknown, f"no such switch: {unknown}"
         self.state, self.heads, self.activation, self.bugs = state, heads, activation, set(bugs)
+        self.kept = {}  # the stages of the last run, as the port has them
         if self.has("fp8_without_scale", "int8_without_scale"):
             self.state = {name: self.codes(name, tensor) for name, tensor in state.items()}
         self.depth = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("transformer."))
@@ -127,8 +128,13 @@ class BrokenPort:
     def has(self, *switches):
         return bool(self.bugs & set(switches))
 
+    def keep(self, name, x):
+        self.kept[name] = x.detach().clone()
+        return x
+
     @torch.no_grad()
     def encode_text(self, ids):
+        self.kept = {}
         ids = torch.as_tensor(ids).long()
         if self.has("one_by_one"):
             return torch.cat([self.forward(row[None, : row.argmax() + 1]) for row in ids])
@@ -189,10 +195,11 @@ class BrokenPort:
             x = x * math.sqrt(x.shape[-1])
         if not self.has("no_positions"):
             x = x + self.positions(ids.shape[1])
-        x = x.permute(1, 0, 2)
+        x = self.keep("blocks.0.input", x.permute(1, 0, 2))
         order = self.order()
-        for layer in order[: len(order) - skip]:
-            x = self.block(x, f"transformer.resblocks.{layer}.", ids)
+        for i, layer in enumerate(order[: len(order) - skip]):
+            self.place = f"blocks.{i}"
+            x = self.keep(self.place, self.block(x, f"transformer.resblocks.{layer}.", ids))
         return x.permute(1, 0, 2)
 
     def positions(self, length):
@@ -231,9 +238,11 @@ class BrokenPort:
         if self.has("parallel"):
             attended = self.attention(self.norm(x, name + first), f"{name}attn.", ids)
             return x + attended + self.mlp(self.norm(x, name + second), f"{name}mlp.")
-        h = self.norm(x, name + first)
+        h = self.keep(f"{self.place}.norm1", self.norm(x, name + first))
         x = (h if self.has("stream_normed") else x) + self.attention(h, f"{name}attn.", ids)
-        h = self.norm(x, name + second)
+        h = self.keep(
+            f"{self.place}.norm2", self.norm(self.keep(f"{self.place}.norm2.input", x), name + second)
+        )
         return (h if self.has("stream_normed") else x) + self.mlp(h, f"{name}mlp.")
 
     def attention(self, x, name, ids):
@@ -253,7 +262,7 @@ class BrokenPort:
             bias.zero_()
         if self.has("no_key_bias"):
             bias[D : 2 * D] = 0
-        packed = F.linear(x, weight, bias)
+        packed = self.keep(f"{self.place}.attn.qkv", F.linear(x, weight, bias))
         if self.has("interleaved"):
             q, k, v = (t.reshape(L, B, D) for t in packed.view(L, B, H, 3, K).unbind(3))
         else:
@@ -274,7 +283,8 @@ class BrokenPort:
             mixed = mixed.transpose(1, 2).reshape(B, L, D)
         out = self.state[f"{name}out_proj.weight"]
         out_bias = None if self.has("no_out_bias") else self.state[f"{name}out_proj.bias"]
-        return F.linear(mixed, out.t() if self.has("out_transposed") else out, out_bias).transpose(0, 1)
+        out = out.t() if self.has("out_transposed") else out
+        return self.keep(f"{self.place}.attn.proj", F.linear(mixed, out, out_bias).transpose(0, 1))
 
     def split(self, t, H):
         L, B, D = t.shape
@@ -341,8 +351,9 @@ class BrokenPort:
         biases = (None, None)
         if not self.has("no_mlp_bias"):
             biases = self.state[f"{name}c_fc.bias"], self.state[f"{name}c_proj.bias"]
-        h = F.linear(x, self.state[f"{name}c_fc.weight"], biases[0])
-        return F.linear(self.activate(h), self.state[f"{name}c_proj.weight"], biases[1])
+        h = self.keep(f"{self.place}.mlp.fc1", F.linear(x, self.state[f"{name}c_fc.weight"], biases[0]))
+        h = self.keep(f"{self.place}.mlp.act", self.activate(h))
+        return self.keep(f"{self.place}.mlp.fc2", F.linear(h, self.state[f"{name}c_proj.weight"], biases[1]))
 
     def activate(self, h):
         if self.has("tanh"):
@@ -362,6 +373,7 @@ class BrokenPort:
             x = self.norm(x, "ln_final")
         if self.has("final_norm_twice"):
             x = self.norm(x, "ln_final")
+        self.keep("final_layer_norm", x)
         pooled = self.pool(x, ids)
         if self.has("pool_then_norm"):
             pooled = self.norm(pooled, "ln_final")

@@ -1,0 +1,338 @@
+"""The recipes of `minclip probe --help`, run on ports in the real frameworks.
+
+    pytest -m foreign tests/foreign/test_ports.py
+
+Each framework is skipped, with the reason, where it is not installed. Each port is small and written in its
+framework's usual style, from the parameters of a random model.
+"""
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+import minclip
+from minclip.porting import probe, recipes
+from minclip.porting.port_files import read_port
+from tests.support.oracles import random_params
+
+pytestmark = pytest.mark.foreign
+
+PARAMS = minclip.from_state_dict(
+    random_params(width=64, layers=2, embed=48, context=20, vocabulary=99), activation="quick_gelu", heads=2
+)
+
+
+@pytest.fixture
+def reference(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return probe.write_probe("probe.npz", PARAMS)
+
+
+def follow(name, **port):
+    """Run a recipe on a port, and return what compare and diagnose say of the file that it writes."""
+    exec(compile(recipes.read(name), name, "exec"), port)
+    return judge("port.npz")
+
+
+def judge(path):
+    reference = probe.read_probe("probe.npz")
+    dump = read_port(path, reference.tokens)
+    compared = minclip.compare(reference, dump)
+    diagnosed = minclip.diagnose(PARAMS, reference.tokens, dump["text_features"], trace=dump)
+    assert compared.agrees, compared
+    assert diagnosed.verdict == "agrees", diagnosed
+    return compared
+
+
+def weights(i, name):
+    return PARAMS[f"transformer.resblocks.{i}.{name}"]
+
+
+def test_the_recipes_are_short_and_printed(capsys):
+    from minclip.cli import main
+
+    for name in recipes.TITLES:
+        assert len(recipes.read(name).splitlines()) <= 15, name
+    with pytest.raises(SystemExit):
+        main(["probe", "--help"])
+    out = capsys.readouterr().out
+    assert all(title in out for title in recipes.TITLES.values())
+
+
+def test_openvino(reference):
+    pytest.importorskip("openvino")
+    torch = pytest.importorskip("torch")
+    from tests.unit.porting.test_onnx_graph import export
+
+    for dynamo in (False, True):
+        path = export("model.onnx", PARAMS, dynamo=dynamo)
+        assert len(follow("openvino", path=path).stages) >= 30
+    assert torch
+
+
+def test_mlx(reference):
+    pytest.importorskip("mlx.core", exc_type=ImportError)
+    import mlx.core as mx
+    from mlx import nn
+
+    class Attention(nn.Module):
+        def __init__(self, i):
+            super().__init__()
+            packed = (np.split(weights(i, f"attn.in_proj_{part}"), 3) for part in ("weight", "bias"))
+            for part, weight, bias in zip(("query_proj", "key_proj", "value_proj"), *packed, strict=True):
+                self[part] = linear(weight, bias)
+            self.out_proj = linear(weights(i, "attn.out_proj.weight"), weights(i, "attn.out_proj.bias"))
+
+        def __call__(self, x, mask):
+            B, L, D = x.shape
+
+            def split(t):
+                return t.reshape(B, L, 2, -1).transpose(0, 2, 1, 3)
+
+            q, k, v = (split(self[part](x)) for part in ("query_proj", "key_proj", "value_proj"))
+            scores = q * q.shape[-1] ** -0.5 @ k.transpose(0, 1, 3, 2) + mask
+            out = mx.softmax(scores, axis=-1) @ v
+            return self.out_proj(out.transpose(0, 2, 1, 3).reshape(B, L, D))
+
+    def linear(w, b):
+        layer = nn.Linear(w.shape[1], w.shape[0])
+        layer.weight, layer.bias = mx.array(w), mx.array(b)
+        return layer
+
+    def norm(name):
+        layer = nn.LayerNorm(64)
+        layer.weight, layer.bias = mx.array(PARAMS[f"{name}.weight"]), mx.array(PARAMS[f"{name}.bias"])
+        return layer
+
+    class Block(nn.Module):
+        def __init__(self, i):
+            super().__init__()
+            self.layer_norm1, self.layer_norm2 = (
+                norm(f"transformer.resblocks.{i}.{n}") for n in ("ln_1", "ln_2")
+            )
+            self.attention = Attention(i)
+            self.linear1 = linear(weights(i, "mlp.c_fc.weight"), weights(i, "mlp.c_fc.bias"))
+            self.linear2 = linear(weights(i, "mlp.c_proj.weight"), weights(i, "mlp.c_proj.bias"))
+
+        def __call__(self, x, mask):
+            x = x + self.attention(self.layer_norm1(x), mask)
+            h = self.linear1(self.layer_norm2(x))
+            return x + self.linear2(h * mx.sigmoid(1.702 * h))
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token_embedding = nn.Embedding(99, 64)
+            self.token_embedding.weight = mx.array(PARAMS["token_embedding.weight"])
+            self.layers = [Block(i) for i in range(2)]
+            self.final_layer_norm = norm("ln_final")
+
+        def __call__(self, ids):
+            x = self.token_embedding(ids) + mx.array(PARAMS["positional_embedding"])
+            mask = mx.triu(mx.full((20, 20), -1e9), 1)
+            for layer in self.layers:
+                x = layer(x, mask)
+            x = self.final_layer_norm(x)
+            return x[mx.arange(len(ids)), ids.argmax(-1)] @ mx.array(PARAMS["text_projection"])
+
+    assert len(follow("mlx", model=Model()).stages) >= 15
+
+
+def test_tinygrad(reference):
+    pytest.importorskip("tinygrad")
+    from tinygrad import Device, Tensor, nn
+
+    try:
+        assert Device.DEFAULT
+    except RuntimeError as error:
+        pytest.skip(f"tinygrad has no device ({error}): it needs clang")
+
+    def filled(layer, name):
+        layer.weight, layer.bias = Tensor(PARAMS[f"{name}.weight"]), Tensor(PARAMS[f"{name}.bias"])
+        return layer
+
+    class Attention:
+        def __init__(self, name):
+            w, b = np.split(PARAMS[f"{name}.in_proj_weight"], 3), np.split(PARAMS[f"{name}.in_proj_bias"], 3)
+            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(64, 64) for _ in range(3))
+            for layer, weight, bias in zip((self.q_proj, self.k_proj, self.v_proj), w, b, strict=True):
+                layer.weight, layer.bias = Tensor(weight.copy()), Tensor(bias.copy())
+            self.out_proj = filled(nn.Linear(64, 64), f"{name}.out_proj")
+
+        def __call__(self, x, mask):
+            q, k, v = (
+                f(x).reshape(*x.shape[:2], 2, 32).transpose(1, 2)
+                for f in (self.q_proj, self.k_proj, self.v_proj)
+            )
+            out = Tensor.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            return self.out_proj(out.transpose(1, 2).reshape(*x.shape))
+
+    class Layer:
+        def __init__(self, i):
+            name = f"transformer.resblocks.{i}"
+            self.layer_norm1, self.layer_norm2 = (
+                filled(nn.LayerNorm(64), f"{name}.{n}") for n in ("ln_1", "ln_2")
+            )
+            self.self_attn = Attention(f"{name}.attn")
+            self.fc1 = filled(nn.Linear(64, 256), f"{name}.mlp.c_fc")
+            self.fc2 = filled(nn.Linear(256, 64), f"{name}.mlp.c_proj")
+
+        def __call__(self, x, mask):
+            x = x + self.self_attn(self.layer_norm1(x), mask)
+            h = self.fc1(self.layer_norm2(x))
+            return x + self.fc2(h * (h * 1.702).sigmoid())
+
+    class Model:
+        def __init__(self):
+            self.layers = [Layer(i) for i in range(2)]
+            self.final_layer_norm = filled(nn.LayerNorm(64), "ln_final")
+
+        def __call__(self, ids):
+            end = ids.numpy().argmax(-1)
+            x = Tensor(PARAMS["token_embedding.weight"][ids.numpy()] + PARAMS["positional_embedding"])
+            mask = Tensor.full((20, 20), float("-inf")).triu(1)
+            for layer in self.layers:
+                x = layer(x, mask)
+            x = self.final_layer_norm(x)
+            rows = Tensor(x.numpy()[np.arange(len(end)), end])
+            return rows @ Tensor(PARAMS["text_projection"])
+
+    assert len(follow("tinygrad", model=Model()).stages) >= 15
+
+
+def test_jax_and_flax(reference):
+    for name in ("jax", "flax"):
+        pytest.importorskip(name)
+    import jax.numpy as jnp
+    from flax import linen as nn
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, mask):
+            h = nn.LayerNorm(epsilon=1e-5, name="layer_norm1")(x)
+
+            def split(t):
+                return t.reshape(*t.shape[:2], 2, 32).transpose(0, 2, 1, 3)
+
+            q, k, v = (split(nn.Dense(64, name=f"{part}_proj")(h)) for part in "qkv")
+            out = nn.softmax(q @ k.swapaxes(-1, -2) * 32**-0.5 + mask) @ v
+            x = x + nn.Dense(64, name="out_proj")(out.transpose(0, 2, 1, 3).reshape(x.shape))
+            h = nn.Dense(256, name="fc1")(nn.LayerNorm(epsilon=1e-5, name="layer_norm2")(x))
+            return x + nn.Dense(64, name="fc2")(h * nn.sigmoid(1.702 * h))
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, ids):
+            x = nn.Embed(99, 64, name="token_embedding")(ids)
+            x = x + nn.Embed(20, 64, name="position_embedding")(jnp.arange(20)[None])
+            mask = jnp.triu(jnp.full((20, 20), -1e9), 1)
+            for i in range(2):
+                x = Block(name=f"layers_{i}")(x, mask)
+            x = nn.LayerNorm(epsilon=1e-5, name="final_layer_norm")(x)
+            pooled = x[jnp.arange(len(ids)), ids.argmax(-1)]
+            return nn.Dense(48, use_bias=False, name="text_projection")(pooled)
+
+    def dense(w, b):
+        return {"kernel": w.T, "bias": b}
+
+    def norm(name):
+        return {"scale": PARAMS[f"{name}.weight"], "bias": PARAMS[f"{name}.bias"]}
+
+    def block(i):
+        name = f"transformer.resblocks.{i}"
+        packed = zip(
+            *(np.split(weights(i, f"attn.in_proj_{part}"), 3) for part in ("weight", "bias")), strict=True
+        )
+        found = {f"{part}_proj": dense(w, b) for part, (w, b) in zip("qkv", packed, strict=True)}
+        for theirs, ours in (("out_proj", "attn.out_proj"), ("fc1", "mlp.c_fc"), ("fc2", "mlp.c_proj")):
+            found[theirs] = dense(weights(i, f"{ours}.weight"), weights(i, f"{ours}.bias"))
+        return found | {"layer_norm1": norm(f"{name}.ln_1"), "layer_norm2": norm(f"{name}.ln_2")}
+
+    tree = {f"layers_{i}": block(i) for i in range(2)} | {
+        "token_embedding": {"embedding": PARAMS["token_embedding.weight"]},
+        "position_embedding": {"embedding": PARAMS["positional_embedding"]},
+        "final_layer_norm": norm("ln_final"),
+        "text_projection": {"kernel": PARAMS["text_projection"]},
+    }
+    assert len(follow("jax", module=Model(), variables={"params": tree}).stages) >= 15
+
+
+def test_keras(reference):
+    os.environ.setdefault("KERAS_BACKEND", "jax" if importlib.util.find_spec("jax") else "torch")
+    keras = pytest.importorskip("keras")
+    from keras import layers, ops
+
+    class Block(layers.Layer):
+        def build(self, shape):
+            self.layer_norm_1, self.layer_norm_2 = (layers.LayerNormalization(epsilon=1e-5) for _ in range(2))
+            self.attention = layers.MultiHeadAttention(2, 32)
+            self.dense_1, self.dense_2 = layers.Dense(256), layers.Dense(64)
+            self.attention.build(shape, shape)
+            for layer, size in (
+                (self.layer_norm_1, 64),
+                (self.layer_norm_2, 64),
+                (self.dense_1, 64),
+                (self.dense_2, 256),
+            ):
+                layer.build((None, 20, size))
+
+        def call(self, x):
+            h = self.layer_norm_1(x)
+            x = x + self.attention(h, h, use_causal_mask=True)
+            h = self.dense_1(self.layer_norm_2(x))
+            return x + self.dense_2(h * ops.sigmoid(1.702 * h))
+
+    ids = keras.Input((20,), dtype="int32")
+    x = layers.Embedding(99, 64, name="token_embedding")(ids) + PARAMS["positional_embedding"]
+    for i in range(2):
+        x = Block(name=f"encoder_block_{i}")(x)
+    x = layers.LayerNormalization(epsilon=1e-5, name="layer_norm")(x)
+    end = ops.one_hot(ops.argmax(ids, axis=-1), 20)
+    features = layers.Dense(48, use_bias=False, name="text_projection")(ops.einsum("bl,bld->bd", end, x))
+    model = keras.Model(ids, features)
+    model.get_layer("token_embedding").set_weights([PARAMS["token_embedding.weight"]])
+    model.get_layer("layer_norm").set_weights([PARAMS["ln_final.weight"], PARAMS["ln_final.bias"]])
+    model.get_layer("text_projection").set_weights([PARAMS["text_projection"]])
+    for i in range(2):
+        block = model.get_layer(f"encoder_block_{i}")
+        for layer, name in ((block.layer_norm_1, "ln_1"), (block.layer_norm_2, "ln_2")):
+            layer.set_weights([weights(i, f"{name}.weight"), weights(i, f"{name}.bias")])
+        for layer, name in ((block.dense_1, "mlp.c_fc"), (block.dense_2, "mlp.c_proj")):
+            layer.set_weights([weights(i, f"{name}.weight").T, weights(i, f"{name}.bias")])
+        w, b = (np.split(weights(i, f"attn.in_proj_{part}"), 3) for part in ("weight", "bias"))
+        parts = [a for w, b in zip(w, b, strict=True) for a in (w.T.reshape(64, 2, 32), b.reshape(2, 32))]
+        out = weights(i, "attn.out_proj.weight").T.reshape(2, 32, 64)
+        block.attention.set_weights([*parts, out, weights(i, "attn.out_proj.bias")])
+    assert len(follow("keras", model=model).stages) >= 8
+
+
+def c_call(name, array):
+    shape = ", ".join(map(str, reversed(array.shape)))
+    return (
+        f"{{ long shape[] = {{{shape}}}; float *x = malloc({array.size} * 4);"
+        f'FILE *f = fopen("{name}.raw", "rb");'
+        f'if (fread(x, 4, {array.size}, f)) save("{name}", x, {array.ndim}, shape); }}'
+    )
+
+
+def test_plain_c(reference, tmp_path):
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if not compiler:
+        pytest.skip("no C compiler")
+    stages = {name: reference[name] for name in ("embedding", "ln_final", "text_features")}
+    for name, array in stages.items():
+        np.ascontiguousarray(array, "<f4").tofile(f"{name}.raw")
+    calls = "".join(map(c_call, stages, stages.values()))
+    code = (
+        f"#include <stdio.h>\n#include <stdlib.h>\n{recipes.read('ggml')}\nint main() {{ {calls} finish(); }}"
+    )
+    (tmp_path / "port.c").write_text(code)
+    subprocess.run([compiler, "port.c", "-o", "port"], check=True)
+    subprocess.run([tmp_path / "port"], check=True)
+    assert len(json.loads((tmp_path / "port.json").read_text())) == 3
+    assert set(judge("port.json").stages) == set(stages)
