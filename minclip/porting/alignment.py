@@ -193,7 +193,9 @@ class Aligner:
     def __init__(self, recognizer: Recognizer, port: dict[str, Any], named: Any, candidates: Any):
         self.recognizer, self.port, self.named, self.candidates = recognizer, port, named, candidates
         self.known = {*recognizer.arrays, *(s for kind in recognizer.kinds for s in kind.names)}
-        self.held = {name: clear_stage(found, named[name]) for name, found in candidates.items()}
+        self.held: dict[str, Any] = {
+            name: clear_stage(found, named[name]) for name, found in candidates.items()
+        }
         self.result = Alignment({}, {}, {}, {}, [])
         # Where the features agree there is no bug: values alone decide, and names that disagree mislead.
         self.trusting = not recognizer.backwards and any(

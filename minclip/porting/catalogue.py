@@ -47,6 +47,7 @@ from minclip.porting.faults import (
     same,
     scale_scores,
     set_tokens,
+    several_heads,
     sigmoid,
     sinusoids,
     square,
@@ -369,7 +370,7 @@ CATALOGUE = (
                 port.weights("attn.in_proj_weight", lambda w: regroup(w, port.heads, axes)),
                 port.weights("attn.in_proj_bias", lambda b: regroup(b, port.heads, axes)),
             ),
-            lambda port, axes=axes: axes[0] == "3" or port.heads > 1,
+            several_heads,
         )
         for axes, meaning in (
             ("h3k", "[H, 3, K]: q, k, v interleaved head by head"),
@@ -379,7 +380,7 @@ CATALOGUE = (
     Fault("T2-split", "heads split by reshape alone, [B, L, D] to [B, H, L, K], and joined properly",
           "NATTEN#145 has the class of bug", HEAD_SPLIT,
           all_of(*(replace(f"attn.{n}", lambda at, n=n: reshape_heads(at[f"attn.{n}"])) for n in "qkv")),
-          lambda port: port.heads > 1, "padding"),
+          several_heads, "padding"),
     Fault(
         "T2-join",
         "heads joined by reshape alone, [B, H, L, K] to [B, L, D]",
@@ -388,7 +389,7 @@ CATALOGUE = (
         replace(
             "attn.context", lambda at: (at["attn.weights"] @ at["attn.v"]).reshape(at["attn.context"].shape)
         ),
-        lambda port: port.heads > 1,
+        several_heads,
         "padding",
     ),
     Fault(
@@ -403,12 +404,12 @@ CATALOGUE = (
                 lambda at: (at["attn.weights"] @ at["attn.v"]).reshape(at["attn.context"].shape),
             ),
         ),
-        lambda port: port.heads > 1,
+        several_heads,
         "padding",
     ),
     Fault("T2-major", "channels split and joined as [K, H] where the checkpoint has [H, K]",
           "the head permutations of llama.cpp#4010", HEAD_SPLIT,
-          head_major, lambda port: port.heads > 1),
+          head_major, several_heads),
     Fault("T3-double", "twice as many heads",
           "width // 64 is wrong for ViTamin-XL", "take the heads from the config",
           with_heads(double), other_heads(double)),
@@ -436,7 +437,7 @@ CATALOGUE = (
           scale_scores(lambda K, H, D: K**-0.5)),
     Fault("T5-width", "scores scaled by 1 / sqrt(width), not 1 / sqrt(head width)",
           NONE_KNOWN, SCALE,
-          scale_scores(lambda K, H, D: (K / D) ** 0.5), lambda port: port.heads > 1),
+          scale_scores(lambda K, H, D: (K / D) ** 0.5), several_heads),
     Fault("T5-multiplied", "scores multiplied by sqrt(K), not divided",
           NONE_KNOWN, SCALE,
           scale_scores(lambda K, H, D: K)),
@@ -536,7 +537,7 @@ CATALOGUE = (
                 * np.tri(at["attn.scores"].shape[-1], dtype=at["attn.scores"].dtype)
             ),
         ),
-        lambda port: port.heads > 1,
+        several_heads,
     ),
     Fault("T9", "attention over the batch: [L, B, D] is read as [B, L, D], or the other way round",
           "open_clip#910, #937, #1037; MaskAdapter#5",

@@ -165,6 +165,7 @@ class Comparer:
         self.order = [name for name in reference if name in self.pairs or name in alignment.misfits]
         self.backwards = reference.gradient is not None
         self.agreement: Agreement | None = None
+        self.measured: Any = {}
 
     def compare(self) -> Comparison:
         """Return the comparison."""
@@ -229,7 +230,7 @@ class Comparer:
         return dataclasses.replace(stage, precision=precision, tolerance=both[0], new_tolerance=both[1])
 
     @property
-    def final(self) -> str | None:
+    def final(self) -> Any:
         """The last stage shown that every earlier stage flows through."""
         if self.backwards:  # the first gradients are given, and the last flow through no other
             return None
@@ -265,7 +266,8 @@ class Comparer:
 
     def precision_of_features(self) -> str | None:
         """Return the precision at which the features agree, as `diagnose` finds it, or None."""
-        params, features = self.reference.params, self.pairs[self.final][1]
+        params: Any = self.reference.params
+        features = self.pairs[self.final][1]
         target = Target(params, self.tokens, features, self.dtype)
         if self.dtype is None:  # the reference's own numbers may be coarse as well
             target.precisions = possible_precisions(features, at_least=self.measured[self.final].precision)

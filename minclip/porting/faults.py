@@ -299,6 +299,10 @@ def square(port):
     return D == E
 
 
+def several_heads(port):
+    return port.heads > 1
+
+
 def deeper_than(layers):
     return lambda port: port.layers > layers
 

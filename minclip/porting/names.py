@@ -151,7 +151,7 @@ def unpack(port: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not hasattr(port, "items"):
         raise ValueError(f"a port is a mapping from stage name to array, not {type(port).__name__}")
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for name, value in port.items():
         stacked = name.endswith(("hidden_states", "attentions")) and not isinstance(value, (tuple, list))
         if isinstance(value, (tuple, list)) or (stacked and as_array(value).ndim > 3):

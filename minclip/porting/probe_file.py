@@ -15,7 +15,6 @@ from minclip.model import ACTIVATIONS, softmax
 from minclip.params import BLOCK, as_params, count_layers
 from minclip.porting.port import layer_norm
 from minclip.porting.stages import axes, text_of
-from minclip.tracing import Trace
 
 PADDED_ROWS = (2, 3)  # rows whose positions after the end of text are kept: padded with its id, and with 0
 PADDING = 16  # how many of these positions are kept, where all stages are
@@ -23,7 +22,7 @@ STORED = ("attn.q", "attn.k", "attn.v", "attn", "mlp.c_fc", "mlp")
 NORMS = ("ln_1", "ln_2")
 
 
-def known_positions(trace: Trace, padding: int) -> Any:
+def known_positions(trace: Any, padding: int) -> Any:
     """Return [B, L], True where stages are kept: up to each text's end, and `padding` more in two rows."""
     known = np.array(text_of(trace))
     for row in [row for row in PADDED_ROWS if row < len(known)]:
@@ -32,7 +31,7 @@ def known_positions(trace: Trace, padding: int) -> Any:
     return known
 
 
-def pack(trace: Trace, stages: str) -> dict[str, Any]:
+def pack(trace: Any, stages: str) -> dict[str, Any]:
     """Return the arrays of a probe's file: of all stages, or of "blocks", the outputs of the blocks."""
     params = as_params(trace.params)
     known = known_positions(trace, PADDING if stages == "all" else trace.tokens.shape[1])
@@ -52,7 +51,7 @@ def pack(trace: Trace, stages: str) -> dict[str, Any]:
     return arrays
 
 
-def kept(trace: Trace, stages: str) -> list[str]:
+def kept(trace: Any, stages: str) -> list[str]:
     """Return the stages whose arrays are stored."""
     outside = [name for name in trace if not name.startswith(BLOCK)]
     blocks = range(count_layers(trace.params))

@@ -87,7 +87,7 @@ def call(torch_model: Any, ids: Any) -> Any:
 class Recorder:
     """Keeps every float tensor that it sees, once, under the first name it has."""
 
-    def __init__(self, tensor_type: type):
+    def __init__(self, tensor_type: Any):
         self.tensor_type = tensor_type
         self.stages: dict[str, Any] = {}
         self.tensors: dict[str, Any] = {}
