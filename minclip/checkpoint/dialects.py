@@ -161,8 +161,10 @@ class Tower:
         self.names = [name for name in behind if name.startswith(self.dialect.own)]
         if projection is None:
             # Hugging Face's CLIPTextModel has none. OpenAI's models do, and models with an image tower do.
+            # Files of Stable Diffusion 2 may leave out OpenCLIP's projection, which it does not use.
             alone = not any(name.startswith(IMAGE_TOWER) for name in behind)
-            projection = not (self.dialect.separate and alone) or "text_projection.weight" in self.names
+            optional = alone and (self.dialect.separate or short_name(prefix) is not None)
+            projection = not optional or self.dialect.names["text_projection"] in self.names
         self.projection = projection
         self.sizes = self.find_sizes()
         self.sources = self.expected()
@@ -351,13 +353,18 @@ def choose_prefix(prefixes: list[str], wanted: str | None) -> str:
     for fits in (
         lambda prefix: prefix.strip(".") == wanted,
         lambda prefix: f".{wanted}." in f".{prefix}",
-        lambda prefix: SHORT_NAMES.get(prefix) == wanted,
+        lambda prefix: short_name(prefix) == wanted,
     ):
         found = [prefix for prefix in prefixes if fits(prefix)]
         if len(found) == 1:
             return found[0]
     number = f"{len(prefixes)} text towers" if len(prefixes) > 1 else "one text tower"
     raise ValueError(f"#{shown(wanted)} names none of its {number}; {listed(prefixes)}")
+
+
+def short_name(prefix: str) -> str | None:
+    """Return the short name of the tower behind a prefix of Stable Diffusion, or None for another prefix."""
+    return SHORT_NAMES.get(prefix.removeprefix("state_dict."))
 
 
 def listed(prefixes: list[str]) -> str:

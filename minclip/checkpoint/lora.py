@@ -143,20 +143,20 @@ def strength(pair: Pair, file: Path) -> float:
     rank = len(pair.parts["down"])
     if "alpha" in pair.parts:
         return float(pair.parts["alpha"].reshape(())) / rank
-    config = file.with_name("adapter_config.json")
-    if not config.is_file() and pair.tower.startswith("base_model."):
+    path = file.with_name("adapter_config.json")
+    if not path.is_file() and pair.tower.startswith("base_model."):
         raise ValueError("adapter_config.json, in which PEFT writes lora_alpha, is not beside it")
-    if not config.is_file():
+    if not path.is_file():
         return 1.0
     try:
-        said = json.loads(config.read_text(encoding="utf-8"))
-        plain = not (said.get("use_dora") or said.get("alpha_pattern") or said.get("fan_in_fan_out"))
-        alpha = float(said["lora_alpha"])
+        config = json.loads(path.read_text(encoding="utf-8"))
+        plain = not (config.get("use_dora") or config.get("alpha_pattern") or config.get("fan_in_fan_out"))
+        alpha = float(config["lora_alpha"])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ValueError("adapter_config.json beside it says no lora_alpha") from None
     if not plain:
         raise ValueError("adapter_config.json beside it is of DoRA or of another variant of LoRA")
-    return alpha / (math.sqrt(rank) if said.get("use_rslora") else rank)
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def merged(weight: Any, pair: Pair, scale: float) -> Any:

@@ -182,9 +182,9 @@ def read_entry(info: zipfile.ZipInfo, data: mmap.mmap) -> Entry:
     raw_name = info.orig_filename.encode("utf-8" if info.flag_bits & UTF8 else "cp437")
     if data[start : start + name_size] != raw_name or info.filename != info.orig_filename:
         raise ValueError(f"{name} has another name in its own header")
-    unsaid = (0, ELSEWHERE) if flags & SIZES_BEHIND else (ELSEWHERE,)
-    said = {(packed_size, info.compress_size), (size, info.file_size), (crc, info.CRC)}
-    if any(local != central and local not in unsaid for local, central in said):
+    left_out = (0, ELSEWHERE) if flags & SIZES_BEHIND else (ELSEWHERE,)
+    pairs = {(packed_size, info.compress_size), (size, info.file_size), (crc, info.CRC)}
+    if any(local != central and local not in left_out for local, central in pairs):
         raise ValueError(f"{name} has another size or CRC-32 in its own header")
     if method == zipfile.ZIP_STORED and info.compress_size != info.file_size:
         raise ValueError(f"{name} has two sizes, but is not compressed")

@@ -198,6 +198,14 @@ def test_towers_of_single_files_are_named_by_short_prefixes(bundle, tmp_path):
         minclip.load(f"{path}#clip_z", activation="gelu")
 
 
+def test_stable_diffusion_checkpoints_load_by_short_name_and_without_projection(tmp_path):
+    state = {f"cond_stage_model.model.{name}": torch.from_numpy(a.copy()) for name, a in PARAMS.items()}
+    del state["cond_stage_model.model.text_projection"]
+    torch.save({"state_dict": state}, tmp_path / "v2.ckpt")
+    loaded = minclip.load(f"{tmp_path}/v2.ckpt#clip_h", activation="gelu")
+    assert_same(loaded, {name: array for name, array in PARAMS.items() if name != "text_projection"})
+
+
 def test_a_tower_of_23_blocks_and_a_tower_without_projection_load(tmp_path):
     """Stable Diffusion 2's text_encoder holds 23 of ViT-H/14's 24 blocks."""
     params = random_params(**SIZES | {"layers": 23})
