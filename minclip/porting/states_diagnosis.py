@@ -73,7 +73,7 @@ def fitting_choice(search: StatesSearch, precision: str) -> Judgment | None:
     for which in dict.fromkeys((search.wanted, search.target.nearest)):
         judged = search.judge((), which, precision)
         finest = precision == search.target.precisions[0]
-        if judged.fits and (finest or search.looks_like_rounding(which, precision)):
+        if judged.fits and (finest or search.looks_like_rounding((), which, precision)):
             return judged
     return None
 
@@ -111,14 +111,21 @@ def unexplained(search: StatesSearch) -> StatesDiagnosis:
     ]
     if search.expired:
         notes.append("The search stopped at its budget; budget= lets it go on.")
-    nearest = [search.judge(faults, which, finest) for _, faults, which in search.singles()[:NEAREST]]
-    best = min(nearest, key=lambda judged: judged.error)
-    if best.error < 0.5 * clean.error:
-        notes.append(
-            f"The nearest known bug is {names(best.finding.faults)}. It takes the error from "
-            f"{clean.error:.2g} to {best.error:.2g}, so it may be one bug of several."
-        )
+    notes += nearest_bug(search, clean)
     return StatesDiagnosis("unknown", [], notes, target.error)
+
+
+def nearest_bug(search: StatesSearch, clean: Judgment) -> Iterator[str]:
+    """Return a sentence on the bug that explains most of the error, where one explains half of it."""
+    finest = search.target.precisions[0]
+    for _, faults, which in search.singles()[:NEAREST]:
+        judged = search.judge(faults, which, finest)
+        if judged.error < 0.5 * clean.error:
+            yield (
+                f"The nearest known bug is {names(judged.finding.faults)}. It takes the error from "
+                f"{clean.error:.2g} to {judged.error:.2g}, so it may be one bug of several."
+            )
+            return
 
 
 def whereabouts(search: StatesSearch, limit: float) -> Iterator[str]:

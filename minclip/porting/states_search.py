@@ -207,9 +207,9 @@ class StatesSearch:
             limit = min(limit, NEAR[precision] * self.rounding(which, precision))
         return Judgment(Finding(tuple(told), error), which, error, rounding, error <= limit)
 
-    def looks_like_rounding(self, which: Which, precision: str) -> bool:
-        """Tell whether the port's error is spread over the positions as rounding to a precision is."""
-        exact, rounded = (self.run((), p)[which] for p in ("float64", precision))
+    def looks_like_rounding(self, faults: Faults, which: Which, precision: str) -> bool:
+        """Tell whether the error that faults leave is spread over the positions as rounding's is."""
+        exact, rounded = (self.run(faults, p)[which] for p in ("float64", precision))
         if exact.shape != self.target.states.shape:
             return False
         error, moved = relative_l2(self.target.states, exact), relative_l2(rounded, exact)
@@ -252,13 +252,17 @@ class StatesSearch:
             clean = self.run_rows((), np.r_[row])
             self.trials = []
             for fault in tqdm(self.catalogue, "single bugs", disable=None, leave=False):
-                if time.monotonic() > self.deadline:
-                    self.expired = True
+                if self.is_late():
                     break
                 found = self.try_fault(fault, clean)
                 self.trials += [(error, (fault,), which) for which, error in found.items()]
             self.trials.sort(key=lambda trial: (trial[0], trial[2] != self.wanted))
         return self.trials
+
+    def is_late(self) -> bool:
+        """Tell whether the budget has run out, and remember it."""
+        self.expired = self.expired or time.monotonic() > self.deadline
+        return self.expired
 
     def try_fault(self, fault: Fault, clean: Mapping[Which, Any]) -> dict[Which, float]:
         """Return the error of each choice of states with a fault, on one text.
@@ -285,14 +289,12 @@ class StatesSearch:
     def explain(self, precision: str) -> list[Judgment]:
         """Return the faults that explain all texts at a precision, best first."""
         found: list[Judgment] = []
-        near = [
-            trial
-            for trial in self.singles()
-            if trial[0] <= NEAR[precision] * self.rounding(trial[2], precision)
-        ]
+        near = [trial for trial in self.singles() if self.is_near(trial, precision)]
         for _, faults, which in near[:JUDGED]:
-            if which in self.run(faults, "float64"):
-                found += [judged for judged in [self.judge(faults, which, precision)] if judged.fits]
+            if which in self.run(faults, "float64") and self.explains(faults, which, precision):
+                found.append(self.judge(faults, which, precision))
+            if self.is_late():
+                break
         return ranked(found) or self.explain_with_padding(near[:JUDGED], precision)
 
     def is_near(self, trial: Trial, precision: str) -> bool:
@@ -309,8 +311,20 @@ class StatesSearch:
             for other in padding
             if not {fault.needs for fault in faults} & {"padding"}
         ]
-        judged = (self.judge(faults, which, precision) for faults, which in pairs[: 2 * JUDGED])
-        return ranked([judgment for judgment in judged if judgment.fits])
+        for faults, which in pairs[: 2 * JUDGED]:
+            if self.is_late():
+                break
+            if self.explains(faults, which, precision):
+                return [self.judge(faults, which, precision)]
+        return []
+
+    def explains(self, faults: Faults, which: Which, precision: str) -> bool:
+        """Tell whether faults explain the port, and not only hide in the rounding of a coarse precision."""
+        judged = self.judge(faults, which, precision)
+        if not judged.fits or precision == self.target.precisions[0]:
+            return judged.fits
+        improves = judged.error < 0.5 * self.judge((), which, precision).error
+        return improves and self.looks_like_rounding(faults, which, precision)
 
 
 def ranked(found: list[Judgment]) -> list[Judgment]:

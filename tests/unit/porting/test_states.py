@@ -127,6 +127,29 @@ def test_the_unknown_is_described(params, tokens):
     assert any("Positions from 5 on differ, those before agree." in note for note in notes)
 
 
+def bfloat16_states(params, tokens, *bugs):
+    """The states, in float32, of a port that computes in bfloat16 inside."""
+    state = {name: torch.from_numpy(array).bfloat16() for name, array in params.items()}
+    return BrokenPort(state, params.heads, bugs=bugs).hidden_states(tokens).float().numpy()
+
+
+def test_bfloat16_inside_hides_no_large_bug_and_excuses_no_error_at_some_positions(params, tokens):
+    clean = bfloat16_states(params, tokens)
+    assert minclip.diagnose(params, tokens, clean).verdict == "agrees"
+    assert ids(minclip.diagnose(params, tokens, bfloat16_states(params, tokens, "no_mask"))) == ["M1"]
+    some = port_states(params, tokens)
+    some[:, 5:] *= 1.03  # as small as the rounding of bfloat16, but not everywhere
+    diagnosis = minclip.diagnose(params, tokens, some)
+    assert diagnosis.verdict == "unknown", diagnosis
+
+
+def test_a_budget_ends_the_search(params, tokens):
+    states = port_states(params, tokens) + 0.1
+    diagnosis = minclip.diagnose(params, tokens, states, budget=0)
+    assert diagnosis.verdict == "unknown"
+    assert "The search stopped at its budget; budget= lets it go on." in diagnosis.notes
+
+
 def test_every_fault_that_only_states_show_changes_them(params, tokens):
     full = minclip.Params(random_params(**SIZES, layers=3, embed=64), activation="quick_gelu", heads=2)
     for pad in (0, END):
