@@ -87,7 +87,7 @@ def rows(array: Any, text: Any) -> Any:
 
 def product_used(params: Mapping[str, Any], stage: str, places: list[str], x: Any, y: Any) -> Use:
     """Return the tensors that a product y [n, out] of x [n, in] used; the right ones first."""
-    size = np.linalg.norm(y - y.mean(axis=0)) or 1.0
+    size = float(np.linalg.norm(y - y.mean(axis=0))) or 1.0
     own = product(params, stage, x, False)
     error = np.linalg.norm(y - own - (y - own).mean(axis=0)) / size
     if error <= RIGHT:
@@ -109,11 +109,11 @@ def product_used(params: Mapping[str, Any], stage: str, places: list[str], x: An
                     (float(np.linalg.norm(rest - rest.mean(axis=0)) / size), place, transposed, rest)
                 )
     tried.sort(key=lambda trial: trial[0])
-    error, place, transposed, rest = tried[0]
-    clear = error < 0.5 * tried[1][0] and (error < CLEAR or (place == stage and not transposed))
-    if error > RIGHT and not clear:
-        return Use(stage, None, None, False, error)
-    return Use(stage, place, bias_used(params, stage, places, rest.mean(axis=0)), transposed, error)
+    left, place, transposed, rest = tried[0]
+    clear = left < 0.5 * tried[1][0] and (left < CLEAR or (place == stage and not transposed))
+    if left > RIGHT and not clear:
+        return Use(stage, None, None, False, left)
+    return Use(stage, place, bias_used(params, stage, places, rest.mean(axis=0)), transposed, left)
 
 
 def product(params: Mapping[str, Any], place: str, x: Any, transposed: bool) -> Any:
@@ -157,7 +157,7 @@ def norm_used(params: Mapping[str, Any], stage: str, places: list[str], x: Any, 
 
 def fitted(params: Mapping[str, Any], stage: str, places: list[str], value: Any, which: int) -> str | None:
     """Return the place whose norm weight (which = 0) or bias (1) is nearest to a fitted one."""
-    known = {place: params[parameters_of(place)[which]] for place in places}
+    known = {place: params[str(parameters_of(place)[which])] for place in places}
     known[""] = np.full_like(value, 1 - which)
     errors = {place: float(np.linalg.norm(value - array)) for place, array in known.items()}
     size = float(np.linalg.norm(known[stage])) or 1.0

@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from minclip.params import count_layers, trim
+from minclip.porting.dropout import recorded
 from minclip.porting.faults import Fault
 from minclip.porting.port import Port
 from minclip.porting.products import INPUTS, Use, uses_of
@@ -84,12 +85,7 @@ def not_loaded(places: Sequence[str], stages: Mapping[str, Any]) -> Slip:
         for place in places:
             part = part_of(place)
             prefix = place[: -len(part)]
-            port.replace(
-                part,
-                lambda at, place=place, part=part, prefix=prefix: (
-                    stages[place].astype(at[part].dtype) if port.prefix == prefix else at[part]
-                ),
-            )
+            port.replace(part, recorded(port, prefix, part, stages[place]))
 
     block = places[0].rpartition(f".{part_of(places[0])}")[0]
     several = f"all of {block}" if len(places) == len(INPUTS) else " and ".join(places)
@@ -133,6 +129,8 @@ def slips_of_features(search: Search, precision: str, seconds: float = SECONDS) 
 
 def judged(search: Search, trials: Iterable[Trial], precision: str) -> list[Finding]:
     """Return the trials that explain all texts, best first."""
-    near = sorted((t for t in trials if search.is_near(t, precision)), key=lambda trial: trial.error)
+    near = [trial for trial in trials if search.is_near(trial, precision)]
     judgments = [search.judge(trial.faults, trial.transform, precision) for trial in near[:JUDGED]]
-    return sorted((j.finding for j in judgments if j.fits), key=lambda finding: finding.error)
+    found = [judgment.finding for judgment in judgments if judgment.fits]
+    best = min((finding.error for finding in found), default=0)
+    return sorted(found, key=lambda finding: finding.error if finding.error > 1.3 * best else 0)

@@ -39,8 +39,8 @@ class Slip(Fault):
 
 
 def slip(id: str, first: int, summary: str, change: Callable[[Port], Any]) -> Slip:
-    """Return a slip."""
-    return Slip(id, summary, SOURCE, CHECK, change, first=first)
+    """Return a slip. Its id names stages without the words that all blocks share: "W1-1.attn.k-1.attn.q"."""
+    return Slip(id.replace(BLOCK, ""), summary, SOURCE, CHECK, change, first=first)
 
 
 # One tensor in the place of another. A place is a stage, whose weight and bias may come from elsewhere.
@@ -168,9 +168,9 @@ def inside(i: int) -> Iterator[Slip]:
     block = f"{BLOCK}{i}."
     q, k, v = (f"{block}attn.{part}" for part in "qkv")
     for a, b in itertools.permutations((q, k, v), 2):
-        yield uses(a, b, b)
         yield uses(a, b, a)
         yield uses(a, a, b)
+        yield uses(a, b, b)
     for a, b in itertools.combinations((q, k, v), 2):
         yield exchanged(a, b)
     for stage in (q, k, v, f"{block}attn"):
@@ -216,15 +216,14 @@ def from_layer(i: int, j: int) -> Iterator[Slip]:
 
 def exchanged(a: str, b: str) -> Slip:
     """Return the slip by which two of q, k and v are swapped, weight and bias."""
-    first, second = uses(a, b, b), uses(b, a, a)
+    *names, rows_a = parameters_of(a)
+    rows_b = parameters_of(b)[2]
 
     def change(port: Port) -> None:
-        other = Port(port, port.tokens)
-        second.change(other)
-        rows = parameters_of(b)[2]
-        first.change(port)
-        for name in parameters_of(b)[:2]:
-            put(port, name, rows, tensor(other, name, rows))
+        for name in names:
+            first, second = tensor(port, name, rows_a), tensor(port, name, rows_b)
+            put(port, name, rows_a, second)
+            put(port, name, rows_b, first)
 
     return slip(f"W2-{a}-{b}", layer_of(a), f"{a} and {b} are swapped, weights and biases", change)
 

@@ -161,7 +161,7 @@ class Findings:
                 "not finite",
                 f"{name} has numbers that are not finite; {place or piece.reading.unit} belongs there",
             )
-        elif best is None:
+        elif best is None or (place and best.unit != place and piece.state):
             if place and piece.state:
                 self.add(piece, piece.state, f"{name} is {STATES[piece.state]}; {place} belongs there")
             elif place:

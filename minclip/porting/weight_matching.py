@@ -119,7 +119,8 @@ def to_floats(value: Any) -> np.ndarray:
 def pieces_of(name: str, array: np.ndarray, kinds: list[Kind], layers: int) -> list[Piece]:
     """Return the pieces of one array: itself, its packed units, its layers, or a table of embeddings."""
     pieces = read_units(name, array, kinds)
-    if not recognized(pieces) and array.ndim > 1 and len(array) == layers:
+    fitting = any(piece.best and shape_fits(piece, piece.best) for piece in pieces)
+    if not fitting and array.ndim > 1 and len(array) == layers:
         stack = [read_units(name, layer, kinds) for layer in array]
         if any(map(recognized, stack)):
             for i, layer in enumerate(stack):
@@ -158,7 +159,7 @@ def read_units(name: str, array: np.ndarray, kinds: list[Kind]) -> list[Piece]:
             read_alone(piece, flat, next(p.best for p in pieces if p.best), kinds)
     elif not state:
         for piece in pieces:
-            piece.state = "" if piece.readings else constant(flat)
+            piece.state = constant(flat)
     return pieces
 
 
@@ -210,7 +211,8 @@ def read_slots(kind: Kind, flat: np.ndarray, layout: tuple[str, ...], count: int
         with np.errstate(all="ignore"):
             factors = dots / sizes
             angles = np.sqrt(np.maximum(1 - dots**2 / (size * sizes), 0))
-        direct = [Reading(kind, units[n], layout, float(distance[n]), 1.0) for n in np.argsort(distance)[:4]]
+        near = np.flatnonzero(distance <= 1.5 * distance.min() + EXACT)  # equal tensors are all kept
+        direct = [Reading(kind, units[n], layout, float(distance[n]), 1.0) for n in near]
         readings = [reading for reading in direct if reading.error <= limit]
         varies = np.ptp(row) > 0
         if not varies:  # ones, say, are near every norm's weight

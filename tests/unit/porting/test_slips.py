@@ -26,7 +26,8 @@ def tokens():
 
 def k_from_q(p):
     w = p[B1 + "attn.in_proj_weight"].copy()
-    w[64:128] = w[:64]
+    D = w.shape[1]
+    w[D : 2 * D] = w[:D]
     p[B1 + "attn.in_proj_weight"] = w
 
 
@@ -58,12 +59,14 @@ def norm_of_another(p):
 
 
 def norm_left_plain(p):
-    p[B1 + "ln_2.weight"], p[B1 + "ln_2.bias"] = np.ones(64, np.float32), np.zeros(64, np.float32)
+    p[B1 + "ln_2.weight"] = np.ones_like(p[B1 + "ln_2.weight"])
+    p[B1 + "ln_2.bias"] = np.zeros_like(p[B1 + "ln_2.bias"])
 
 
 def q_bias_from_k(p):
     b = p[B0 + "attn.in_proj_bias"].copy()
-    b[:64] = b[64:128]
+    D = len(b) // 3
+    b[:D] = b[D : 2 * D]
     p[B0 + "attn.in_proj_bias"] = b
 
 

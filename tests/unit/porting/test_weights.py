@@ -1,5 +1,6 @@
 """minclip.check_weights recognizes a port's arrays by value and names every slip in full."""
 
+import numpy as np
 import pytest
 
 import minclip
@@ -58,6 +59,18 @@ def test_quantized_weights_agree_and_the_format_is_named(params, kind):
     assert check.verdict == "agrees", check
     named = [match.rounding for match in check.matches if match.found.endswith("mlp.c_fc.weight")]
     assert named == [kind.summary] * 4
+
+
+def test_a_model_with_equal_tensors_raises_no_alarm_and_hides_no_slip(params):
+    """A fresh model has biases of zeros and norms of ones in every layer."""
+    arrays = {n: a if a.ndim == 2 else np.full_like(a, n.endswith("weight")) for n, a in params.items()}
+    fresh = params.with_arrays(arrays)
+    for dialect in foreign_weights.DIALECTS:
+        assert minclip.check_weights(fresh, dialect(fresh)).verdict == "agrees", dialect
+    wrong = {name: array.copy() for name, array in fresh.items()}
+    weight_slips.k_from_q(wrong)
+    check = minclip.check_weights(fresh, foreign_weights.keras(wrong))
+    assert not_named(check, weight_slips.SLIPS[weight_slips.k_from_q]) == ([], [])
 
 
 @pytest.mark.parametrize("slip", weight_slips.SLIPS, ids=lambda slip: slip.__name__)
