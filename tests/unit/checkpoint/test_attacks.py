@@ -37,6 +37,7 @@ def hook(event, arguments):
     elif event == "import" and arguments[0] not in harmless:
         noted.append(f"{event} {arguments[0]}")
 
+import encodings.cp437  # zipfile's codec, which it imports with the first name that is not in UTF-8
 minclip.load()
 checkpoint.inspect(os.path.join(folder, "good.pt"))
 sys.addaudithook(hook)
