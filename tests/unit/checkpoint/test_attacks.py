@@ -155,9 +155,9 @@ def test_memory_is_a_small_multiple_of_a_pickles_size(make, tmp_path):
 @pytest.mark.parametrize(
     "name", ["x{}.token_embedding.weight", "transformer.resblocks.{}.ln_1.weight", "_orig_mod.x{}.weight_g"]
 )
-def test_a_header_of_20_000_names_is_refused_before_the_watchdog_barks(name, tmp_path):
+def test_a_header_of_5000_names_is_refused_before_the_watchdog_barks(name, tmp_path):
     entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-    names = ["token_embedding.weight", *(name.format(i) for i in range(20_000))]
+    names = ["token_embedding.weight", *(name.format(i) for i in range(5000))]
     header = json.dumps(dict.fromkeys(names, entry))
     (tmp_path / "many.safetensors").write_bytes(hostile.safetensors_of(header, b""))
     before = signal.signal(signal.SIGALRM, bark)
