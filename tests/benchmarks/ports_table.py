@@ -72,7 +72,16 @@ def variants(params, tokens, seed=0):
         features, dump = run_port(params, tokens, [switch] if switch else [])
         if switch in ("one_by_one", "cropped"):
             dump = {}
-        for how in ("all", "some", "no names", "batch first", "float16", "bfloat16", "float16 outside"):
+        for how in (
+            "all",
+            "some",
+            "no names",
+            "batch first",
+            "reversed",
+            "float16",
+            "bfloat16",
+            "float16 outside",
+        ):
             yield (
                 f"{switch or 'clean'}, {how}",
                 form(dump, features, how, rng),
@@ -101,6 +110,8 @@ def changed(dump, how, rng):
         return {f"val_{i}": x for i, x in enumerate(dump.values())}
     if how == "batch first":
         return {name: np.ascontiguousarray(x.swapaxes(0, 1)) for name, x in dump.items()}
+    if how == "reversed":
+        return {name: np.ascontiguousarray(x.T) for name, x in dump.items()}
     if how in ("float16", "bfloat16"):
         return {name: round_to(x, how) for name, x in dump.items()}
     return dump
