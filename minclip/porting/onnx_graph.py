@@ -28,6 +28,18 @@ def trace_onnx(path: str | os.PathLike[str], tokens: Any) -> dict[str, Any]:
 
     Raises ImportError without onnx and onnxruntime, OSError where the file cannot be read, and ValueError
     where it is no graph or does not take these tokens.
+
+    >>> import tempfile
+    >>> from onnx import TensorProto, helper, numpy_helper, save
+    >>> table = numpy_helper.from_array(np.ones((9, 4), np.float32), "table")
+    >>> node = helper.make_node("Gather", ["table", "input_ids"], ["embedding"])
+    >>> ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["B", "L"])
+    >>> output = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, None)
+    >>> graph = helper.make_graph([node], "lookup", [ids], [output], [table])
+    >>> path = tempfile.mkdtemp() + "/lookup.onnx"
+    >>> save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    >>> trace_onnx(path, [[1, 2]])["embedding"].shape
+    (1, 2, 4)
     """
     try:
         import onnx
