@@ -175,6 +175,7 @@ class NoiseSearch:
         self.search, self.target, self.runs = search, search.target, search.runs
         self.rows = short_texts(search)
         self.port = self.target.features[self.rows]
+        self.held = ""
         self.clean = self.run(())
         self.scale = float(np.linalg.norm(self.clean))
 
@@ -183,8 +184,9 @@ class NoiseSearch:
         if candidate is None:
             return self.target.transform(self.runs.run(tuple(faults), self.rows))
         if candidate.key not in self.runs.params_at:
-            rounded = candidate.apply(self.runs.params, self.target.tokens)
-            self.runs.params_at[candidate.key] = rounded
+            self.runs.params_at.pop(self.held, None)  # one rounded model in memory at a time
+            self.held = candidate.key
+            self.runs.params_at[self.held] = candidate.apply(self.runs.params, self.target.tokens)
         more = (candidate.fault,) if candidate.fault else ()
         return self.target.transform(self.runs.run((*faults, *more), self.rows, candidate.key))
 

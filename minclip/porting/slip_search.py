@@ -117,7 +117,8 @@ def slips_of_features(search: Search, precision: str, seconds: float = SECONDS) 
         return []
     tokens = trim(target.params, target.tokens[search.rows])
     runs = SlipRuns(target.params, tokens, target.batch)
-    end, trials = time.monotonic() + seconds, []
+    now, trials = time.monotonic(), []
+    end = now + min(seconds, (search.deadline - now) / 2)
     for candidate in tqdm(list(slips(target.params)), "slips in one layer", disable=None, leave=False):
         if time.monotonic() > end:
             break

@@ -1,6 +1,7 @@
 """Measure what is said of weights, of slips in one layer and of quantized ports; write it into diagnosis.md.
 
     python -m tests.benchmarks.weights_table [-o tests/benchmarks/diagnosis.md] [--models NAME ...]
+        [--formats ID ...]    the formats that every bug is tried beside; none leaves that out
 
 Everything after the heading HEADING is replaced; the rest of the file is diagnosis_table's. A bug counts
 beside int8 weights where it moves the features by at least twice as much as the weights do.
@@ -87,7 +88,7 @@ def slip_rows(model):
         yield f"| {model} | {slip.__name__} | {' | '.join(said)} |"
 
 
-def noise_rows(model):
+def noise_rows(model, formats):
     """Yield lines on clean quantized ports of a model, and on ports with a bug beside int8 weights."""
     params, tokens = table.model(model), table.tokens_for(table.model(model), (2, 4))
     verdicts = []
@@ -97,7 +98,7 @@ def noise_rows(model):
             verdicts.append(minclip.diagnose(params, tokens, features).verdict)
     counts = {verdict: verdicts.count(verdict) for verdict in sorted(set(verdicts))}
     yield f"- {model}: {len(verdicts)} clean quantized ports: {counts}."
-    for kind in ("int8-row", "q4_0"):
+    for kind in formats:
         yield beside(model, params, tokens, FORMAT[kind])
 
 
@@ -125,7 +126,7 @@ def beside(model, params, tokens, kind):
     )
 
 
-def section(models):
+def section(models, formats):
     """Return the section of diagnosis.md."""
     lines = [
         HEADING,
@@ -141,7 +142,7 @@ def section(models):
         lines += slip_rows(model)
     lines.append("")
     for model in models:
-        lines += noise_rows(model)
+        lines += noise_rows(model, formats)
     return "\n".join(lines) + "\n"
 
 
@@ -149,8 +150,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", dest="output", type=Path)
     parser.add_argument("--models", nargs="*", default=["built-in"])
+    parser.add_argument("--formats", nargs="*", default=["int8-row", "q4_0"], choices=FORMAT)
     args = parser.parse_args()
-    text = section(args.models)
+    text = section(args.models, args.formats)
     if args.output:
         before = args.output.read_text().partition(HEADING)[0].rstrip("\n")
         args.output.write_text(f"{before}\n\n{text}")
