@@ -115,7 +115,7 @@ def write_states(
     The other arguments are those of `encode_file`; encode_chunks turns tokens [n, L] into states [n, L, D].
 
     States are large. A million texts of 77 positions at width 768 take 118 GB in float16, where their
-    features take 1.5 GB. Every position of every text is computed, padding included: that is about six
+    features take 1.5 GB. Every position of every text is computed, padding included: that is about nine
     times the work of features of captions of 13 tokens.
 
     Returns the states as `numpy.load(output, mmap_mode="r")` does. Raises as `encode_file` does.
