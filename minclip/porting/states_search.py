@@ -24,7 +24,7 @@ from minclip.porting.port import Port
 from minclip.porting.rounding import allowed, at_precision, host_params, possible_precisions, relative_l2
 from minclip.porting.runs import first_place
 from minclip.porting.search import JUDGED, NEAR
-from minclip.porting.target import fitted_factor
+from minclip.porting.target import fitted_factor, with_projection
 from minclip.porting.verdict import Finding
 from minclip.porting.which_states import PADDING_FAULTS, STATE_CATALOGUE, Which, states_of
 from minclip.tracing import trace
@@ -75,7 +75,8 @@ class StatesTarget:
     """
 
     def __init__(self, params: Mapping[str, Any], tokens: Any, output: Any, wanted: Which, dtype: Any = None):
-        self.params, self.projects = with_projection(host_params(params))
+        self.projects = "text_projection" in params
+        self.params = with_projection(host_params(params))
         self.batch = check_tokens(self.params, tokens)[0]
         given = self.batch.shape[1]
         states, self.layout = read_states(output, self.batch, self.params)
@@ -102,15 +103,6 @@ class StatesTarget:
     def length(self) -> Any:
         """The number of tokens of each text [n], from its start to its end."""
         return end_of_text(self.params, self.tokens) + 1
-
-
-def with_projection(params: Params) -> tuple[Params, bool]:
-    """Return params, with the identity as projection where they have none, and whether they had one."""
-    if "text_projection" in params:
-        return params, True
-    width = len(params["ln_final.weight"])
-    identity = np.eye(width, dtype=params["ln_final.weight"].dtype)
-    return params.with_arrays({**params, "text_projection": identity}), False
 
 
 def read_states(output: Any, tokens: Any, params: Params) -> tuple[Any, str]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from minclip.arrays import as_array
-from minclip.params import check_tokens, end_of_text, trim
+from minclip.params import Params, check_tokens, end_of_text, trim
 from minclip.porting.port import Port
 from minclip.porting.rounding import host_params, possible_precisions, relative_l2
 
@@ -18,7 +18,7 @@ ROWS = 32  # texts that are compared, at most
 class Target:
     """A port's features beside the reference's.
 
-    params        the reference, on the host
+    params        the reference, on the host; with the identity as projection where it has none
     batch         the tokens [N, L] that the port was given
     tokens        the rows of batch that are compared [n, L], ROWS at most
     rows          indices into tokens of the texts that candidates are tried on
@@ -30,7 +30,7 @@ class Target:
     """
 
     def __init__(self, params: Mapping[str, Any], tokens: Any, features: Any, dtype: Any = None):
-        self.params = host_params(params)
+        self.params = with_projection(host_params(params))
         self.batch = check_tokens(self.params, tokens)[0]
         self.reference = self.encode_all()
         features = check_features(upright(as_array(features), self.reference), len(self.batch))
@@ -106,6 +106,14 @@ def upright(features: Any, reference: Any) -> Any:
     if features.shape == reference.shape:
         ways.insert(0, features)
     return min(ways, key=lambda way: float(relative_l2(way, reference, axis=None)))
+
+
+def with_projection(params: Params) -> Params:
+    """Return params, with the identity as projection where they have none: features are pooled rows."""
+    if "text_projection" in params:
+        return params
+    width = len(params["ln_final.weight"])
+    return params.with_arrays({**params, "text_projection": np.eye(width, dtype=np.float32)})
 
 
 def check_features(features: Any, texts: int) -> Any:

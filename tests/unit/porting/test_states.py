@@ -212,3 +212,12 @@ def test_a_tower_without_projection_has_a_probe(params, tmp_path, capsys):
     assert "N7 explains every difference" in capsys.readouterr().out
     np.savez(port, tokens=tokens, last_hidden_state=port_states(params, tokens))
     assert main(["compare", probe, port, "--model", tower]) == 0
+
+
+def test_the_pooled_rows_of_a_port_of_flux_are_diagnosed_without_a_projection(params, tokens):
+    states = port_states(params, tokens)
+    rows, end = np.arange(len(tokens)), tokens.argmax(axis=-1)
+    assert minclip.diagnose(params, tokens, states[rows, end]).verdict == "agrees"
+    assert ids(minclip.diagnose(params, tokens, states[rows, end - 1])) == ["P12-before"]
+    erf = port_states(params, tokens, "erf")
+    assert ids(minclip.diagnose(params, tokens, erf[rows, end])) == ["A1"]
