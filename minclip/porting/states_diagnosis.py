@@ -159,8 +159,14 @@ def notes_on_reading(target: StatesTarget) -> Iterator[str]:
 
 
 def is_states(params: Mapping[str, Any], tokens: Any, output: Any) -> bool:
-    """Tell whether a port's output is hidden states, not features: it has more rows than there are texts."""
-    texts = int(np.prod(tokens.shape[:-1]))
-    D, P = len(params["ln_final.weight"]), params.get("text_projection")
-    widest = max(D, D if P is None else P.shape[1])
-    return bool(output.ndim > 1 and output.size > texts * widest)
+    """Tell whether a port's output is hidden states, not features: it holds a row for each position."""
+    texts, L = int(np.prod(tokens.shape[:-1])), tokens.shape[-1]
+    widest = (
+        max(params["text_projection"].shape)
+        if "text_projection" in params
+        else len(params["ln_final.weight"])
+    )
+    if output.ndim < 2 or output.size <= texts * widest:
+        return False
+    rows = output.size // output.shape[-1]
+    return bool(output.ndim > 2 or rows == texts * L or (texts == 1 and rows <= L))
