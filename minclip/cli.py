@@ -10,7 +10,18 @@ from pathlib import Path
 
 import numpy as np
 
-from minclip import __version__, arrays, builtin, checkpoint, corpus, explorer, model, tokenizer, verification
+from minclip import (
+    __version__,
+    arrays,
+    builtin,
+    checkpoint,
+    corpus,
+    explorer,
+    fast,
+    model,
+    tokenizer,
+    verification,
+)
 from minclip.arrays import as_array
 from minclip.checkpoint.tensor_files import only_when_whole
 from minclip.corpus import cluster
@@ -269,7 +280,7 @@ def run_encode(args):
         features = model.hidden_states(params, tokens, skip=args.skip, norm=not args.no_norm)
         args.dtype = args.dtype or "float16"
     else:
-        features = model.encode_text(params, tokens)
+        features = fast.encode_text(params, tokens)
     if args.output:
         features = as_array(arrays.normalize(features) if args.normalize else features)
         features = features.astype(args.dtype or features.dtype, copy=False)

@@ -45,6 +45,7 @@ LEFT_OUT = {
     "jupyter lab lessons": "opens a browser",
     "python -m tests.benchmarks.gpu": "needs a GPU; test_gpu.py runs it on a stand-in",
     "python -m tests.benchmarks.throughput prompts --open-clip WHEEL": "a benchmark, with a download",
+    "python -m tests.benchmarks.latency": "a benchmark",
     "python -m tests.benchmarks.corpus --model NAME": "a benchmark",
     "python -m tests.benchmarks.peers": "a benchmark, with downloads",
     "python -m tests.benchmarks.backward parity": "minutes, for the same reason as the next",
