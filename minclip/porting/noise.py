@@ -22,7 +22,7 @@ from minclip.porting.quantization import FORMATS, Format, uint8_tensor
 from minclip.porting.rounding import UNIT, allowed, relative_l2
 from minclip.porting.runs import names
 from minclip.porting.search import Search
-from minclip.porting.verdict import Diagnosis, Finding
+from minclip.porting.verdict import Diagnosis
 
 ALIKE = 0.5  # the cosine between the errors of the port and of a candidate that identifies the format
 EXACT = 0.9  # the same where the candidate rounds nearly every number as the port does
@@ -299,16 +299,16 @@ def find_noise(search: Search) -> Noise | None:
 def noise_diagnosis(search: Search, noise: Noise) -> Diagnosis:
     """Return the verdict where quantization explains the port, alone or beside faults."""
     target, summary = search.target, noise.candidate.summary
-    beside = f", beside {names(noise.faults)}" if noise.faults else ""
+    found = search.judge(noise.faults, "", "float32").finding  # with N10 where the rows are normalized
+    beside = f", beside {names(found.faults)}" if found.faults else ""
     first = f"{summary}, explain {noise.size:.2g} of {target.error:.2g}{beside}."
     how = "to rounding" if noise.left < 1e-5 else f"with {noise.left:.2g} left"
-    sure = f"The error is that of this format {how} (cosine {noise.alike:.2f})."
-    notes = [first[0].upper() + first[1:], sure]
+    notes = [first[0].upper() + first[1:]]
+    notes.append(f"The error is that of this format {how} (cosine {noise.alike:.2f}).")
     if noise.hidden:
         ids = ", ".join(fault.id for fault in noise.hidden)
         notes.append(f"Too small to be excluded under it: {ids}.")
-    if not noise.faults:
+    if not found.faults:
         return Diagnosis("noise", [], notes, target.error)
-    told = f"quantization explains {noise.size:.2g} of {target.error:.2g}; the rest is {names(noise.faults)}"
-    finding = Finding(noise.faults, search.judge(noise.faults, "", "float32").finding.error, told)
-    return Diagnosis("known", [finding], notes, target.error)
+    told = f"quantization explains {noise.size:.2g} of {target.error:.2g}; the rest is {names(found.faults)}"
+    return Diagnosis("known", [dataclasses.replace(found, explanation=told)], notes, target.error)
