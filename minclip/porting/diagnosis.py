@@ -9,7 +9,7 @@ from minclip.arrays import as_array
 from minclip.porting.agreement import agree
 from minclip.porting.conclusions import agrees, known, seen_through, unknown
 from minclip.porting.dump import StagewiseSearch
-from minclip.porting.noise import find_noise, noise_diagnosis
+from minclip.porting.noise import EXACT, Noise, find_noise, noise_diagnosis
 from minclip.porting.runs import Runs
 from minclip.porting.search import Search
 from minclip.porting.slip_search import slips_of_features
@@ -83,27 +83,47 @@ def diagnose(
 
 def decide(search: Search, dump: StagewiseSearch | None) -> Diagnosis:
     """Return the verdict on a port: agreement first, then single bugs, the dump's bugs, and pairs."""
-    agreement = agree(search)
+    agreement, doubtful = agree(search), None
     for precision in search.target.precisions:
         if agreement and agreement.precision == precision:
             return seen_through(search, agreement) if agreement.shows_a_fault else agrees(search, agreement)
         if found := search.judge_nearest(search.singles(), precision):
             return explained_by_single(search, dump, found, precision)
         if precision == "float32" and (noise := find_noise(search)):
-            return checked(noise_diagnosis(search, noise), dump)
+            if is_sure(noise):
+                return checked(noise_diagnosis(search, noise), dump)
+            doubtful = doubtful or noise_diagnosis(search, noise)
         if dump and (found := dump.findings(precision)):
-            return checked(known(search, found, [], precision), dump)
-    for precision in search.target.precisions[:1]:
-        if found := slips_of_features(search, precision):
-            return checked(known(search, found, [], precision), dump)
+            if len(found[0].faults) == 1 or not has_slip(found[0]):
+                return checked(known(search, found, [], precision), dump)
+            doubtful = known(search, found, [], precision)
+    if found := slips_of_features(search, search.target.precisions[0]):
+        return checked(known(search, found, [], search.target.precisions[0]), dump)
+    return explained_by_pair(search, dump, doubtful)
+
+
+def explained_by_pair(search: Search, dump: StagewiseSearch | None, doubtful: Diagnosis | None) -> Diagnosis:
+    """Return the verdict with pairs of bugs, or else the doubtful one, or that nothing explains the port."""
     pairs = search.pairs()
     for precision in search.target.precisions:
         if found := search.judge_nearest(pairs, precision):
             return checked(known(search, found, pairs, precision), dump)
+    if doubtful:
+        return checked(doubtful, dump)
     diagnosis = unknown(search)
     if dump:
         dump.explain_failure(diagnosis)
     return diagnosis
+
+
+def is_sure(noise: Noise) -> bool:
+    """Tell whether quantization explains the error so well that no pair of bugs need be tried first."""
+    return not noise.faults or noise.alike >= EXACT
+
+
+def has_slip(finding: Finding) -> bool:
+    """Tell whether a finding holds a slip in one layer. Several may be one bug of the whole model."""
+    return any(fault.id.startswith("W") for fault in finding.faults)
 
 
 def explained_by_single(

@@ -214,6 +214,8 @@ class StagewiseSearch:
         """Return the place of the first stage from start on that differs with these faults, or the end."""
         exact, rounded = (self.record(faults, precision, None) for precision in ("float64", self.precision))
         for place, name in list(enumerate(self.order))[start:]:
+            if name not in exact:  # the faults leave out a block
+                return place
             rounding = self.error(name, rounded[name], exact)
             if self.error(name, self.stages[name], exact) > allowed(rounding, self.precision):
                 return place
