@@ -94,9 +94,9 @@ def decide(search: Search, dump: StagewiseSearch | None) -> Diagnosis:
                 return checked(noise_diagnosis(search, noise), dump)
             doubtful = doubtful or noise_diagnosis(search, noise)
         if dump and (found := dump.findings(precision)):
-            if len(found[0].faults) == 1 or not has_slip(found[0]):
-                return checked(known(search, found, [], precision), dump)
-            doubtful = known(search, found, [], precision)
+            if len(found[0].faults) > 1 and has_slip(found[0]):
+                found = search.judge_nearest(search.pairs(), precision) or found
+            return checked(known(search, found, [], precision), dump)
     if found := slips_of_features(search, search.target.precisions[0]):
         return checked(known(search, found, [], search.target.precisions[0]), dump)
     return explained_by_pair(search, dump, doubtful)
