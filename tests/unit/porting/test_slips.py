@@ -116,6 +116,18 @@ def test_block_outputs_or_features_alone_name_the_slip(params, tokens, slip, sho
     assert diagnosis.findings[0].faults[0].summary == NINE[slip]
 
 
+def test_a_fault_that_makes_nan_explains_no_block_output():
+    """In the built-in model a slip in ln_2 was once explained by a mask that makes every number NaN."""
+    params = minclip.load()
+    tokens = minclip.probe_tokens(77, len(params["token_embedding.weight"]))
+    dump = broken(params, tokens, norm_left_plain)
+    blocks = {
+        name: array for name, array in dump.items() if re.fullmatch(r"transformer\.resblocks\.\d", name)
+    }
+    diagnosis = minclip.diagnose(params, tokens, dump["text_features"], trace=blocks)
+    assert [fault.summary for fault in diagnosis.findings[0].faults] == [NINE[norm_left_plain]]
+
+
 def test_two_slips_in_two_layers_are_named_together(params, tokens):
     wrong = params.copy()
     k_from_q(wrong)
