@@ -27,18 +27,10 @@ from minclip.checkpoint.tensor_files import only_when_whole
 from minclip.corpus import cluster
 from minclip.corpus.lines import read_texts
 from minclip.params import ACTIVATIONS, architecture
-from minclip.porting import (
-    comparison,
-    diagnosis,
-    port_files,
-    probe,
-    recipes,
-    token_probe,
-    tokens,
-    weight_files,
-    weights,
-)
+from minclip.porting import comparison, diagnosis, port_files, probe, recipes, tokens, weights
 from minclip.porting.names import rename
+from minclip.porting.tokens import probe as token_probe
+from minclip.porting.weights.files import read_weights
 
 SHOWN = 12  # texts whose similarities fit an 80-column terminal side by side
 NEAREST = 3
@@ -373,7 +365,7 @@ def run_check_weights(args):
 
     PORT is anything that --model takes, an ONNX graph, a Keras or other HDF5 file, or a Flax msgpack file.
     """
-    arrays = weight_files.read_weights(args.port)
+    arrays = read_weights(args.port)
     check = weights.check_weights(load_model(args), arrays)
     print(json.dumps(check.to_dict(), indent=1) if args.json else check)
     return int(check.verdict != "agrees")

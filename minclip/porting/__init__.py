@@ -4,7 +4,7 @@ Read in this order:
 
 - stages (names and axes), rounding (how far a correct port may be from the reference)
 - torch_hooks and onnx_graph (record a torch model, an ONNX graph), port_files (read a dump), recipes,
-  probe and probe_file (the tokens to run a port on), token_probe (the texts)
+  probe and probe_file (the tokens to run a port on)
 - names and layouts (how others call and store the stages), alignment (recognize arrays as stages)
 - port (the reference with a change), faults and catalogue (the known bugs)
 - gradients (the same for a port's backward pass)
@@ -13,17 +13,15 @@ Read in this order:
 - slips, products, slip_search (mistakes in the weights of one layer), noise (quantized weights), dropout
 - dump (find bugs one after the other), verdict, describe, conclusions (how a diagnosis reads)
 - which_states, states_search, states_diagnosis (the same for hidden states), diagnosis
-- token_port (the reference tokenizer in steps), token_faults (its catalogue), token_rows, tokens
-- weight_layouts, quantization, scales, weight_matching, weight_names, weight_findings, weight_files and
-  weights (a port's weights)
+- tokens (a room of its own: name the bug of a tokenizer)
+- quantization (formats of coarse weights), weights (a room of its own: which tensor each array is)
 """
 
 from minclip.porting.comparison import compare
 from minclip.porting.diagnosis import diagnose
 from minclip.porting.onnx_graph import trace_onnx
 from minclip.porting.probe import probe_tokens
-from minclip.porting.token_probe import probe_texts
-from minclip.porting.tokens import diagnose_tokens
+from minclip.porting.tokens import diagnose_tokens, probe_texts
 from minclip.porting.torch_hooks import trace_torch
 from minclip.porting.weights import check_weights
 

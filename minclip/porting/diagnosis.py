@@ -15,7 +15,7 @@ from minclip.porting.search import Search
 from minclip.porting.slip_search import slips_of_features
 from minclip.porting.states_diagnosis import diagnose_states, is_states
 from minclip.porting.target import Target
-from minclip.porting.tokens import without_texts
+from minclip.porting.tokens.diagnosis import without_texts
 from minclip.porting.verdict import Diagnosis, Finding
 
 BUDGET = 60.0  # seconds
@@ -60,11 +60,11 @@ def diagnose(
     output = as_array(output)
     trace, told = without_texts(trace, tokens)
     if is_states(params, as_array(tokens), output):
-        diagnosis = diagnose_states(
+        of_states = diagnose_states(
             params, tokens, output, skip=skip, norm=norm, dtype=dtype, budget=budget, trace=trace
         )
-        diagnosis.notes[:0] = told
-        return diagnosis
+        of_states.notes[:0] = told
+        return of_states
     target = Target(params, tokens, output, dtype)
     search = Search(target, Runs(target), budget)
     dump = None if trace is None else StagewiseSearch(search, trace)

@@ -14,7 +14,7 @@ from minclip.checkpoint.tensor_files import only_when_whole, read_safetensors
 from minclip.params import Tokens, as_params
 from minclip.porting import probe_file
 from minclip.porting.rounding import PRECISIONS, rounding_of
-from minclip.porting.token_probe import TEXTS
+from minclip.porting.tokens.probe import TEXTS
 from minclip.tracing import Trace, trace
 
 

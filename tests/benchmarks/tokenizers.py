@@ -16,10 +16,10 @@ from pathlib import Path
 
 import minclip
 from minclip import tokenizer
-from minclip.porting.token_faults import CATALOGUE
-from minclip.porting.token_port import Memory, TokenizerPort
-from minclip.porting.token_rows import overlapping
-from minclip.porting.tokens import diagnose_tokens
+from minclip.porting.tokens.diagnosis import diagnose_tokens
+from minclip.porting.tokens.faults import CATALOGUE
+from minclip.porting.tokens.port import Memory, TokenizerPort
+from minclip.porting.tokens.rows import overlapping
 from tests.foreign import tokenizer_ports
 from tests.unit.test_tokenizer import hostile
 

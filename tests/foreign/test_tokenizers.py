@@ -7,7 +7,7 @@ them, and the variable MINCLIP_TEST_TOKENIZERS names the folder.
 import pytest
 
 import minclip
-from minclip.porting.tokens import diagnose_tokens
+from minclip.porting.tokens.diagnosis import diagnose_tokens
 from tests.foreign.tokenizer_ports import PORTS, ids_of, why_not, write_vocabulary
 
 pytestmark = pytest.mark.foreign

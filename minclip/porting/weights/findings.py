@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from minclip.params import BLOCK
 from minclip.porting.quantization import EXACT, FLOATS
-from minclip.porting.weight_layouts import Kind, Unit, fits_shape, orientation
-from minclip.porting.weight_matching import Piece, Reading, layout_words, shape_fits
-from minclip.porting.weight_names import first_layer, numbered, place_by_words, places_by_pattern, plain
+from minclip.porting.weights.layouts import Kind, Unit, fits_shape, orientation
+from minclip.porting.weights.matching import Piece, Reading, layout_words, shape_fits
+from minclip.porting.weights.names import first_layer, numbered, place_by_words, places_by_pattern, plain
 
 STATES = {"zero": "all zeros", "one": "all ones", "constant": "one number throughout"}
 

@@ -8,7 +8,7 @@ import safetensors.numpy
 
 import minclip
 from minclip.cli import main
-from minclip.porting.weight_files import read_weights
+from minclip.porting.weights.files import read_weights
 from tests.support import foreign_weights, oracles, weight_slips
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from minclip.porting.token_faults import CATALOGUE, TokenFault
-from minclip.porting.token_port import CONTEXT, REFERENCE, TokenizerPort
+from minclip.porting.tokens.faults import CATALOGUE, TokenFault
+from minclip.porting.tokens.port import CONTEXT, REFERENCE, TokenizerPort
 
 PARSED = 0.5  # the share of rows that must have a frame's start, end and padding
 FRAMES = 8  # readings kept, at most

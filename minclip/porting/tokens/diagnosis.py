@@ -1,7 +1,7 @@
 """Name a tokenizer's bug: which known mistakes turn OpenAI's ids into a port's.
 
 `diagnose_tokens` first reads the rows: start, end, padding, numbering. It then puts the faults of
-minclip/porting/token_faults.py into the reference tokenizer, one, two and three at a time, and looks for
+minclip/porting/tokens/faults.py into the reference tokenizer, one, two and three at a time, and looks for
 those that give every row of the port. Most are ruled out by the first text.
 """
 
@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from minclip import tokenizer
-from minclip.porting.token_faults import CATALOGUE, TokenFault
-from minclip.porting.token_port import START_ID, Memory, TokenizerPort
-from minclip.porting.token_probe import probe_texts
-from minclip.porting.token_rows import overlapping, read_frames, read_rows, row_limit
+from minclip.porting.tokens.faults import CATALOGUE, TokenFault
+from minclip.porting.tokens.port import START_ID, Memory, TokenizerPort
+from minclip.porting.tokens.probe import probe_texts
+from minclip.porting.tokens.rows import overlapping, read_frames, read_rows, row_limit
 from minclip.porting.verdict import Diagnosis, Finding
 
 TOGETHER = 3  # faults tried together, in every combination

@@ -10,7 +10,7 @@ import numpy as np
 
 from minclip.arrays import as_array
 from minclip.porting.quantization import EXACT, FORMATS, Format, float_rounding, format_of
-from minclip.porting.weight_layouts import PACKED, Kind, Unit, fits_shape, orientation
+from minclip.porting.weights.layouts import PACKED, Kind, Unit, fits_shape, orientation
 
 CHUNK = 2**20  # numbers compared at a time
 NEAR = 0.03  # a vector further from a tensor than this, in relative L2, is another

@@ -9,10 +9,10 @@ import pytest
 
 import minclip
 from minclip import cli, tokenizer
-from minclip.porting.token_faults import CATALOGUE
-from minclip.porting.token_port import REFERENCE, Memory, TokenizerPort
-from minclip.porting.token_rows import overlapping
-from minclip.porting.tokens import diagnose_tokens
+from minclip.porting.tokens.diagnosis import diagnose_tokens
+from minclip.porting.tokens.faults import CATALOGUE
+from minclip.porting.tokens.port import REFERENCE, Memory, TokenizerPort
+from minclip.porting.tokens.rows import overlapping
 from tests.support.oracles import openai
 from tests.unit.test_tokenizer import KILLERS, hostile
 

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 
 from minclip.params import BLOCK
-from minclip.porting.weight_layouts import Unit
+from minclip.porting.weights.layouts import Unit
 
 WEIGHT = {"weight", "kernel", "w", "scale", "gamma", "g", "embedding", "embeddings"}
 WEIGHT |= {"mat_mul", "mat_mul_integer", "gemm", "qgemm", "gather"}  # of ONNX nodes

@@ -1,7 +1,7 @@
 """Check a port's weights: which of the reference's tensors each array holds, and which are in a wrong place.
 
-Read first: weight_layouts (the reference's tensors and the orders of their axes), weight_matching (an
-array is recognized by its values), weight_names (the place that a name tells), quantization (formats).
+Read first: layouts (the reference's tensors and the orders of their axes), matching (an
+array is recognized by its values), names (the place that a name tells), quantization (formats).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 from minclip.params import Params, architecture, as_params
 from minclip.porting.alignment import align
 from minclip.porting.names import unpack
-from minclip.porting.scales import dequantized
 from minclip.porting.slip_search import slips_of_products
 from minclip.porting.slips import Slip, named, parameters_of
 from minclip.porting.stages import text_of
-from minclip.porting.weight_findings import Findings, WeightFinding, WeightMatch
-from minclip.porting.weight_layouts import kinds_of
-from minclip.porting.weight_matching import recognize
+from minclip.porting.weights.findings import Findings, WeightFinding, WeightMatch
+from minclip.porting.weights.layouts import kinds_of
+from minclip.porting.weights.matching import recognize
+from minclip.porting.weights.scales import dequantized
 from minclip.tables import html_table, text_table
 from minclip.tracing import trace as record_trace
 
@@ -116,8 +116,9 @@ def check_weights(params: Mapping[str, Any], arrays: Mapping[str, Any], *, trace
     >>> check_weights(params, dict(params)).verdict
     'agrees'
     >>> b = "transformer.resblocks.1.ln_2.bias"
-    >>> print(check_weights(params, {**params, b: params["transformer.resblocks.0.ln_2.bias"]}).findings[0])
-    transformer.resblocks.1.ln_2.bias holds transformer.resblocks.0.ln_2.bias
+    >>> slip = check_weights(params, {**params, b: params["transformer.resblocks.0.ln_2.bias"]})
+    >>> print(slip.findings[0])  # doctest: +ELLIPSIS
+    transformer.resblocks.1.ln_2.bias holds transformer.resblocks.0.ln_2.bias; ...
     """
     params = as_params(params)
     shown = [] if trace is None else findings_of_trace(params, trace)

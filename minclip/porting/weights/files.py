@@ -16,7 +16,7 @@ import numpy as np
 
 from minclip.checkpoint.sources import find_weights, read_contents, split_prefix
 from minclip.checkpoint.tensor_files import FLOATS, Stored, numbers
-from minclip.porting.scales import dequantized
+from minclip.porting.weights.scales import dequantized
 
 MOST_UNPACKED = 20  # an HDF5 file may unpack to at most so many times its size
 HDF5 = b"\x89HDF\r\n\x1a\n"

@@ -1,6 +1,6 @@
 """The catalogue of tokenizer mistakes, each as a small change of the reference tokenizer's steps.
 
-`change` names the steps of minclip/porting/token_port.py that a port replaced, and what it put there:
+`change` names the steps of minclip/porting/tokens/port.py that a port replaced, and what it put there:
 
     TokenFault("K3", "no lower-casing", ..., {"fold": same})
 
@@ -22,7 +22,7 @@ import regex
 
 from minclip import tokenizer
 from minclip.porting.faults import Fault
-from minclip.porting.token_port import (
+from minclip.porting.tokens.port import (
     END_ID,
     SPECIAL_IDS,
     START_ID,
