@@ -110,7 +110,7 @@ def test_every_room_says_how_to_read_it():
         doc = ast.get_docstring(tree)
         assert doc or name == "minclip.__main__", f"{name} has no docstring"
         if package and name not in ("minclip", "minclip.builtin"):
-            listed = {n.rpartition(".")[2] for n in MODULES if n.startswith(f"{name}.")}
+            listed = {n.rpartition(".")[2] for n in MODULES if n.rpartition(".")[0] == name}
             missing = sorted(module for module in listed if module not in doc)
             assert not missing, f"the docstring of {name} does not name {missing}"
 
