@@ -1,4 +1,4 @@
-"""What the page needs besides plain array operations.
+"""Helpers of the page: everything that it needs besides plain array operations.
 
 This is which library an array belongs to, how float16 is computed, and functions that NumPy lacks.
 

@@ -38,7 +38,7 @@ BUILTIN_IN_WORDS = "built-in, a small CLIP-style one, not CLIP"
 
 
 def main(argv=None):
-    """Run the command line; returns the exit status. Errors are one line on standard error."""
+    """Run the command line, and return the exit status. Errors are one line on standard error."""
     args = parser().parse_args(argv)
     sys.stdout.reconfigure(errors="replace")  # a terminal that has no emoji shows ? and goes on
     usual, warnings.formatwarning = warnings.formatwarning, lambda message, *_: f"minclip: {message}\n"
@@ -58,15 +58,30 @@ def main(argv=None):
 
 
 def parser():
+    """Return the parser of the command line, with a function `run` for each command."""
     top = argparse.ArgumentParser(prog="minclip", description="CLIP's text encoder on NumPy or CuPy.")
     top.add_argument("--version", action="version", version=f"minclip {__version__}")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
+    add_encode(commands)
+    add_inspect(commands)
+    add_probe(commands)
+    add_diagnose(commands)
+    add_check_weights(commands)
+    add_compare(commands)
+    add_token_commands(commands)
+    add_show(commands)
+    add_verify(commands)
+    return top
 
+
+def add_encode(commands):
     encode = commands.add_parser("encode", help="turn texts into features", description=run_encode.__doc__)
     encode.set_defaults(run=run_encode)
     encode.add_argument("texts", nargs="*", metavar="TEXT")
     encode.add_argument(
-        "--file", metavar="captions.txt", help="read texts from a UTF-8 file, one a line; - is standard input"
+        "--file",
+        metavar="captions.txt",
+        help="read texts from a UTF-8 file, a line each; - is standard input",
     )
     encode.add_argument(
         "-o",
@@ -86,11 +101,15 @@ def parser():
         "--dask", metavar="ADDRESS", help="encode on the workers of a Dask scheduler, tcp://host:8786"
     )
 
+
+def add_inspect(commands):
     inspect = commands.add_parser("inspect", help="tell what a file holds", description=run_inspect.__doc__)
     inspect.set_defaults(run=run_inspect)
     inspect.add_argument("source", metavar="SOURCE", help="a model's name, or a file or folder of weights")
     add_architecture(inspect)
 
+
+def add_probe(commands):
     write = commands.add_parser(
         "probe",
         help="write what to run a port on",
@@ -111,6 +130,8 @@ def parser():
     )
     add_model(write)
 
+
+def add_diagnose(commands):
     diagnose = commands.add_parser(
         "diagnose", help="name the bug that a port has", description=run_diagnose.__doc__
     )
@@ -131,6 +152,8 @@ def parser():
     )
     add_model(diagnose)
 
+
+def add_check_weights(commands):
     check = commands.add_parser(
         "check-weights", help="tell which tensor is which", description=run_check_weights.__doc__
     )
@@ -139,6 +162,8 @@ def parser():
     check.add_argument("--json", action="store_true", help="print the result as JSON")
     add_model(check)
 
+
+def add_compare(commands):
     compare = commands.add_parser(
         "compare", help="find where a port diverges", description=run_compare.__doc__
     )
@@ -156,10 +181,6 @@ def parser():
         "--model", metavar="NAME|PATH", help="the probe's model, to tell new error from inherited"
     )
     add_architecture(compare)
-    add_token_commands(commands)
-    add_show(commands)
-    add_verify(commands)
-    return top
 
 
 def add_port_options(command):
@@ -236,7 +257,7 @@ def add_model(command):
 
 
 def add_architecture(command):
-    """Add the options that say of a model what its file does not."""
+    """Add the options for a model whose file does not name its activation or heads."""
     command.add_argument(
         "--activation", choices=ACTIVATIONS, help="of the model, where no config beside its file says it"
     )
@@ -414,13 +435,13 @@ def finite(value):
 
 
 def read_names(path):
-    """The object of a JSON file, from the port's names to ours."""
+    """Return the object of a JSON file, from the port's names to minclip's."""
     try:
         names = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON object of names: {error}") from None
+        raise ValueError(f"{path} is not a JSON object of names: {error}") from None
     if not isinstance(names, dict):
-        raise ValueError(f'{path} is no JSON object of names, {{"theirs": "ours"}}')
+        raise ValueError(f'{path} is not a JSON object of names, {{"theirs": "ours"}}')
     return names
 
 
@@ -456,12 +477,12 @@ def run_encode_file(args):
 
 
 def working_dtype(args):
-    """What features are computed in: the device's own dtype, or float32 where that is asked for."""
+    """Return the dtype to compute in: the device's own, or float32 where that is asked for."""
     return "float32" if args.dtype == "float32" or args.device == "cpu" else "float16"
 
 
 def source(path):
-    """The binary file at path, or standard input for -, or nothing for nothing."""
+    """Return the binary file at path, standard input for "-", or None for no path, in a context."""
     if not path:
         return contextlib.nullcontext()
     return contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb")

@@ -1,4 +1,4 @@
-"""What the encoder takes: the parameters of a text tower, and tokens that can be looked up in it."""
+"""The inputs of the encoder: the parameters of a text tower, and tokens that can be looked up in it."""
 
 from __future__ import annotations
 

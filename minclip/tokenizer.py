@@ -93,8 +93,8 @@ def decode(tokens: ArrayLike) -> list[str]:
     pieces, byte_of = spellings(), {c: b for b, c in byte_characters().items()}
     start, end = vocabulary()[START], vocabulary()[END]
     texts = []
-    for ids in np.atleast_2d(np.asarray(tokens)).tolist():
-        ids = ids[: ids.index(end)] if end in ids else ids
+    for row in np.atleast_2d(np.asarray(tokens)).tolist():
+        ids = row[: row.index(end)] if end in row else row
         if not all(0 <= id < len(pieces) for id in ids):
             raise ValueError(f"token ids must be from 0 to {len(pieces) - 1}, not {min(ids)} to {max(ids)}")
         spelled = "".join(pieces[id] for id in ids if id != start).replace(WORD_END, " ")

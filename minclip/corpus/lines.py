@@ -1,4 +1,4 @@
-"""The texts of a file, one a line: read, and checked before the first is encoded."""
+"""The texts of a file, one per line: read, and checked before the first is encoded."""
 
 from __future__ import annotations
 

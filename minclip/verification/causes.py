@@ -41,7 +41,7 @@ def explain(params: Params, failed: list[tuple[Vectors | Printed, np.ndarray]], 
         return sentence
     if cosine >= RELATED:
         return f"the weights were fine-tuned, merged or changed: mean cosine {cosine:.4f}, no known bug fits"
-    return f"the weights are others: mean cosine {cosine:.2f}"
+    return f"the weights are different: mean cosine {cosine:.2f}"
 
 
 def some_texts(failed):

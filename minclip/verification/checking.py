@@ -185,4 +185,4 @@ def none_of_them(name, others, checks, cosine, notes):
         notes.append(f"nobody has published figures for {', '.join(unpublished)}, of the same shapes")
     tried = ", ".join([name, *(model for model in others if model not in unpublished)])
     sentence = f"the shapes are those of {tried}, the weights of none of them: best cosine {cosine:.2f}"
-    return Certificate("differs", None, sentence, checks, cosine, "the weights are others", notes)
+    return Certificate("differs", None, sentence, checks, cosine, "the weights are different", notes)

@@ -5,8 +5,11 @@ import torch
 from threadpoolctl import threadpool_limits
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="package")
 def one_thread():
+    """Keep BLAS and torch to one thread in this package, and to their own number afterwards."""
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
     with threadpool_limits(1):
         yield
+    torch.set_num_threads(before)

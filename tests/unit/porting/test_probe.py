@@ -226,7 +226,7 @@ def test_names_of_the_users_own_are_read_from_a_file(files, capsys):
     assert cli.main([*command, str(folder / "names.json")]) == 0
     (folder / "names.json").write_text("{out: text_features}")
     assert cli.main([*command, str(folder / "names.json")]) == 1
-    assert "names.json is no JSON object of names" in capsys.readouterr().err
+    assert "names.json is not a JSON object of names" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_probe_or_another_models_is_an_error_of_one_line(files, capsys):

@@ -88,7 +88,7 @@ def test_the_published_model_agrees_and_is_recognized_among_others_of_its_shapes
     assert minclip.verify(another).sentence == "this is Other of a test: 17 of 17 vectors agree"
     assert minclip.verify(tower, "Stand-in").verdict == "agrees"
     differs = minclip.verify(tower, "Other")
-    assert (differs.verdict, differs.cause[:22]) == ("differs", "the weights are others")
+    assert (differs.verdict, differs.cause[:25]) == ("differs", "the weights are different")
 
 
 def with_activation(source, params):
@@ -159,7 +159,7 @@ def of_other_weights(source, params):
         (doubled, "the published vectors are scaled"),
         (with_one_other_text, "only 'a ox' do not: their prompts or token ids are others"),
         (fine_tuned, "the weights were fine-tuned, merged or changed"),
-        (of_other_weights, "the weights are others"),
+        (of_other_weights, "the weights are different"),
     ],
 )
 def test_each_planted_change_of_the_figures_fails_with_its_cause(publish, tower, change, cause, monkeypatch):
