@@ -8,7 +8,6 @@ command resumes. --rows is the last phase: only the rows of emoji tokens learn. 
 """
 
 import argparse
-import itertools
 import json
 import random
 import time
@@ -126,14 +125,7 @@ class Tower(nn.Module):
 
     def forward(self, texts, drop=0.0):
         """Return unit features [n, EMBED] of ragged texts, computed in groups of similar length."""
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        cuts = [0, *(int(len(order) * part) for part in (0.35, 0.6, 0.8, 0.93, 0.985)), len(order)]
-        groups = [order[a:b] for a, b in itertools.pairwise(cuts) if b > a]
-        pad = nn.utils.rnn.pad_sequence
-        out = [self.features(pad([texts[i] for i in g], batch_first=True), drop) for g in groups]
-        places = torch.empty(len(texts), dtype=torch.long)
-        places[torch.tensor([i for g in groups for i in g])] = torch.arange(len(texts))
-        return torch.cat(out)[places]
+        return base.in_groups(texts, (0.35, 0.6, 0.8, 0.93, 0.985), lambda ids: self.features(ids, drop))
 
 
 def scene_losses(said, mixed, disorder, shown, scale):

@@ -7,7 +7,7 @@ from transformers import AutoModel
 
 
 def encode(folder, texts, batch=512):
-    """Unit vectors [len(texts), 384] in float16: the mean over tokens of the last layer, normalised."""
+    """Unit vectors [len(texts), 384] in float16: the mean over tokens of the last layer, normalized."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_truncation(160)
     tokenizer.no_padding()

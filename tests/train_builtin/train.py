@@ -116,17 +116,8 @@ class TextTower(nn.Module):
         return F.normalize(x @ self.text_projection, dim=-1)
 
     def forward(self, texts, drop=0.0):
-        """Unit features [n, EMBED] of ragged texts, computed in groups of like length."""
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        cuts = [0] + [int(len(order) * part) for part in (0.5, 0.8, 0.92, 0.98)] + [len(order)]
-        groups = [order[a:b] for a, b in itertools.pairwise(cuts) if b > a]
-        out = [
-            self.features(nn.utils.rnn.pad_sequence([texts[i] for i in g], batch_first=True), drop)
-            for g in groups
-        ]
-        places = torch.empty(len(texts), dtype=torch.long)
-        places[torch.tensor([i for g in groups for i in g])] = torch.arange(len(texts))
-        return torch.cat(out)[places]
+        """Unit features [n, EMBED] of ragged texts."""
+        return in_groups(texts, (0.5, 0.8, 0.92, 0.98), lambda ids: self.features(ids, drop))
 
     def parameters_by_name(self):
         """float32 arrays by OpenAI's names."""
@@ -135,6 +126,18 @@ class TextTower(nn.Module):
         with torch.no_grad():
             params["token_embedding.weight"] = self.rows(torch.arange(VOCABULARY)).numpy()
         return params
+
+
+def in_groups(texts, parts, features):
+    """Return the features of ragged texts, computed in groups of similar length cut at parts of them all."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    cuts = [0, *(int(len(order) * part) for part in parts), len(order)]
+    groups = [order[a:b] for a, b in itertools.pairwise(cuts) if b > a]
+    pad = nn.utils.rnn.pad_sequence
+    out = [features(pad([texts[i] for i in g], batch_first=True)) for g in groups]
+    places = torch.empty(len(texts), dtype=torch.long)
+    places[torch.tensor([i for g in groups for i in g])] = torch.arange(len(texts))
+    return torch.cat(out)[places]
 
 
 def ragged(texts):
