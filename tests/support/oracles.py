@@ -26,8 +26,23 @@ def openai(name):
     return module
 
 
+# The text_config of a small Hugging Face tower.
+TEXT = {
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "projection_dim": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 16,
+    "bos_token_id": 98,
+    "eos_token_id": 99,
+    "hidden_act": "gelu",
+}
+
+
 def random_params(width=128, layers=2, embed=96, context=77, vocabulary=49408, seed=0, dtype=np.float32):
-    """A text tower at the scale of CLIP's own initialisation, with norms and biases that are not 1 and 0."""
+    """A text tower at the scale of CLIP's own initialization, with norms and biases that are not 1 and 0."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape, std=1.0, mean=0.0):

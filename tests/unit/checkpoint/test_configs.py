@@ -9,20 +9,8 @@ import transformers
 
 import minclip
 from minclip.checkpoint.configs import of_hugging_face, of_open_clip
-from tests.support.oracles import random_tokens
+from tests.support.oracles import TEXT, random_tokens
 
-TEXT = {
-    "vocab_size": 100,
-    "hidden_size": 64,
-    "intermediate_size": 256,
-    "projection_dim": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 16,
-    "bos_token_id": 98,
-    "eos_token_id": 99,
-    "hidden_act": "gelu",
-}
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION |= {"image_size": 8, "patch_size": 4}
 TOKENS = random_tokens([3, 9, 16], context=16, vocabulary=100)

@@ -10,6 +10,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, C
 import minclip
 from minclip.checkpoint.configs import activation_in, of_hugging_face, of_open_clip
 from tests.support.oracles import (
+    TEXT,
     assert_same,
     openai,
     random_params,
@@ -21,18 +22,6 @@ from tests.support.oracles import (
 SIZES = {"width": 64, "layers": 2, "embed": 48, "context": 16, "vocabulary": 100}
 PARAMS = random_params(**SIZES)
 TOKENS = random_tokens([3, 9, 16], context=16, vocabulary=100)
-TEXT = {
-    "vocab_size": 100,
-    "hidden_size": 64,
-    "intermediate_size": 256,
-    "projection_dim": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 16,
-    "bos_token_id": 98,
-    "eos_token_id": 99,
-    "hidden_act": "gelu",
-}
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
 VISION |= {"image_size": 8, "patch_size": 4, "projection_dim": 48}
 
