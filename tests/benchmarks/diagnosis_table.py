@@ -54,7 +54,7 @@ PAIRS = (
     ("no_start", "scale_twice"),
     ("embedding_scaled", "kqv"),
     ("std_plus_eps", "pool_row_zero"),
-    ("erf", "normalised"),
+    ("erf", "normalized"),
     ("no_mask", "logit_scale"),
     ("pool_count", "padded_with_end"),
     ("softmax_queries", "no_out_bias"),
@@ -81,7 +81,7 @@ SIZES = {
 }
 LARGE = list(SIZES)[-1]
 SMALL = (*list(SIZES)[:-1], "built-in")
-TIMED = (("kqv",), ("eps_1e-6",), ("pool_last",), ("normalised",), *PAIRS[:3], *PAIRS[15:18])
+TIMED = (("kqv",), ("eps_1e-6",), ("pool_last",), ("normalized",), *PAIRS[:3], *PAIRS[15:18])
 
 
 def random_model(seed, width, heads, layers, embed, activation="quick_gelu"):

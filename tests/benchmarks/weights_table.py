@@ -118,7 +118,7 @@ def beside(model, params, tokens, kind):
         if ids & SINGLES[bug]:
             named += 1
         else:
-            missed.append(f"{bug} ({diagnosis.verdict} {' '.join(sorted(ids))})")
+            missed.append(f"{bug} ({' '.join([diagnosis.verdict, *sorted(ids)])})")
         print(model, kind.id, bug, diagnosis.verdict, *ids, flush=True)
     return (
         f"- {model}: {kind.summary} make {noise:.2g}; of {large} bugs of at least twice that, {named} are "

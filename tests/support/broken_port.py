@@ -78,8 +78,8 @@ SINGLES = {
     "shared_block": {"N15-first"},
     "projection_transposed": {"N8"},
     "projection_missing": {"N8-missing"},
-    "normalised": {"N10"},
-    "normalised_over_batch": {"N10-axis"},
+    "normalized": {"N10"},
+    "normalized_over_batch": {"N10-axis"},
     "logit_scale": {"N11"},
     "logits": {"X1-logits"},
     "fp8_without_scale": {"Q1-fp8"},
@@ -139,9 +139,9 @@ class BrokenPort:
         if self.has("one_by_one"):
             return torch.cat([self.forward(row[None, : row.argmax() + 1]) for row in ids])
         features = self.forward(self.prepare(ids))
-        if self.has("normalised"):
+        if self.has("normalized"):
             features = F.normalize(features, dim=-1)
-        if self.has("normalised_over_batch"):
+        if self.has("normalized_over_batch"):
             features = F.normalize(features, dim=0)
         if self.has("logits"):
             features = 100 * F.normalize(features, dim=-1) @ F.normalize(features, dim=-1).T

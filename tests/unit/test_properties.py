@@ -49,7 +49,7 @@ def near(features, expected, params):
     """Every row within rounding, and nothing else about the array different."""
     assert features.dtype == expected.dtype == params["text_projection"].dtype
     assert features.shape == expected.shape
-    # What is projected is normalised, so features are of the projection's size; one that happens to come out
+    # What is projected is normalized, so features are of the projection's size; one that happens to come out
     # far smaller, as a single number can, is still rounded like the others.
     size = np.linalg.norm(params["text_projection"].astype(np.float64))
     for row, other in zip(features.astype(np.float64), expected.astype(np.float64), strict=True):

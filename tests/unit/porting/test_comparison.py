@@ -153,7 +153,7 @@ REAL = {
     "bias left out": (weights(BLOCK + "mlp.c_fc.bias", np.zeros_like), BLOCK + "mlp.c_fc"),
     "ln_final left out": (stage("ln_final", lambda x, at: at["transformer.resblocks.2"]), "ln_final"),
     "pooled at the last position": (stage("eot", lambda x, at: 0 * x + 19), "eot"),
-    "normalised": (
+    "normalized": (
         stage("text_features", lambda x, at: minclip.normalize(x)),
         "text_features",
     ),
@@ -312,7 +312,7 @@ def arranged(name, how):
 
 @pytest.mark.parametrize("how", ["B L D", "L B D", "(B L) D", "(L B) D", "B D L"])
 @pytest.mark.parametrize("name", ["ln_1", "mlp.c_fc"])
-def test_layouts_of_the_stream_are_recognised(name, how):
+def test_layouts_of_the_stream_are_recognized(name, how):
     compared = minclip.compare(REFERENCE, {BLOCK + name: arranged(name, how)})
     assert compared.first is None
     assert compared.stages[BLOCK + name].layout == how
@@ -320,7 +320,7 @@ def test_layouts_of_the_stream_are_recognised(name, how):
 
 
 @pytest.mark.parametrize("how", ["B H L K", "B L (H K)", "L B (H K)", "(B H) L K", "B L H K", "L B H K"])
-def test_heads_split_or_merged_are_recognised(how):
+def test_heads_split_or_merged_are_recognized(how):
     compared = minclip.compare(REFERENCE, {f"{BLOCK}attn.{q}": arranged(f"attn.{q}", how) for q in "qkv"})
     assert compared.first is None
     assert compared.stages[BLOCK + "attn.k"].layout == how

@@ -44,7 +44,7 @@ def test_a_single_bug_is_named_first(params, tokens, bug):
 
 @pytest.mark.parametrize(
     "bugs",
-    [("erf", "no_mask"), ("kqv", "projection_transposed"), ("post_norm", "erf"), ("erf", "normalised")],
+    [("erf", "no_mask"), ("kqv", "projection_transposed"), ("post_norm", "erf"), ("erf", "normalized")],
 )
 def test_two_bugs_are_named_together(params, tokens, bugs):
     diagnosis, _, place = table.trial(params, tokens, bugs)
@@ -90,7 +90,7 @@ def test_nothing_is_written_into_what_is_given(params, tokens, clean):
     assert np.array_equal(features, clean * 2)
 
 
-def test_normalised_shuffled_scaled_and_missing_rows_are_seen_through(params, tokens, clean):
+def test_normalized_shuffled_scaled_and_missing_rows_are_seen_through(params, tokens, clean):
     def ids(features):
         return [fault.id for fault in minclip.diagnose(params, tokens, features).findings[0].faults]
 

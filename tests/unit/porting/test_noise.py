@@ -50,7 +50,7 @@ def test_the_matrices_that_are_quantized_are_named(params, tokens, parts):
     ("kind", "bug", "id"),
     [
         ("int8-row", "erf", "A1"),
-        ("int8-row", "normalised", "N10"),
+        ("int8-row", "normalized", "N10"),
         ("int8-tensor", "no_mask", "M1"),
         ("q4_0", "kqv", "T1-kqv"),
         ("mlx-4", "eps_1e-6", "N1"),
