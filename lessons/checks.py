@@ -118,6 +118,98 @@ def agree(by_hand, package, tolerance=1e-5):
     print(f"the same to rounding: shape {package.shape}, {package.dtype}")
 
 
+# 00 Watch it work
+
+QUESTIONS = {  # a sentence, and the names of three pictures
+    1: ("a kitten asleep on a couch", ("cat face", "couch and lamp", "sleeping face")),
+    2: ("it tells you the time", ("microphone", "frog", "watch")),
+    3: ("it is raining cats and dogs", ("cloud with rain", "cat", "umbrella")),
+    4: ("she is not angry", ("angry face", "smiling face", "banana")),
+    5: ("a vehicle that flies to the moon", ("rocket", "fly", "full moon")),
+}
+DENIALS = {"no", "not", "without", "never", "nothing", "neither", "nor"}
+
+
+@functools.cache
+def picture_table():
+    """The built-in model, its pictures' names, and their features."""
+    _, names, features = minclip.pictures()
+    return minclip.load(), names, features
+
+
+def order_of(text):
+    """The names of all pictures, the nearest to text first."""
+    params, names, features = picture_table()
+    cosines = features @ minclip.normalize(minclip.encode_text(params, minclip.tokenize(text)))[0]
+    return [names[i] for i in np.argsort(-cosines)]
+
+
+def best_letters():
+    """The letter of the nearest of the three pictures, for each of QUESTIONS."""
+    orders = {number: order_of(text) for number, (text, _) in QUESTIONS.items()}
+    ranks = {number: [orders[number].index(name) for name in QUESTIONS[number][1]] for number in QUESTIONS}
+    return {number: "ABC"[np.argmin(ranks[number])] for number in QUESTIONS}
+
+
+@exercise
+def check_guesses(guesses):
+    expect(isinstance(guesses, dict), 'write a letter for each sentence: {1: "A", 2: "B", ...}')
+    missing = [number for number in QUESTIONS if number not in guesses]
+    expect(not missing, f"sentences without a guess: {missing}")
+    odd = [number for number in QUESTIONS if guesses[number] not in ("A", "B", "C")]
+    expect(not odd, f'the guesses are "A", "B" or "C": look at {odd}')
+    right = best_letters()
+    wrong = [number for number in QUESTIONS if guesses[number] != right[number]]
+    if wrong:
+        text, options = QUESTIONS[wrong[0]]
+        yours, its = (options["ABC".index(letters[wrong[0]])] for letters in (guesses, right))
+        score = f"{len(QUESTIONS) - len(wrong)} of {len(QUESTIONS)} guesses agree with the model"
+        raise Wrong(f"{score}. For {text!r} it prefers {its!r} to {yours!r}. Which word may be the cause?")
+    return "you chose as the model does, in all five"
+
+
+def plain_words(text):
+    return [word.strip(".,;:!?\"'()").lower() for word in text.split()]
+
+
+def alike(a, b):
+    """Whether two words are forms of one word, as far as their first letters tell."""
+    return a == b or (min(len(a), len(b)) > 2 and (a.startswith(b[:4]) or b.startswith(a[:4])))
+
+
+@exercise
+def check_riddle(riddle):
+    pair = isinstance(riddle, tuple) and len(riddle) == 2 and all(isinstance(part, str) for part in riddle)
+    expect(pair, 'write your sentence and a name: ("a sentence", "name")')
+    sentence, name = riddle
+    order = order_of(sentence)
+    expect(name in order, f"no picture is called {name!r}: the list `names` has all of them")
+    expect(len(sentence.split()) >= 4, "write at least four words: one word is no riddle")
+    own = [word for word in plain_words(name) if word not in ("with", "and", "the", "of", "in", "on")]
+    said = [word for word in plain_words(sentence) if any(alike(word, other) for other in own)]
+    expect(not said, f"{', '.join(said)} gives the name away: find other words")
+    rank = 1 + order.index(name)
+    expect(rank == 1, f"the model finds {order[0]!r} first; {name!r} is number {rank} of {len(order)}")
+    return f"{name!r} found, without a word of its name"
+
+
+@exercise
+def check_failure(failure):
+    expect(isinstance(failure, str), 'write a sentence, such as "no dogs allowed"')
+    said = plain_words(failure)
+    at = [i for i, word in enumerate(said) if word in DENIALS or word.endswith(("n't", "n’t"))]
+    expect(at, f"your sentence denies nothing: use one of {', '.join(sorted(DENIALS))}")
+    found = order_of(failure)[0]
+    names = [word for word in plain_words(found) if word not in DENIALS]
+    shown = [i for i, word in enumerate(said) if any(alike(word, other) for other in names)]
+    expect(shown, f"the model finds {found!r}, which your sentence does not name: no failure yet")
+    expect(
+        max(shown) > at[0],
+        f"the model finds {found!r}, and rightly so: what you deny comes after {said[at[0]]!r}",
+    )
+    return f"you say {said[at[0]]!r}, and the model finds {found!r} first all the same"
+
+
 # 01 Turn text into tokens
 
 

@@ -8,12 +8,14 @@ its letter beside the color. A picture's alt text says what a reader who cannot 
 
 import base64
 import io
+import textwrap
 
 import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from PIL import Image
 
@@ -332,6 +334,44 @@ def curves(panels, alt="", height=270, ticks=None, log=False, marks=False):
                 ax.legend(loc="best", handlelength=2.6)
 
     return Picture(draw, height, alt)
+
+
+# 00 Watch it work
+
+
+def in_and_out(text, features, found, cosines):
+    """A sentence, the stages it passes, its E features, and the nearest pictures: (emoji, name) of each."""
+    font = get_font(findfont("DejaVu Sans"))
+
+    def sign(emoji):
+        return emoji if all(font.get_char_index(ord(c)) for c in emoji.replace("\ufe0f", "")) else ""
+
+    def draw(figure):
+        ax = blank(figure, [0.01, 0.02, 0.98, 0.96], (0, 100), (0, 24))
+        ax.text(0.5, 22.5, "a sentence", color=FAINT)
+        box(ax, 0.5, 9, 21, 7, "\n".join(textwrap.wrap(text, 20)), size=10.5, weight="bold")
+        for i, stage in enumerate(("pieces", "numbers", "blocks", "read out")):
+            box(ax, 25.5, 18 - 4.6 * i, 9, 3, stage, ink=FAINT, size=8.5)
+            if i:
+                arrow(ax, 30, 22.4 - 4.6 * i, 30, 21.2 - 4.6 * i, LINE)
+        arrow(ax, 22, 12.5, 25, 12.5)
+        arrow(ax, 35, 12.5, 38, 12.5)
+        ax.text(39, 22.5, f"E = {len(features)} features", color=AXIS["E"], weight="bold")
+        x = np.linspace(39, 62, len(features))
+        ax.vlines(x, 12.5, 12.5 + 7 * features / abs(features).max(), color=AXIS["E"], linewidth=1)
+        ax.axhline(12.5, 0.39, 0.62, color=FAINT, linewidth=0.6)
+        arrow(ax, 63, 12.5, 66, 12.5)
+        ax.text(67, 22.5, "the nearest pictures", color=FAINT)
+        for i, ((emoji, name), cosine) in enumerate(zip(found, cosines, strict=True)):
+            y, first = 17 - 5.6 * i, i == 0
+            ax.text(69, y, sign(emoji), ha="center", va="center", fontsize=22 if first else 15)
+            ax.text(72.5, y + 0.9, name, va="center", weight="bold" if first else "normal")
+            ax.text(72.5, y - 1.5, f"{cosine:.2f}", va="center", color=FAINT, fontsize=8.5)
+            ax.barh(y - 1.5, 22 * max(cosine, 0), 0.9, left=76.5, color=INK if first else FAINT)
+
+    told = ", ".join(f"{name} {cosine:.2f}" for (_, name), cosine in zip(found, cosines, strict=True))
+    alt = f"“{text}” passes through the encoder and becomes {len(features)} features."
+    return Picture(draw, 200, f"{alt} The nearest pictures: {told}.")
 
 
 # 01 Turn text into tokens

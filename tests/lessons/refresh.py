@@ -16,6 +16,10 @@ from nbclient import NotebookClient
 import minclip
 
 LESSONS = Path(__file__).resolve().parents[2] / "lessons"
+PAGE = Path(__file__).resolve().parents[1] / "support" / "page.png"
+PAGE_ALT = (
+    "A page to click through: every stage of a sentence, the attention of each head, the nearest pictures"
+)
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -58,7 +62,16 @@ def tidy(notebook, outputs=False):
             for output in cell.outputs:
                 if "execution_count" in output:
                     output.execution_count = count
+                if "<iframe" in output.get("data", {}).get("text/html", ""):
+                    still(output)
     return notebook
+
+
+def still(output):
+    """Put a picture of the page to explore in place of the page, which is larger than a lesson may be."""
+    png = base64.b64encode(PAGE.read_bytes()).decode("ascii")
+    output.data = nbformat.from_dict({"image/png": png, "text/plain": f"[picture] {PAGE_ALT}."})
+    output.metadata = nbformat.from_dict({"image/png": {"width": 760, "height": 768, "alt": PAGE_ALT}})
 
 
 def solution(notebook, exercise):

@@ -15,6 +15,37 @@ import minclip
 
 WRONG = {}
 
+# 00 Watch it work
+
+RIGHT_GUESSES = checks.best_letters()
+NEXT_LETTER = {"A": "B", "B": "C", "C": "A"}
+SHORT_NAMES = [name for name in minclip.pictures()[1][::40] if name.isalpha()]
+WORDS = [name for name in SHORT_NAMES if checks.order_of(f"a {name}")[0] == name]
+
+WRONG["check_guesses"] = [
+    ({number: NEXT_LETTER[letter] for number, letter in RIGHT_GUESSES.items()}, "0 of 5 guesses agree"),
+    ({**RIGHT_GUESSES, 4: NEXT_LETTER[RIGHT_GUESSES[4]]}, "4 of 5 guesses agree"),
+    ({number: RIGHT_GUESSES[number] for number in range(1, 5)}, "without a guess: [5]"),
+    ({**RIGHT_GUESSES, 2: "watch"}, "look at [2]"),
+    ("ABCAB", "write a letter for each sentence"),
+]
+WRONG["check_riddle"] = [
+    (("these are two good words", WORDS[0] + "x"), "no picture is called"),
+    (("a " + WORDS[0], WORDS[0]), "at least four words"),
+    ((f"a photo of two {WORDS[0]}s", WORDS[0]), "gives the name away"),
+    ((f"a photo of a {WORDS[0]}", WORDS[-1]), "first; "),
+    ("a small pet that says meow", "write your sentence and a name"),
+]
+NOT_DENIED = next(
+    text for text in (f"a {name}, no doubt about it" for name in WORDS) if checks.order_of(text)[0] in text
+)
+WRONG["check_failure"] = [
+    (f"a {WORDS[0]}", "denies nothing"),
+    (NOT_DENIED, "and rightly so"),
+    ("nothing", "which your sentence does not name"),
+    (("no dogs", "dog"), "write a sentence"),
+]
+
 # 01 Turn text into tokens
 
 
