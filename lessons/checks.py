@@ -83,6 +83,38 @@ def call(function, *inputs):
     return result
 
 
+def attempt(function, *inputs, slips):
+    """call, where slips maps words of an error's message to the likely cause."""
+    try:
+        return call(function, *inputs)
+    except (ValueError, IndexError, TypeError) as error:
+        for words, cause in slips.items():
+            expect(words not in str(error), cause)
+        raise
+
+
+def numbers(answer, count=None):
+    """answer as an array of float64: one number, or a list of count numbers."""
+    wanted = "one number was wanted" if count is None else f"a list of {count} numbers was wanted"
+    try:
+        array = np.asarray(answer, dtype=float)
+    except (TypeError, ValueError):
+        raise Wrong(f"{wanted}, not {answer!r}") from None
+    expect(array.shape == (() if count is None else (count,)), f"{wanted}, not {answer!r}")
+    return array
+
+
+def keyed(answer, keys):
+    """answer must be a dict with these keys, none of them left as it was."""
+    expect(
+        isinstance(answer, dict) and set(answer) == set(keys),
+        f"a dict with the keys {', '.join(keys)} was wanted",
+    )
+    open_ = [key for key in keys if answer[key] is None or answer[key] is ...]
+    expect(not open_, f"still to do: {', '.join(open_)}")
+    return answer
+
+
 def like(result, shape, dtype=None, cause=""):
     """result must be an array of this shape, and of this dtype if one is given."""
     expect(isinstance(result, np.ndarray), f"an array was wanted, not {type(result).__name__}")
@@ -568,14 +600,42 @@ def placed(B, L, D):
 
 
 @exercise
+def check_reshapes(predicted):
+    keyed(predicted, "ABC")
+    said = {letter: tuple(numbers(predicted[letter], 3).tolist()) for letter in "ABC"}
+    slips = {
+        ("A", (0, 1, 2)): "that is row 0 of head 0; row 1 was asked for",
+        ("A", (13, 14, 15)): "that is sheets[1, 1]: the first index is the head",
+        ("B", (0, 2, 4)): "that is row 0 of head 0; row 1 was asked for",
+        ("B", (11, 13, 15)): "that is head 1: head 0 takes the first number of each pair",
+        ("C", (0, 10, 20)): "that is row 0 of head 0; row 1 was asked for",
+        ("C", (4, 14, 24)): "that is sheets[1, 1]: the first index is the head",
+    }
+    moves = {
+        "A": ((3, 4, 5), "reshape reads 0, 1, 2, 3, 4, 5, 10 ... in order, three numbers a row"),
+        "B": ((10, 12, 14), "row 1 of x is cut into the pairs 10 11, 12 13, 14 15"),
+        "C": ((1, 11, 21), "row 1 of x.T is column 1 of x"),
+    }
+    for letter, (truth, cause) in moves.items():
+        expect(said[letter] != (10, 11, 12), f"{letter}: that is what we want, and not what this move gives")
+        slip = slips.get((letter, said[letter]))
+        expect(slip is None, f"{letter}: {slip}")
+        expect(said[letter] == truth, f"{letter}: {cause}")
+    return "tokens mixed, columns interleaved, tokens and columns exchanged"
+
+
+@exercise
 def check_split_heads(split_heads):
     B, L, H, K = 2, 3, 4, 5
     x = placed(B, L, H * K)
-    y = call(split_heads, x, H)
+    slips = {
+        "cannot reshape": "a reshape must keep the count of numbers: there is a batch axis B in front",
+        "axes don't match": "transpose needs a place for each of the four axes: (B, L, H, K) has four",
+    }
+    y = attempt(split_heads, x, H, slips=slips)
+    like(y, np.shape(y))
     cut = x.reshape(B, L, H, K)
-    expect(
-        np.shape(y) != cut.shape, "the columns are cut; now the heads must come before the tokens: transpose"
-    )
+    expect(y.shape != cut.shape, "the columns are cut; now the heads must come before the tokens: transpose")
     like(y, (B, H, L, K), cause="(B, H, L, K) with K = D // H")
     truth = np.zeros((B, H, L, K))
     for b, h, i, d in np.ndindex(B, H, L, K):
@@ -584,9 +644,10 @@ def check_split_heads(split_heads):
         "right shape, wrong numbers: one reshape mixes tokens; cut the last axis, then transpose": x.reshape(
             B, H, L, K
         ),
-        "each head took every H-th column: head h gets K neighbours, so cut D into (H, K)": x.reshape(
+        "each head took every H-th column: head h gets K neighbors, so cut D into (H, K)": x.reshape(
             B, L, K, H
         ).transpose(0, 3, 1, 2),
+        "the heads come in reverse": truth[:, ::-1],
     }
     equal(y, truth, misses)
     like(y, truth.shape, np.float32)
@@ -598,13 +659,17 @@ def check_merge_heads(merge_heads):
     B, L, H, K = 2, 3, 4, 5
     x = placed(B, L, H * K)
     sheets = np.ascontiguousarray(np.stack(np.split(x, H, axis=-1), axis=1))
-    y = call(merge_heads, sheets)
+    slips = {"axes don't match": "transpose needs a place for each of the four axes of (B, H, L, K)"}
+    y = attempt(merge_heads, sheets, slips=slips)
+    like(y, np.shape(y))
+    expect(y.shape != (B, L, H, K), "the tokens come first again; now join the last two axes: reshape")
     like(y, (B, L, H * K), cause="(B, L, D) with D = H * K")
     misses = {
         "right shape, wrong numbers: bring the tokens before the heads, then reshape": sheets.reshape(
             B, L, H * K
         ),
         "the heads' columns are interleaved: K comes last": sheets.transpose(0, 2, 3, 1).reshape(B, L, H * K),
+        "the heads come in reverse": sheets[:, ::-1].transpose(0, 2, 1, 3).reshape(B, L, H * K),
     }
     equal(y, x, misses)
     like(y, x.shape, np.float32)
@@ -615,8 +680,17 @@ def check_merge_heads(merge_heads):
 def check_unpack(unpack):
     B, L, H, K = 2, 3, 4, 5
     packed = placed(B, L, 3 * H * K)
-    got = call(unpack, packed, H)
+    slips = {
+        "cannot reshape": "a reshape must keep the count of numbers: D is a third of the columns",
+        "axes don't match": "transpose needs a place for each of the five axes of (B, L, 3, H, K)",
+    }
+    got = attempt(unpack, packed, H, slips=slips)
+    expect(isinstance(got, (tuple, list, np.ndarray)), f"three arrays were wanted, not {type(got).__name__}")
     expect(len(got) == 3, f"three arrays were wanted, q, k and v, and {len(got)} came")
+    for part in got:
+        like(part, np.shape(part))
+    shapes = {part.shape for part in got}
+    expect(len(shapes) == 1, f"q, k and v should have one shape, not {', '.join(map(str, sorted(shapes)))}")
     truth = np.zeros((3, B, H, L, K))
     for which, b, h, i, d in np.ndindex(*truth.shape):
         truth[which, b, h, i, d] = packed[b, i, which * H * K + h * K + d]
@@ -629,13 +703,28 @@ def check_unpack(unpack):
         "the split into heads mixes tokens: cut the last axis, then transpose": np.stack(
             [part.reshape(B, H, L, K) for part in np.split(packed, 3, axis=-1)]
         ),
+        "each head took every H-th column: cut D into (H, K)": packed.reshape(B, L, 3, K, H).transpose(
+            2, 0, 4, 1, 3
+        ),
         "the heads are not split off: each is (B, H, L, K)": np.stack(np.split(packed, 3, axis=-1)),
         "tokens come before heads: transpose to (B, H, L, K)": truth.transpose(0, 1, 3, 2, 4),
     }
-    for part in got:
-        expect(isinstance(part, np.ndarray), f"arrays were wanted, not {type(part).__name__}")
     equal(np.stack(list(got)), truth, misses)
+    like(got[0], truth.shape[1:], np.float32)
     return "q, k and v, head by head"
+
+
+def stages_with(bug, params, tokens):
+    """Every stage, by name, of an encoder with one bug of minclip's catalogue."""
+    port, kept = Port(params, tokens), {}
+    next(fault for fault in CATALOGUE if fault.id == bug).change(port)
+
+    def tap(name, array):
+        kept[name] = port.tap(name, array)
+        return kept[name]
+
+    port.run(tap)
+    return kept
 
 
 # 06 Think at each position

@@ -13,7 +13,7 @@ import textwrap
 import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
+from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.patches import FancyBboxPatch, Rectangle
@@ -27,7 +27,9 @@ AXIS = {
     "K": "#9c4a29", "F": "#7b0b71", "E": "#0014b5", "V": "#5c4033",
 }  # fmt: skip
 GROUND, INK, FAINT, LINE = "#f6f5f1", "#1f2933", "#6b747d", "#d5d3cb"
-# For things that are no axis: one head after another, one curve after another.
+# One head after another; none is the color of an axis.
+HEADS = ("#6611ff", "#779900", "#cc2255", "#339999", "#bb66cc", "#9955ee")
+# For things that are no axis: one curve after another.
 SERIES = ("#0072b2", "#d55e00", "#11a268", "#c46b9d", "#8b4900", "#1393ff")
 GOOD, WARN, BAD = "#9fd3bd", "#f3cf7a", "#c8452f"
 AMOUNT = LinearSegmentedColormap.from_list("amount", ["#ffffff", "#a9c9d6", "#3d7f9b", "#14323f"])
@@ -531,72 +533,57 @@ def lookup(labels, ids, table, positions):
 # 05 Split into heads
 
 
-def head_columns(x, heads, labels):
-    """[L, D] with its columns in the colors of their heads, moved aside into H sheets [L, K], and back."""
-    x = np.asarray(x, dtype=float)
-    L, D = x.shape
-    K = D // heads
-    tint = abs(x) / (abs(x).max() or 1)
+def head_columns(sheets, labels):
+    """(H, L, K) as one sheet (L, D), a color a head, whose columns move aside into H sheets, and back."""
+    sheets = np.asarray(sheets, dtype=float)
+    H, L, K = sheets.shape
+    top = abs(sheets).max() or 1
 
-    def sheet(ax, x0, y0, columns, cell):
-        for i in range(L):
-            for n, j in enumerate(columns):
-                ax.add_patch(
-                    Rectangle(
-                        (x0 + n * cell, y0 - i - 1),
-                        cell,
-                        0.94,
-                        linewidth=0,
-                        antialiased=False,
-                        facecolor=SERIES[j // K % 6],
-                        alpha=0.25 + 0.75 * tint[i, j],
-                    )
-                )
+    def sheet(ax, x0, width, heads):
+        columns = [sheets[h] for h in heads]
+        ink = np.repeat([to_rgb(HEADS[h % len(HEADS)]) for h in heads], K, axis=0)
+        strength = 0.2 + 0.8 * abs(np.concatenate(columns, axis=-1)) / top
+        cells = np.dstack([np.broadcast_to(ink, (L, len(ink), 3)), strength])
+        ax.imshow(cells, extent=(x0, x0 + width, -L, 0), aspect="auto", interpolation="nearest")
 
     def draw(figure):
-        wide = 30 / D
-        ax = blank(figure, [0.01, 0.02, 0.98, 0.96], (0, 100), (-2 * L - 5.2, 1.6))
+        ax = blank(figure, [0.01, 0.02, 0.98, 0.96], (0, 100), (-L - 2, 1.6))
         for i, label in enumerate(labels):
             ax.text(10.5, -i - 0.5, label, ha="right", va="center")
-        sheet(ax, 11.5, 0, range(D), wide)
-        ax.text(26.5, 0.8, f"one sheet: L × D = {L} × {D}", ha="center", va="center", weight="bold")
-        arrow(ax, 43, -L / 2, 48, -L / 2)
-        gap = min(4, 12 / heads)
-        for h in range(heads):
-            x0 = 50 + h * (K * wide + gap)
-            sheet(ax, x0, 0, range(h * K, (h + 1) * K), wide)
-            ax.text(
-                x0 + K * wide / 2,
-                -L - 0.6,
-                f"head {h}",
-                ha="center",
-                va="center",
-                color=SERIES[h % 6],
-                weight="bold",
-            )
-        ax.text(50, 0.8, f"H sheets: H × L × K = {heads} × {L} × {K}", va="center", weight="bold")
-        arrow(ax, 62, -L - 1.4, 44, -1.5 * L - 2.6)
-        ax.text(
-            60,
-            -1.5 * L - 2.4,
-            "each head works on its own sheet;\nthen the columns move back",
-            color=FAINT,
-            va="center",
-        )
-        sheet(ax, 11.5, -L - 3, range(D), wide)
-        for i, label in enumerate(labels):
-            ax.text(10.5, -L - 3.5 - i, label, ha="right", va="center")
-        ax.text(
-            26.5,
-            -2 * L - 4.0,
-            "merged: L × D again, column for column",
-            ha="center",
-            va="center",
-            color=FAINT,
-        )
+        wide, gap = 36, min(4, 12 / H)
+        one = (wide - gap * (H - 1)) / H
+        sheet(ax, 11.5, wide, range(H))
+        ax.text(11.5, 0.8, f"one sheet: L × D = {L} × {H * K}", va="center", weight="bold")
+        arrow(ax, 49.5, 0.4 - L / 2, 57.5, 0.4 - L / 2)
+        arrow(ax, 57.5, -0.4 - L / 2, 49.5, -0.4 - L / 2)
+        for h in range(H):
+            x0 = 60 + h * (one + gap)
+            sheet(ax, x0, one, [h])
+            style = {"color": HEADS[h % len(HEADS)], "weight": "bold"}
+            ax.text(x0 + one / 2, -L - 0.8, f"head {h}", ha="center", va="center", **style)
+        ax.text(60, 0.8, f"H sheets: H × L × K = {H} × {L} × {K}", va="center", weight="bold")
+        ax.set(xlim=(0, 100), ylim=(-L - 2, 1.6))
 
-    alt = f"The {D} columns of a sheet of {L} rows move aside, {K} to a head, into {heads} sheets, and back."
-    return Picture(draw, round(46 * L + 120), alt)
+    alt = f"The {H * K} columns of a sheet of {L} rows move aside, {K} to a head, into {H} sheets, and back."
+    return Picture(draw, 30 * L + 70, alt)
+
+
+def head_moves(moves):
+    """Head 0, three by three, as each of some moves gives it: {title: matrix}."""
+    told = "; ".join(f"{name}: {np.asarray(matrix).tolist()}" for name, matrix in moves.items())
+    alt = f"Head 0 as it should be, and as three wrong moves give it. {told}."
+    return heatmaps(list(moves.items()), names=("L", "K"), numbers=".0f", share=True, height=200, alt=alt)
+
+
+def head_maps(weights, labels):
+    """Attention weights {block: (H, L, L)} as one map for each head, a row of maps for each block."""
+    panels = [(f"block {i}, head {h}", m) for i, maps in weights.items() for h, m in enumerate(maps)]
+    across = min(4, max(map(len, weights.values())) * (2 if len(panels) <= 4 else 1))
+    alt = (
+        f"Attention weights of {len(panels)} heads over {len(labels)} words, all in the lower triangle; the "
+    )
+    alt += "first row is 1 at the start in each."
+    return heatmaps(panels, labels, labels, ("L queries", "L keys"), across=across, share=True, alt=alt)
 
 
 # 06 Think at each position

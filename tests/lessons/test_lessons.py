@@ -260,7 +260,9 @@ def lab(rgb):
     return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
-@pytest.mark.parametrize("palette", [drawing.AXIS.values(), drawing.SERIES], ids=["axes", "series"])
+@pytest.mark.parametrize(
+    "palette", [drawing.AXIS.values(), drawing.SERIES, drawing.HEADS], ids=["axes", "series", "heads"]
+)
 @pytest.mark.parametrize("eye", EYES)
 def test_colors_can_be_told_apart_by_every_eye_and_read_on_the_card(palette, eye):
     seen = [lab(np.clip(EYES[eye] @ linear(color), 0, 1)) for color in palette]
@@ -269,3 +271,8 @@ def test_colors_can_be_told_apart_by_every_eye_and_read_on_the_card(palette, eye
         (XYZ[1] @ linear(drawing.GROUND) + 0.05) / (XYZ[1] @ linear(color) + 0.05) for color in palette
     ]
     assert min(contrast) > 2.8
+
+
+def test_no_head_has_the_color_of_an_axis():
+    axes, heads = ([lab(linear(color)) for color in p] for p in (drawing.AXIS.values(), drawing.HEADS))
+    assert min(np.linalg.norm(a - b) for a in axes for b in heads) > 20

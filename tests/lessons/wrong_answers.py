@@ -280,16 +280,39 @@ def halves(x, H):
     return x.reshape(*x.shape[:2], H, -1)
 
 
+RIGHT_MOVES = {"A": [3, 4, 5], "B": [10, 12, 14], "C": [1, 11, 21]}
+WRONG["check_reshapes"] = [
+    ({**RIGHT_MOVES, "A": [10, 11, 12]}, "A: that is what we want"),
+    ({**RIGHT_MOVES, "A": [0, 1, 2]}, "A: that is row 0"),
+    ({**RIGHT_MOVES, "A": (6, 7, 8)}, "A: reshape reads"),
+    ({**RIGHT_MOVES, "B": [11, 13, 15]}, "B: that is head 1"),
+    ({**RIGHT_MOVES, "B": [10, 13, 11]}, "B: row 1 of x is cut"),
+    ({**RIGHT_MOVES, "C": np.array([10, 11, 12])}, "C: that is what we want"),
+    ({**RIGHT_MOVES, "C": [0, 10, 20]}, "C: that is row 0"),
+    ({**RIGHT_MOVES, "C": [1, 11]}, "a list of 3 numbers was wanted"),
+    ({**RIGHT_MOVES, "C": "1 11 21"}, "not '1 11 21'"),
+    ({**RIGHT_MOVES, "C": ...}, "still to do: C"),
+    ([[3, 4, 5], [10, 12, 14]], "a dict with the keys A, B, C"),
+]
 WRONG["check_split_heads"] = [
     (halves, "now the heads must come before"),
     (lambda x, H: x.reshape(x.shape[0], H, x.shape[1], -1), "one reshape mixes tokens"),
     (lambda x, H: x.reshape(*x.shape[:2], -1, H).transpose(0, 3, 1, 2), "every H-th column"),
     (lambda x, H: halves(x, H).transpose(2, 0, 1, 3), "(B, H, L, K)"),
+    (lambda x, H: halves(x, H).transpose(0, 2, 1, 3)[:, ::-1], "in reverse"),
+    (lambda x, H: x.reshape(x.shape[1], H, -1, 3), "keep the count of numbers"),
+    (lambda x, H: halves(x, H).transpose(1, 0, 2), "each of the four axes"),
+    (lambda x, H: np.split(x, H, axis=-1), "an array was wanted, not list"),
+    (lambda x, H: halves(x, H).transpose(0, 2, 1, 3).astype(float), "the dtype is float64"),
 ]
 WRONG["check_merge_heads"] = [
     (lambda x: x.reshape(x.shape[0], x.shape[2], -1), "bring the tokens before"),
     (lambda x: x.transpose(0, 2, 3, 1).reshape(x.shape[0], x.shape[2], -1), "interleaved"),
-    (lambda x: x.transpose(0, 2, 1, 3), "(B, L, D)"),
+    (lambda x: x.transpose(0, 2, 1, 3), "now join the last two axes"),
+    (lambda x: x[:, ::-1].transpose(0, 2, 1, 3).reshape(x.shape[0], x.shape[2], -1), "in reverse"),
+    (lambda x: x.transpose(0, 2, 1, 3).reshape(-1, x.shape[1] * x.shape[3]), "(B, L, D)"),
+    (lambda x: x.transpose(1, 0, 2), "each of the four axes"),
+    (lambda x: None, "does it end in return"),
 ]
 WRONG["check_unpack"] = [
     (lambda x, H: x.reshape(*x.shape[:2], H, 3, -1).transpose(3, 0, 2, 1, 4), "of each head in turn"),
@@ -298,9 +321,13 @@ WRONG["check_unpack"] = [
         lambda x, H: [p.reshape(x.shape[0], H, x.shape[1], -1) for p in np.split(x, 3, axis=-1)],
         "mixes tokens",
     ),
+    (lambda x, H: x.reshape(*x.shape[:2], 3, -1, H).transpose(2, 0, 4, 1, 3), "every H-th column"),
     (lambda x, H: np.split(x, 3, axis=-1), "heads are not split off"),
     (lambda x, H: [halves(p, H) for p in np.split(x, 3, axis=-1)], "tokens come before heads"),
     (lambda x, H: halves(x, 3 * H).transpose(0, 2, 1, 3), "three arrays"),
+    (lambda x, H: [x[..., :20], x[..., 20:40], x[..., 40:59]], "should have one shape"),
+    (lambda x, H: x.reshape(*x.shape[:2], 3, H, 20).transpose(2, 0, 3, 1, 4), "a third of the columns"),
+    (lambda x, H: "q k v", "three arrays were wanted, not str"),
 ]
 
 
