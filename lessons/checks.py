@@ -1620,6 +1620,128 @@ def check_outcomes(outcomes):
     return "now run them"
 
 
+# 15 Break it
+
+
+@exercise
+def check_is_swap(is_swap):
+    for a, b, wanted, cause in (
+        ("a dog bites a man", "a man bites a dog", True, "the same ids in another order"),
+        ("a dog bites a man", "a dog bites a boy", False, "boy is not an id of the first text"),
+        ("a dog bites a man", "a dog bites a man", False, "a text is no swap of itself"),
+        ("a dog, a man", "a man, a dog", True, "a comma is a token of its own: compare ids, not split()"),
+        ("A Dog bites a man", "a man bites a dog", True, "A and a are one id: compare ids, not strings"),
+        ("a cat and two dogs and two dogs", "a cat and a cat and two dogs", False,
+         "the same ids, but not as often: a set does not count"),
+        ("a cat", "a act", False, "the letters are the same, but not the tokens: cat and act"),
+        ("a dog", "a dog a dog", False, "one text is longer"),
+    ):  # fmt: skip
+        said = call(is_swap, a, b)
+        expect(isinstance(said, bool | np.bool_), f"True or False was wanted, not {type(said).__name__}")
+        expect(said == wanted, f"{a!r} and {b!r}: {bool(said)}, and {wanted} was wanted; {cause}")
+    return "eight pairs"
+
+
+TRIPLE = ("the text", "the paraphrase", "the foil")
+
+
+@exercise
+def check_tells_apart(tells_apart):
+    for rows, wanted, cause in (
+        (((2, 0), (3, 1), (2, 2)), True, "0.95 for the paraphrase is above 0.71 for the foil"),
+        (((2, 0), (2, 2), (3, 1)), False, "the foil is nearer than the paraphrase"),
+        (((1, 0), (1, 2), (1, -1)), False, "compare both with the text, not with each other"),
+        (((1, 0), (3, 1), (10, 10)), True, "the foil is only longer: divide by the lengths"),
+        (((1, 0), (30, 10), (1, 1)), True, "the paraphrase is only longer: compare angles, not distances"),
+        (((1, 0), (-1, 9), (-5, 9)), True, "-0.11 is above -0.49: do not drop the sign"),
+        (((1, 0), (3, 1), (6, 2)), False, "a tie: equal cosines tell nothing apart"),
+    ):  # fmt: skip
+        table = dict(zip(TRIPLE, np.array(rows, np.float32), strict=True))
+
+        def encode(texts, table=table):
+            expect(not isinstance(texts, str), "encode takes a list of texts: [text, paraphrase, foil]")
+            return np.stack([table[text] for text in texts])
+
+        said = call(lambda *triple, encode=encode: tells_apart(encode, *triple), *TRIPLE)
+        expect(np.ndim(said) == 0 and np.asarray(said).dtype == bool, "one True or False was wanted")
+        expect(bool(said) == wanted, f"features {rows} gave {bool(said)}, and {wanted} was wanted: {cause}")
+    return "seven triplets, a tie among them"
+
+
+NEGATIONS = {"no", "not", "without", "never", "nobody", "nothing", "none", "neither", "nor"}
+
+
+def text_cosines(text, *others):
+    """The built-in model's cosines of a text with others."""
+    features = minclip.encode_text(minclip.load(), minclip.tokenize([text, *others], truncate=True))
+    features = minclip.normalize(features.astype(float))
+    return features[1:] @ features[0]
+
+
+@exercise
+def check_minimal_pairs(minimal_pairs):
+    families = ("order", "negation", "binding")
+    expect(isinstance(minimal_pairs, dict), f"a dict with the keys {', '.join(families)} was wanted")
+    expect(set(minimal_pairs) == set(families), f"the keys are {', '.join(families)}")
+    for family in families:
+        entry = minimal_pairs[family]
+        expect(
+            isinstance(entry, tuple | list)
+            and len(entry) == 4
+            and all(isinstance(t, str) for t in entry[:3]),
+            f"{family}: (text, paraphrase, foil, your prediction) was wanted, three texts and True or False",
+        )
+        expect(isinstance(entry[3], bool), f"{family}: the prediction is True or False, not {entry[3]!r}")
+        text, paraphrase, foil = rows = minclip.tokenize(entry[:3], 300, truncate=True)
+        expect(max(row.argmax() for row in rows) < 77, f"{family}: at most 75 tokens, or the end is cut off")
+        expect((text != paraphrase).any(), f"{family}: the paraphrase has the same ids as the text")
+        expect((text != foil).any(), f"{family}: the foil has the same ids as the text")
+        swap = sorted(text.tolist()) == sorted(foil.tolist())
+        if family == "negation":
+            said = [bool(NEGATIONS & set(words.lower().replace(".", " ").split())) for words in entry[:3]]
+            expect(said[0] != said[2], "negation: exactly one of text and foil says no, not or without")
+            continue
+        expect(swap, f"{family}: text and foil need the same tokens, in another order")
+        moved = int((text != foil).sum())
+        expect(family == "order" or moved == 2, f"binding: two words change places, not {moved}")
+    wrong = []
+    for family in families:
+        *texts, said = minimal_pairs[family]
+        same, other = text_cosines(*texts)
+        if bool(same > other) != said:
+            wrong.append(f"{family} (paraphrase {same:.3f}, foil {other:.3f})")
+    expect(not wrong, f"valid triplets, but the model says otherwise: {', '.join(wrong)}")
+    return "three valid triplets, three predictions that hold"
+
+
+@exercise
+def check_cut_off(cut_off):
+    numbers = " ".join("0123456789" * 9)  # 90 tokens
+    for text in (
+        "a photo of a cat",
+        numbers,
+        numbers[:149],  # 75 tokens
+        numbers[:151],  # 76 tokens
+        "strawbery " * 50,  # two tokens a word
+    ):
+        row = minclip.tokenize(text, 1000)[0].tolist()
+        own = row[1 : row.index(49407)]
+        truth = [id for place, id in enumerate(own) if place > 74]
+        said = call(cut_off, text)
+        expect(isinstance(said, list | tuple | np.ndarray), "a list of ids was wanted")
+        said = list(said)
+        expect(not any(isinstance(id, str) for id in said), "ids were wanted, not words")
+        expect(49407 not in said, "the end id and the padding are no part of the text")
+        for place, cause in (
+            (77, "start and end take two of the 77 places"),
+            (76, "the end id needs a place too"),
+            (74, "75 tokens of a text fit: that is one too early"),
+        ):
+            expect(not said == own[place:] != truth, f"{len(said)} ids, not {len(truth)}: {cause}")
+        expect(said == truth, f"{len(own)} tokens: {len(said)} ids came back, not the last {len(truth)}")
+    return "75 tokens count, the rest is never read"
+
+
 # 16 Choose a precision and a device
 
 

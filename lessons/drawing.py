@@ -689,6 +689,57 @@ def rank_change(labels, ranks):
     return Picture(draw, 90 + 24 * len(labels), f"Ranks with {first} and with {second}: {told}.")
 
 
+# 15 Break it
+
+
+def pairs_by_cosine(rows):
+    """One line per triplet: cosines of the text with its paraphrase (ring) and with its foil (diamond).
+
+    rows are (kind, text, cosine of the paraphrase, cosine of the foil); a kind's rows stand together.
+    """
+    kinds = list(dict.fromkeys(kind for kind, *_ in rows))
+    places, headings, y = [], [], 0
+    for kind in kinds:
+        headings.append((kind, y))
+        for row in rows:
+            if row[0] == kind:
+                y += 1
+                places.append((y, *row[1:]))
+        y += 1
+
+    def draw(figure):
+        ax = figure.add_axes([0.42, 46 / height, 0.52, 1 - 84 / height])
+        low = min(min(same, other) for *_, same, other in places)
+        span = max(1 - low, 0.02)
+        ax.set(xlim=(low - 0.05 * span, 1 + 0.05 * span), ylim=(y - 0.4, -0.6), xlabel="cosine with the text")
+        for kind, at in headings:
+            ax.text(-0.8, at, kind, transform=ax.get_yaxis_transform(), va="center", weight="bold")
+        for at, text, same, other in places:
+            passed = same > other
+            ax.text(-0.78, at, text, transform=ax.get_yaxis_transform(), va="center")
+            ax.hlines(at, min(same, other), max(same, other), color=FAINT, linewidth=1)
+            ax.plot(other, at, "D", markersize=6, color=SERIES[1], label="foil: another meaning")
+            ax.plot(same, at, "o", markersize=9, markerfacecolor="none", markeredgewidth=2, color=SERIES[0],
+                    label="paraphrase: the same meaning")  # fmt: skip
+            sign = "✓" if passed else "✗"
+            ax.text(
+                1.05, at, sign, transform=ax.get_yaxis_transform(), va="center", ha="center", weight="bold"
+            )
+        ax.set_yticks([])
+        ax.spines["left"].set_visible(False)
+        ax.grid(axis="x", color=LINE, linewidth=0.6)
+        labels = dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True))
+        figure.legend(labels.values(), labels, loc="upper right", ncols=2, bbox_to_anchor=(0.97, 1))
+
+    height = 84 + 23 * y
+    told = "; ".join(
+        f"{kind}: told apart {sum(row[2] > row[3] for row in rows if row[0] == kind)} of "
+        f"{sum(row[0] == kind for row in rows)}"
+        for kind in kinds
+    )
+    return Picture(draw, height, f"Cosines of texts with a paraphrase and with a foil. {told}.")
+
+
 # 16 Choose a precision and a device
 
 

@@ -774,6 +774,91 @@ WRONG["check_outcomes"] = [
     ({"rate x 10": "worse"}, "a dict with the keys"),
 ]
 
+# 15 Break it
+
+
+def token_ids(text):
+    row = minclip.tokenize(text, 1000)[0].tolist()
+    return row[1 : row.index(49407)]
+
+
+def told(encode, triple, measure, better=lambda same, other: bool(same > other)):
+    text, same, other = encode(list(triple)).astype(float)
+    return better(measure(text, same), measure(text, other))
+
+
+def cosine(a, b):
+    return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+
+def right_pairs(**changed):
+    """Valid triplets with the predictions that hold, changed."""
+    triples = {
+        "order": ("a dog bites a man", "a man is bitten by a dog", "a man bites a dog"),
+        "negation": ("a street with no cars", "an empty street", "a street with cars"),
+        "binding": ("a red cube and a blue sphere", "a blue sphere and a red cube",
+                    "a blue cube and a red sphere"),
+    }  # fmt: skip
+    right = {}
+    for family, triple in triples.items():
+        same, other = checks.text_cosines(*triple)
+        right[family] = (*triple, bool(same > other))
+    return {**right, **changed}
+
+
+WRONG["check_is_swap"] = [
+    (lambda a, b: sorted(a.split()) == sorted(b.split()) and a != b, "compare ids, not split()"),
+    (lambda a, b: set(token_ids(a)) == set(token_ids(b)) and token_ids(a) != token_ids(b), "does not count"),
+    (lambda a, b: sorted(token_ids(a)) == sorted(token_ids(b)), "no swap of itself"),
+    (lambda a, b: sorted(a.replace(" ", "").lower()) == sorted(b.replace(" ", "").lower()) and a != b,
+     "cat and act"),
+    (lambda a, b: minclip.tokenize(a) != minclip.tokenize(b), "True or False was wanted"),
+]  # fmt: skip
+WRONG["check_tells_apart"] = [
+    (lambda encode, *t: told(encode, t, np.dot), "divide by the lengths"),
+    (
+        lambda encode, *t: told(encode, t, lambda a, b: -np.linalg.norm(a - b)),
+        "compare angles, not distances",
+    ),
+    (lambda encode, *t: told(encode, t, cosine, lambda same, other: bool(same >= other - 1e-9)), "a tie"),
+    (lambda encode, *t: told(encode, t, lambda a, b: abs(cosine(a, b))), "do not drop the sign"),
+    (lambda encode, *t: told(encode, t, cosine, lambda same, other: bool(same < other)), "0.95"),
+    (
+        lambda encode, *t: bool(cosine(*encode([t[0], t[1]])) > cosine(*encode([t[1], t[2]]))),
+        "with each other",
+    ),
+    (lambda encode, *t: encode(t[0]) > 0, "a list of texts"),
+]
+WRONG["check_minimal_pairs"] = [
+    (
+        right_pairs(order=(*right_pairs()["order"][:3], not right_pairs()["order"][3])),
+        "says otherwise: order",
+    ),
+    (right_pairs(binding=("a red cube", "a cube that is red", "a blue cube", True)), "the same tokens"),
+    (
+        right_pairs(
+            binding=(
+                "a red cube and a blue sphere",
+                "a cube that is red",
+                "a blue sphere and a red cube",
+                True,
+            )
+        ),
+        "two words change places, not 4",
+    ),
+    (right_pairs(negation=("a street", "a road", "a street with cars", True)), "says no, not or without"),
+    (right_pairs(order=("a cat", "A CAT", "cat a", True)), "the same ids"),
+    (right_pairs(order=("a cat", "one cat", True)), "your prediction"),
+    ({"order": right_pairs()["order"]}, "the keys are"),
+]
+WRONG["check_cut_off"] = [
+    (lambda text: token_ids(text)[77:], "take two of the 77 places"),
+    (lambda text: token_ids(text)[76:], "needs a place too"),
+    (lambda text: [*token_ids(text), 49407][75:], "no part of the text"),
+    (lambda text: text.split()[75:], "ids were wanted, not words"),
+    (lambda text: token_ids(text)[75:] if len(text.split()) > 75 else [], "the last"),
+]
+
 # 16 Choose a precision and a device
 
 
