@@ -16,8 +16,10 @@ elsewhere, not only minclip. check_layer_norm.verdict(answer) gives the line to 
 
 import copy
 import functools
+import itertools
 import math
 import operator
+import os
 import sys
 import timeit
 import traceback
@@ -26,6 +28,7 @@ import types
 import numpy as np
 
 import minclip
+from minclip import tokenizer
 from minclip.params import BLOCK
 from minclip.porting import probe
 from minclip.porting.catalogue import CATALOGUE
@@ -50,8 +53,7 @@ def exercise(body):
         except Wrong as wrong:
             return f"✗ {name}: {wrong}"
         except Exception as error:  # the reader's own slip, told in a line instead of a page
-            at = traceback.extract_tb(error.__traceback__)[-1]
-            return f"✗ {name}: line {at.lineno} of {at.name} raised {type(error).__name__}: {error}"
+            return f"✗ {name}: {slip(error)}"
         return f"✓ {name}: {said or 'right'}"
 
     @functools.wraps(body)
@@ -62,17 +64,35 @@ def exercise(body):
     return check
 
 
+def slip(error):
+    """The cause of an error: the line of the reader's code that raised it, or the form of the answer."""
+    ours = (__file__, os.path.dirname(np.__file__), os.path.dirname(minclip.__file__))
+    lines = [at for at in traceback.extract_tb(error.__traceback__) if not at.filename.startswith(ours)]
+    if not lines:
+        return f"the answer does not have the form that the exercise asks for ({error})"
+    return f"line {lines[-1].lineno} of {lines[-1].name} raised {type(error).__name__}: {error}"
+
+
 def expect(condition, cause):
     """Stop, naming the likely cause, unless the condition holds."""
     if not condition:
         raise Wrong(cause)
 
 
-def call(function, *inputs):
-    """function(*inputs), with a word if it gives nothing back or writes into its inputs."""
+def call(function, *inputs, slips=()):
+    """function(*inputs), with a word if it gives nothing back or writes into its inputs.
+
+    slips maps a word of an error's message to the likely cause of that error.
+    """
     given = copy.deepcopy(inputs)
-    with np.errstate(all="ignore"):
-        result = function(*inputs)
+    expect(callable(function), f"a function was wanted, not {type(function).__name__}")
+    try:
+        with np.errstate(all="ignore"):
+            result = function(*inputs)
+    except Exception as error:
+        for word, cause in dict(slips).items():
+            expect(word not in f"{type(error).__name__}: {error}", cause)
+        raise
     for before, after in zip(given, inputs, strict=True):
         same = np.array_equal if isinstance(before, np.ndarray) else operator.eq
         expect(
@@ -252,69 +272,118 @@ def toy_ranks():
 
 
 @exercise
-def check_merge_step(merge_step):
-    for before, after, misses in (
-        ("l o w e r</w>", "lo w e r</w>",
-         {"low er</w>": "that is more than one step: join one pair, then stop",
-          "l o w er</w>": "that is the pair of the highest rank: the lowest rank goes first"}),
-        ("lo lo n e", "lo lo ne", {}),
-        ("e r</w> l o w", "e r</w> lo w", {"er</w> l o w": "that is the first pair, not the lowest rank"}),
-        ("w o", "w o", {}),
-    ):  # fmt: skip
-        got = call(merge_step, before.split(), toy_ranks())
-        expect(isinstance(got, list), f"a list of pieces was wanted, not {type(got).__name__}")
-        got = " ".join(map(str, got))
-        expect(got not in misses, misses.get(got))
-        expect(got == after, f"{before} became {got}, and {after} was wanted")
-    return "the lowest rank goes first, one pair a step"
-
-
-@exercise
-def check_bpe(bpe):
-    ids = call(bpe, "cat")
-    expect(not isinstance(ids[0], str), f"ids were wanted, not {ids!r}: look pieces up in the vocabulary")
-    expect(list(ids) != [1481], "the last letter needs its </w> before the first merge")
-    for word, ids, cause in (
-        ("cat", [2368], "repeat the step until no pair has a rank"),
-        ("photo", [1125], "repeat the step until no pair has a rank"),
-        ("hatbox", [3447, 2063], "two pieces are left, and neither pair has a rank"),
-        ("café", [15304], "merge UTF-8 bytes, not letters: é is two bytes"),
-        ("electroencephalography", [11648, 6495, 745, 3435, 4897],
-         "longest match first gives other pieces: follow the ranks"),
-    ):  # fmt: skip
-        got = call(bpe, word)
-        expect(list(got) == ids, f"{word} became {list(got)} and should be {ids}: {cause}")
-    return "five words, id for id"
-
-
-@exercise
-def check_fit(fit):
-    short = call(fit, [49406, 320, 2368, 49407], 6)
-    expect(len(short) == 6, f"4 ids in a context of 6 became {len(short)}: pad with 0 up to the context")
-    expect(list(short) != [49406, 320, 2368, 49407, 49407, 49407], "CLIP pads with 0, not with the end id")
-    equal(short, [49406, 320, 2368, 49407, 0, 0])
-    long = call(fit, [49406, 320, 1125, 539, 320, 2368, 49407], 5)
-    expect(len(long) == 5, f"7 ids in a context of 5 became {len(long)}: cut at the context length")
-    expect(long[-1] == 49407, "the end id was cut off: then nothing marks where to read the sentence out")
-    equal(long, [49406, 320, 1125, 539, 49407])
-    exact = call(fit, [49406, 320, 49407], 3)
-    expect(list(exact) == [49406, 320, 49407], "ids that just fit should stay as they are")
-    return "cut texts keep their end, short ones are padded with 0"
+def check_toy_merges(pieces):
+    expect(isinstance(pieces, dict) and set(pieces) == {"lower", "newer"}, "a dict: lower and newer")
+    spaced = {word: " ".join(str(text).split()) for word, text in pieces.items()}
+    for word, text in spaced.items():
+        expect(text.endswith("</w>"), f"{word}: the last piece keeps its </w>")
+        expect(text.replace(" ", "") == f"{word}</w>", f"{word}: {text} does not spell it")
+    for word, wrong, cause in (
+        ("lower", "lower</w>", "low + er</w> is not on the list: it stays two pieces"),
+        ("lower", "lo wer</w>", "after l + o, the lowest rank is lo + w (2), not e + r</w> (3)"),
+        ("lower", "lo w er</w>", "after l + o, the lowest rank is lo + w (2), not e + r</w> (3)"),
+        ("lower", "low e r</w>", "one more pair is on the list: e + r</w>"),
+        ("lower", "lo w e r</w>", "that is one step; lo + w is on the list too"),
+        ("newer", "new er</w>", "w + er</w> (4) comes before ne + w (5)"),
+        ("newer", "newer</w>", "ne + wer</w> is not on the list: it stays two pieces"),
+        ("newer", "ne w er</w>", "one more pair is on the list: w + er</w>"),
+        ("newer", "ne w e r</w>", "that is one step; e + r</w> is on the list too"),
+    ):
+        expect(spaced[word] != wrong, f"{word}: {cause}")
+    for word, right in (("lower", "low er</w>"), ("newer", "ne wer</w>")):
+        expect(spaced[word] == right, f"{word}: {spaced[word]} is not it; write every step on paper")
+    return "the lowest rank goes first, at every step"
 
 
 @exercise
 def check_split(split):
+    contractions = "'s is one piece, and so are 't 'm 'd 're 've 'll: they come before the other rules"
     for text, pieces, cause in (
-        ("a photo of a cat", ["a", "photo", "of", "a", "cat"], "words"),
+        ("a photo of a cat", ["a", "photo", "of", "a", "cat"], "a run of letters is one piece"),
         ("a photo of a cat.", ["a", "photo", "of", "a", "cat", "."], "a full stop is a piece of its own"),
-        ("a cat's toy", ["a", "cat", "'s", "toy"], "'s is one piece: contractions come first"),
+        ("a cat's toy", ["a", "cat", "'s", "toy"], contractions),
+        ("we've i'm", ["we", "'ve", "i", "'m"], contractions),
+        ("they're don't", ["they", "'re", "don", "'t"], contractions),
+        ("he'd she'll", ["he", "'d", "she", "'ll"], contractions),
+        ("'hello", ["'", "hello"], "an apostrophe that starts no contraction is an ordinary sign"),
         ("room 101", ["room", "1", "0", "1"], "CLIP's rule takes digits one at a time"),
         ("wow!!! ok", ["wow", "!!!", "ok"], "a run of signs is one piece"),
+        ("(cat)", ["(", "cat", ")"], "a run of signs ends before a letter"),
+        ("#1", ["#", "1"], "a run of signs ends before a digit"),
+        ("snake_case", ["snake", "_", "case"], "_ is a sign, not a letter"),
         ("naïve café", ["naïve", "café"], "letters are more than a to z: \\p{L}"),
+        ("m²³", ["m", "²", "³"], "digits are more than 0 to 9: \\p{N}"),
+        ("one\ttab", ["one", "tab"], "white space is more than the space: \\s"),
     ):
-        got = call(split, text)
-        expect(list(got) == pieces, f"{text!r} became {list(got)}, and {pieces} was wanted: {cause}")
-    return "six texts, piece for piece"
+        got = list(call(split, text))
+        groups = any(isinstance(piece, tuple) or piece == "" for piece in got)
+        expect(not groups, "with a group (...), findall returns only the group: write (?:...)")
+        expect(got == pieces, f"{text!r} became {got}, and {pieces} was wanted: {cause}")
+    for text in (" ".join(tokenizer.spellings()[i::997]) for i in range(0, 997, 100)):
+        wanted, got = tokenizer.PIECES.findall(text), list(call(split, text))
+        wrong = next((pair for pair in itertools.zip_longest(got, wanted) if pair[0] != pair[1]), None)
+        expect(not wrong, f"in a long text a piece is {wrong and wrong[0]!r}, not {wrong and wrong[1]!r}")
+    return "the pieces of every text are CLIP's"
+
+
+@exercise
+def check_merge(merge):
+    toy, lowest = toy_ranks(), "of all pairs on the list, the one with the lowest rank goes first"
+    for before, ranks, after, misses in (
+        ("w o", toy, "w o", {}),
+        ("lo lo n e", toy, "lo lo ne", {}),
+        ("l o w e r</w>", toy, "low er</w>",
+         {"lo w e r</w>": "that is one step: repeat until no pair is on the list",
+          "lo wer</w>": "the highest rank went first: take the lowest"}),
+        ("n e w e r</w>", toy, "ne wer</w>", {"new er</w>": f"that joins from left to right: {lowest}"}),
+        ("o o o", {("o", "o"): 0}, "oo o", {"o oo": "of equal pairs, the leftmost goes first"}),
+        ("l o o l o", toy, "lo o lo", {}),
+        ("h a t b o x</w>", tokenizer.ranks(), "hat box</w>", {}),
+        ("b a c k p a c k e r s</w>", tokenizer.ranks(), "back packers</w>", {}),
+        (" ".join("electroencephalography") + "</w>", tokenizer.ranks(),
+         "electro ence ph alo graphy</w>",
+         {"electro ence phal ography</w>": f"that is the longest match: {lowest}"}),
+    ):  # fmt: skip
+        got = call(merge, before.split(), ranks)
+        expect(isinstance(got, list), f"a list of pieces was wanted, not {type(got).__name__}")
+        got = " ".join(map(str, got))
+        expect(got not in misses, f"{before} became {got}: {misses.get(got)}")
+        expect(got == after, f"{before} became {got}, and {after} was wanted")
+    return "the lowest rank first, until no pair is on the list"
+
+
+@exercise
+def check_row(row):
+    for text, context, wanted, misses in (
+        ("cat", 6, [49406, 2368, 49407, 0, 0, 0],
+         {(49406, 1481, 49407, 0, 0, 0): "the last byte needs its </w> before the first merge",
+          (2368, 49407, 0, 0, 0, 0): "the row begins with the start id 49406",
+          (2368, 0, 0, 0, 0, 0): "the start id 49406 and the end id 49407 stand around the text",
+          (49406, 2368, 0, 0, 0, 0): "the end id 49407 comes after the text",
+          (49406, 2368, 49407, 49407, 49407, 49407): "CLIP pads with 0, not with the end id",
+          (49406, 2368, 49407): "pad with 0 up to context_length"}),
+        ("a photo of a cat.", 8, [49406, 320, 1125, 539, 320, 2368, 269, 49407],
+         {(49406, 320, 1125, 539, 320, 1481, 269, 49407): "split the text first: the full stop is a word"}),
+        ("a photo of a cat", 5, [49406, 320, 1125, 539, 49407],
+         {(49406, 320, 1125, 539, 320): "the end id was cut off: a cut row keeps its end",
+          (49406, 320, 1125, 539, 320, 2368, 49407): "cut the row at context_length ids"}),
+        ("café", 4, [49406, 15304, 49407, 0],
+         {(49406, 3471, 421, 49407): "write UTF-8 bytes: é is two bytes"}),
+        ("A CAT", 5, [49406, 320, 2368, 49407, 0], {}),
+        ("cat &amp; me", 6, [49406, 2368, 261, 614, 49407, 0], {}),
+    ):  # fmt: skip
+        slips = {"KeyError": "a piece is not in the vocabulary: write bytes by byte_characters()"}
+        got = [int(id) for id in call(row, text, context, slips=slips)]
+        expect(tuple(got) not in misses, f"{text!r} became {got}: {misses.get(tuple(got))}")
+        cause = "" if text == tokenizer.clean(text) else ": clean the text first"
+        expect(got == wanted, f"{text!r} became {got}, and {wanted} was wanted{cause}")
+    for text in ("room 101!!!", "don't  (panic)", "great!😀", "Ünïcode " * 9, ""):
+        wanted, got = (
+            minclip.tokenize(text, context_length=16, truncate=True)[0].tolist(),
+            call(row, text, 16),
+        )
+        expect(list(got) == wanted, f"{text!r} became {list(got)}, and {wanted} was wanted")
+    return "this is CLIP's tokenizer, id for id"
 
 
 # 02 Look up embeddings

@@ -9,6 +9,7 @@ its letter beside the color. A picture's alt text says what a reader who cannot 
 import base64
 import io
 import textwrap
+from itertools import pairwise
 
 import numpy as np
 from matplotlib import colormaps, rc_context
@@ -20,6 +21,7 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from PIL import Image
 
 import minclip
+from minclip import tokenizer
 
 # B batch, L positions, D width, H heads, K head width, F MLP width, E embedding, V vocabulary
 AXIS = {
@@ -379,52 +381,45 @@ def in_and_out(text, features, found, cosines):
 # 01 Turn text into tokens
 
 
-def merge_ladder(steps, notes, ids=None):
-    """The pieces of a word step by step, a row a step, what was just joined filled; notes stand at the right.
+def ladder(word):
+    """(pieces, joined, note) of each merge of a word: joined is the place of the piece just made."""
+    symbols = [tokenizer.byte_characters()[b] for b in word.encode("utf-8")]
+    symbols[-1] += tokenizer.WORD_END
+    rungs, ranks = [(symbols, None, "the bytes")], tokenizer.ranks()
+    while ranked := [(ranks[pair], i) for i, pair in enumerate(pairwise(symbols)) if pair in ranks]:
+        rank, i = min(ranked)
+        note = f"{symbols[i]} + {symbols[i + 1]}, rank {rank:,}"
+        symbols = [*symbols[:i], symbols[i] + symbols[i + 1], *symbols[i + 2 :]]
+        rungs.append((symbols, i, note))
+    return rungs
 
-    steps  lists of pieces, the first the single characters, the last the word's tokens
-    notes  one line of text for each step
-    ids    the ids of the last step's pieces, written under them
-    """
+
+def merge_ladder(word):
+    """The pieces of a word by CLIP's merges, a row a step, with the piece just joined filled, and the ids."""
+    rungs = ladder(word)
+    ids = [tokenizer.vocabulary()[piece] for piece in rungs[-1][0]]
     unit = 1.35  # width of one character
-    total = sum(len(piece) for piece in steps[0]) * unit + 0.5 * len(steps[0])
-    rows = len(steps) + (0.55 if ids is not None else 0)
+    total = sum(len(piece) for piece in rungs[0][0]) * unit + 0.5 * len(rungs[0][0])
+    rows = len(rungs) + 0.55
 
     def draw(figure):
         ax = blank(figure, [0.01, 0.02, 0.98, 0.96], (0, max(total + 24, 52)), (-rows * 2.6 + 0.2, 0.6))
-        for i, (pieces, note) in enumerate(zip(steps, notes, strict=True)):
-            x, y, old = 4, -2.6 * i - 2, list(steps[max(i - 1, 0)])
+        for i, (pieces, joined, note) in enumerate(rungs):
+            x, y = 4, -2.6 * i - 2
             ax.text(1.6, y + 0.9, str(i), color=FAINT, ha="center", va="center")
             for k, piece in enumerate(pieces):
-                fresh = piece not in old
-                width = len(piece) * unit + 0.5 * len(piece.replace("</w>", ""))
-                box(
-                    ax,
-                    x,
-                    y,
-                    width - 0.3,
-                    1.8,
-                    piece,
-                    fill=AXIS["V"] if fresh else "#ffffff",
-                    ink="#ffffff" if fresh else INK,
-                    size=10.5,
-                    family="DejaVu Sans Mono",
-                )
-                if ids is not None and i == len(steps) - 1:
-                    ax.text(
-                        x + width / 2,
-                        y - 0.75,
-                        str(ids[k]),
-                        color=AXIS["V"],
-                        weight="bold",
-                        ha="center",
-                        va="center",
-                    )
+                fill, ink = (AXIS["V"], "#ffffff") if k == joined else ("#ffffff", INK)
+                width = len(piece) * unit + 0.5 * len(piece.replace(tokenizer.WORD_END, ""))
+                box(ax, x, y, width - 0.3, 1.8, piece, fill, ink, size=10.5, family="DejaVu Sans Mono")
+                if i == len(rungs) - 1:
+                    ids_style = {"color": AXIS["V"], "weight": "bold", "ha": "center", "va": "center"}
+                    ax.text(x + width / 2, y - 0.75, str(ids[k]), **ids_style)
                 x += width
             ax.text(total + 5.5, y + 0.9, note, va="center", color=INK)
 
-    told = "; ".join(" ".join(pieces) for pieces in steps)
-    return Picture(draw, round(30 * rows + 20), f"A word's pieces, one row per merge: {told}.")
+    told = "; ".join(" ".join(pieces) for pieces, _, _ in rungs)
+    alt = f"The pieces of {word}, one row per merge: {told}. Ids: {', '.join(map(str, ids))}."
+    return Picture(draw, round(30 * rows + 20), alt)
 
 
 def id_strip(tokens, labels=None):

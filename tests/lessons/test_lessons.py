@@ -211,6 +211,17 @@ def test_checks_turn_down_wrong_answers_and_name_the_cause(name, i):
     assert cause in said
 
 
+ODD = (None, 0, "x", [], {}, {"A": [1]}, {0}, *(lambda *_, odd=odd: odd for odd in (None, "x", [], np.ones(0))))
+
+
+@pytest.mark.parametrize("name", sorted(WRONG))
+def test_checks_give_a_cause_for_an_answer_of_any_form(name):
+    for answer in ODD:
+        said = all_checks()[name].verdict(answer)
+        assert said.startswith("✗"), said
+        assert " raised " not in said, said
+
+
 @pytest.mark.parametrize("name", sorted(WRONG))
 def test_checks_say_when_nothing_was_attempted(name):
     def stub(*inputs):

@@ -12,6 +12,7 @@ import numpy as np
 import regex
 
 import minclip
+from minclip import tokenizer
 
 WRONG = {}
 
@@ -49,87 +50,123 @@ WRONG["check_failure"] = [
 # 01 Turn text into tokens
 
 
-def merge_step_highest(pieces, ranks):
-    pairs = [p for p in pairwise(pieces) if p in ranks]
-    return join(pieces, max(pairs, key=ranks.get)) if pairs else pieces
+def joined(pieces, i):
+    return [*pieces[:i], pieces[i] + pieces[i + 1], *pieces[i + 2 :]]
 
 
-def merge_step_first(pieces, ranks):
-    pairs = [p for p in pairwise(pieces) if p in ranks]
-    return join(pieces, pairs[0]) if pairs else pieces
+def merge_by(choose, once=False):
+    """A merge that joins the place that choose takes from a list of (rank, place)."""
+
+    def merge(pieces, ranks):
+        while ranked := [(ranks[pair], i) for i, pair in enumerate(pairwise(pieces)) if pair in ranks]:
+            pieces = joined(pieces, choose(ranked)[1])
+            if once:
+                break
+        return list(pieces)
+
+    return merge
 
 
-def merge_step_all(pieces, ranks):
-    pieces = list(pieces)
-    while pairs := [p for p in pairwise(pieces) if p in ranks]:
-        pieces = join(pieces, min(pairs, key=ranks.get))
+right_merge = merge_by(min)
+
+
+def merge_in_place(pieces, ranks):
+    pieces[:] = right_merge(pieces, ranks)
     return pieces
-
-
-def merge_step_in_place(pieces, ranks):
-    pairs = [p for p in pairwise(pieces) if p in ranks]
-    if pairs:
-        pieces[:] = join(pieces, min(pairs, key=ranks.get))
-    return pieces
-
-
-def join(pieces, pair):
-    at = next(i for i in range(len(pieces) - 1) if (pieces[i], pieces[i + 1]) == pair)
-    return [*pieces[:at], "".join(pair), *pieces[at + 2 :]]
-
-
-def bpe_with(letters, step):
-    from minclip import tokenizer
-
-    def bpe(word):
-        pieces = step(letters(word), tokenizer.ranks())
-        return [tokenizer.vocabulary()[piece] for piece in pieces]
-
-    return bpe
-
-
-def bytes_of(word):
-    from minclip import tokenizer
-
-    letters = [tokenizer.byte_characters()[b] for b in word.encode("utf-8")]
-    return [*letters[:-1], letters[-1] + "</w>"]
 
 
 def longest_match(pieces, ranks):
-    from minclip import tokenizer
-
-    word, out, vocabulary = "".join(pieces), [], tokenizer.vocabulary()
+    word, out, known = "".join(pieces), [], set(map("".join, ranks)) | set(pieces)
     while word:
-        end = next(n for n in range(len(word), 0, -1) if word[:n] in vocabulary)
+        end = next(n for n in range(len(word), 0, -1) if word[:n] in known)
         out, word = [*out, word[:end]], word[end:]
     return out
 
 
-WRONG["check_merge_step"] = [
-    (merge_step_highest, "highest rank"),
-    (merge_step_first, "first pair"),
-    (merge_step_all, "more than one step"),
-    (merge_step_in_place, "writes into its input"),
-]
-WRONG["check_bpe"] = [
-    (bpe_with(lambda word: [*bytes_of(word)[:-1], bytes_of(word)[-1][0]], merge_step_all), "needs its </w>"),
-    (bpe_with(lambda word: [*word[:-1], word[-1] + "</w>"], merge_step_all), "UTF-8 bytes"),
-    (bpe_with(bytes_of, longest_match), "longest match"),
-    (bpe_with(bytes_of, merge_step_first), "repeat the step"),
-    (bytes_of, "look pieces up"),
-]
-WRONG["check_fit"] = [
-    (lambda ids, n: (ids + [0] * n)[:n], "end id was cut off"),
-    (lambda ids, n: ids if len(ids) <= n else [*ids[: n - 1], 49407], "pad with 0"),
-    (lambda ids, n: [*ids[: n - 1], *[49407] * max(1, n - len(ids))], "not with the end id"),
-    (lambda ids, n: [*ids, 49407][:n] + [0] * (n - len(ids)), "pad with 0"),
+def bytes_of(word):
+    return [tokenizer.byte_characters()[b] for b in word.encode("utf-8")]
+
+
+def with_end(symbols):
+    return [*symbols[:-1], symbols[-1] + "</w>"]
+
+
+def row_with(symbols=lambda word: with_end(bytes_of(word)), split=tokenizer.PIECES.findall, start=(49406,),
+             end=(49407,), pad=0, clean=tokenizer.clean, keep_end=True):  # fmt: skip
+    """row(text, context_length) with every slip as an option."""
+
+    def row(text, context_length):
+        ids = list(start)
+        for word in split(clean(text)):
+            merged = right_merge(symbols(word), tokenizer.ranks())
+            ids += [tokenizer.vocabulary()[piece] for piece in merged]
+        if keep_end:
+            ids = ids[: context_length - 1]
+        ids = [*ids, *end][:context_length]
+        return ids + [pad] * (context_length - len(ids))
+
+    return row
+
+
+def split_by(pattern):
+    return lambda text: regex.findall(pattern, text)
+
+
+WRONG["check_toy_merges"] = [
+    ({"lower": "low er</w>", "newer": "new er</w>"}, "w + er</w> (4) comes before"),
+    ({"lower": "lo wer</w>", "newer": "ne wer</w>"}, "lo + w (2), not"),
+    ({"lower": "lower</w>", "newer": "newer</w>"}, "low + er</w> is not on the list"),
+    ({"lower": "low er</w>", "newer": "ne w er</w>"}, "one more pair"),
+    ({"lower": "low er", "newer": "ne wer"}, "keeps its </w>"),
+    ({"lower": "low er</w>"}, "lower and newer"),
+    ({"lower": ["low", "er</w>"], "newer": "ne wer</w>"}, "keeps its </w>"),
+    ("low er</w>", "lower and newer"),
 ]
 WRONG["check_split"] = [
     (str.split, "full stop"),
-    (lambda text: regex.findall(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", text), "contractions"),
-    (lambda text: regex.findall(r"'s|\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+", text), "one at a time"),
-    (lambda text: regex.findall(r"'s|[a-z]+|[0-9]|[^\sa-z0-9]+", text), r"\p{L}"),
-    (lambda text: regex.findall(r"'s|\p{L}+|\p{N}|[^\s\p{L}\p{N}]", text), "run of signs"),
+    (split_by(r"'s|\p{L}+|\p{N}|\S+"), "starts no contraction"),
+    (split_by(r"'(?:[stmd]|re|ve|ll)|\p{L}+|\p{N}|\S+"), "starts no contraction"),
+    (split_by(r"'(?:[stmd]|re|ve|ll)|\p{L}+|\p{N}|[^\s\p{L}']+|'"), "ends before a digit"),
+    (split_by(r"'(?:[stmd]|re|ve|ll)|\p{L}+|\p{N}|[^\s\p{N}']+|'"), "ends before a letter"),
+    (split_by(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"), "'s is one piece"),
+    (split_by(r"'s|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"), "and so are 't"),
+    (split_by(r"'(?:[stmd]|re|ve|ll)|\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+"), "one at a time"),
+    (split_by(r"'(?:[stmd]|re|ve|ll)|[a-z]+|\p{N}|[^\sa-z\p{N}]+"), r"\p{L}"),
+    (split_by(r"'(?:[stmd]|re|ve|ll)|\p{L}+|\d|[^\s\p{L}\d]+"), r"\p{N}"),
+    (split_by(r"'(?:[stmd]|re|ve|ll)|\w+|[^\s\w]+"), "one at a time"),
+    (split_by(r"'(?:[stmd]|re|ve|ll)|\p{L}+|\p{N}|[^ \p{L}\p{N}]+"), "white space"),
+    (split_by(r"'(?:[stmd]|re|ve|ll)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]"), "run of signs is one"),
+    (split_by(r"'([stmd]|re|ve|ll)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"), "write (?:...)"),
+    (lambda text: 5, "does not have the form"),
+]
+WRONG["check_merge"] = [
+    (merge_by(max), "highest rank"),
+    (merge_by(lambda ranked: ranked[0]), "from left to right"),
+    (merge_by(lambda ranked: min(ranked, key=lambda pair: (pair[0], -pair[1]))), "the leftmost"),
+    (merge_by(min, once=True), "repeat until"),
+    (longest_match, "became"),
+    (lambda pieces, ranks: longest_match(pieces, ranks) if len(pieces) > 9 else right_merge(pieces, ranks),
+     "longest match"),
+    (merge_in_place, "writes into its input"),
+    (lambda pieces, ranks: " ".join(right_merge(pieces, ranks)), "a list of pieces"),
+    (lambda pieces, ranks: pieces[5], "IndexError"),
+]  # fmt: skip
+WRONG["check_row"] = [
+    (row_with(symbols=bytes_of), "needs its </w>"),
+    (row_with(symbols=lambda word: with_end(list(word))), "UTF-8 bytes"),
+    (row_with(symbols=lambda word: [word + "</w>"]), "not in the vocabulary"),
+    (row_with(split=str.split), "split the text first"),
+    (row_with(start=()), "start id"),
+    (row_with(start=(), end=()), "stand around"),
+    (row_with(end=()), "comes after the text"),
+    (row_with(keep_end=False), "cut row keeps its end"),
+    (row_with(pad=49407), "not with the end id"),
+    (lambda text, n: [i for i in row_with()(text, n) if i], "pad with 0"),
+    (lambda text, n: row_with()(text, max(n, 7)), "became"),
+    (row_with(clean=str), "clean the text first"),
+    (row_with(clean=str.lower), "&amp;"),
+    (lambda text, n: [], "became"),
+    (lambda text, n: "row", "does not have the form"),
 ]
 
 # 02 Look up embeddings
