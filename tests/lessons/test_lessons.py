@@ -211,7 +211,8 @@ def test_checks_turn_down_wrong_answers_and_name_the_cause(name, i):
     assert cause in said
 
 
-ODD = (None, 0, "x", [], {}, {"A": [1]}, {0}, *(lambda *_, odd=odd: odd for odd in (None, "x", [], np.ones(0))))
+VALUES = (None, "x", [], np.ones(0))
+ODD = (*VALUES, 0, {}, {"A": [1]}, {0}, *(lambda *_, value=value: value for value in VALUES))
 
 
 @pytest.mark.parametrize("name", sorted(WRONG))
