@@ -1,12 +1,14 @@
 """Every figure of the lessons: arrays and words in, a Picture out.
 
-Only matplotlib, and no pyplot: nothing depends on a backend or on what was drawn before, so the
-same numbers give the same picture. Figures stand on an opaque light card, so that they read
-alike on a light and on a dark page. Each axis of the arrays has one color in all lessons, and
-its letter beside the color. A picture's alt text says what a reader who cannot see it needs.
+The figures use matplotlib without pyplot: the same numbers always give the same picture. The
+background is transparent, and ink and colors are legible on a white page and on a dark one. Each
+axis of the arrays has one color in all lessons, which nothing else has; SERIES are the colors of
+everything else. Every heat map has a color key. A picture's alt text describes it for readers who
+cannot see it.
 """
 
 import base64
+import html
 import io
 import textwrap
 from itertools import pairwise
@@ -25,31 +27,33 @@ from minclip import tokenizer
 
 # B batch, L positions, D width, H heads, K head width, F MLP width, E embedding, V vocabulary
 AXIS = {
-    "B": "#6b7280", "L": "#0072b2", "D": "#c44e00", "H": "#01a35c",
-    "K": "#9c4a29", "F": "#7b0b71", "E": "#0014b5", "V": "#5c4033",
+    "B": "#518581", "L": "#089cd1", "D": "#e66c40", "H": "#ff4191",
+    "K": "#ab3c5d", "F": "#923ab7", "E": "#805d9f", "V": "#bf8165",
 }  # fmt: skip
-GROUND, INK, FAINT, LINE = "#f6f5f1", "#1f2933", "#6b747d", "#d5d3cb"
-# One head after another; none is the color of an axis.
-HEADS = ("#6611ff", "#779900", "#cc2255", "#339999", "#bb66cc", "#9955ee")
-# For things that are no axis: one curve after another.
-SERIES = ("#0072b2", "#d55e00", "#11a268", "#c46b9d", "#8b4900", "#1393ff")
-GOOD, WARN, BAD = "#9fd3bd", "#f3cf7a", "#c8452f"
-AMOUNT = LinearSegmentedColormap.from_list("amount", ["#ffffff", "#a9c9d6", "#3d7f9b", "#14323f"])
-SIGNED = colormaps["PuOr_r"]
+CLEAR, INK, FAINT, LINE = "none", "#757b82", "#8b9198", "#88888866"
+BLACK, WHITE = "#111827", "#ffffff"  # ink on a filled cell
+# For everything that is not an axis: one head after another, one curve after another.
+SERIES = ("#3e714e", "#979329", "#9d3d94", "#c77083", "#7f79e1", "#10a553")
+GOOD, WARN, BAD = "#9fd3bd", "#f3cf7a", "#b3202a"
+AMOUNT = LinearSegmentedColormap.from_list("amount", ["#ffffff", "#b9c0ca", "#5f6b7a", "#1b2430"], N=65)
+SIGNED = colormaps["PuOr_r"].resampled(65)
 
 WIDTH = 760  # of every figure, in the pixels of a web page: what a notebook's column holds
 STYLE = {
     "font.family": "DejaVu Sans", "font.size": 9.5, "text.color": INK, "axes.labelcolor": INK,
-    "axes.edgecolor": LINE, "axes.facecolor": "#ffffff", "axes.titlesize": 10, "axes.titlelocation": "left",
+    "axes.edgecolor": LINE, "axes.facecolor": CLEAR, "axes.titlesize": 10, "axes.titlelocation": "left",
     "axes.titlepad": 7, "xtick.color": INK, "ytick.color": INK, "xtick.labelsize": 9, "ytick.labelsize": 9,
-    "xtick.major.size": 0, "ytick.major.size": 0, "figure.facecolor": GROUND, "legend.frameon": False,
+    "xtick.major.size": 0, "ytick.major.size": 0, "figure.facecolor": CLEAR, "legend.frameon": False,
     "axes.spines.top": False, "axes.spines.right": False, "axes.formatter.useoffset": False,
     "legend.fontsize": 9, "text.parse_math": False,
 }  # fmt: skip
 
 
 class Picture:
-    """A PNG with its alt text, which Jupyter shows at the lessons' width."""
+    """A PNG with its alt text, which Jupyter shows at the lessons' width.
+
+    Jupyter gets it as HTML: JupyterLab and nbconvert's lab template ignore the alt text of a plain PNG.
+    """
 
     def __init__(self, draw, height, alt):
         """draw(figure) does the drawing; height is in the page's pixels."""
@@ -59,15 +63,27 @@ class Picture:
             draw(figure)
             raw = io.BytesIO()
             figure.savefig(raw, format="png", dpi=170)
-        image = Image.open(raw).convert("RGB").quantize(128, dither=Image.Dither.NONE)
-        packed = io.BytesIO()
-        image.save(packed, format="png", optimize=True)
-        self.png, self.height, self.alt = packed.getvalue(), height, alt
+        self.png, self.height, self.alt = packed(np.asarray(Image.open(raw))), height, alt
 
     def _repr_mimebundle_(self, include=None, exclude=None):
-        shown = {"width": WIDTH, "height": self.height, "alt": self.alt}
         png = base64.b64encode(self.png).decode("ascii")
-        return {"image/png": png, "text/plain": f"[picture] {self.alt}"}, {"image/png": shown}
+        image = f'<img alt="{html.escape(self.alt)}" width="{WIDTH}" src="data:image/png;base64,{png}">'
+        return {"text/html": image, "text/plain": f"[picture] {self.alt}"}
+
+
+def packed(pixels):
+    """A PNG of pixels [height, width, 4] with a palette of their 256 most frequent colors."""
+    codes = np.where(pixels[..., 3:] > 0, pixels, 0).view(np.uint32)
+    codes, which, counts = np.unique(codes, return_inverse=True, return_counts=True)
+    colors = codes.view(np.uint8).reshape(-1, 4)
+    palette = colors[np.argsort(-counts, kind="stable")[:256]]
+    solid = palette * (palette[:, 3:] / 255)  # what is nearly transparent differs little, whatever its color
+    nearest = [abs(solid - color * (color[3] / 255)).sum(axis=1).argmin() for color in colors]
+    image = Image.fromarray(np.uint8(nearest)[which].reshape(pixels.shape[:2]), "P")
+    image.putpalette(palette.tobytes(), "RGBA")
+    file = io.BytesIO()
+    image.save(file, format="png", optimize=True, transparency=palette[:, 3].tobytes())
+    return file.getvalue()
 
 
 def words(tokens):
@@ -97,34 +113,32 @@ STAGES = (  # key, word in the box, shape that leaves it
 
 
 def pipeline(*lit):
-    """The whole encoder as a strip, with the stages named in lit (keys of STAGES) lit; "all" lights all."""
+    """The encoder as a strip, with the stages named in lit (keys of STAGES) filled; "all" fills all."""
     lit = [key for key, *_ in STAGES] if lit == ("all",) else lit
+    left = [1.2 + 9.9 * i for i in range(len(STAGES))]
+
+    def skip(ax, start, end):
+        """The stream past a branch: up before the norm, over the boxes, down to the plus."""
+        ax.plot([start, start, end], [8.6, 13.6, 13.6], color=FAINT, linewidth=1.4)
+        arrow(ax, end, 13.7, end, 11.8)
 
     def draw(figure):
-        ax = blank(figure, [0.008, 0.02, 0.984, 0.96], (0, 100), (0, 16))
+        ax = blank(figure, [0.008, 0.02, 0.984, 0.96], (0, 100), (0, 19))
         frame = {"fill": False, "edgecolor": FAINT, "linewidth": 1, "linestyle": (0, (3, 3))}
-        ax.add_patch(Rectangle((20.2, 1.2), 59.2, 13.2, **frame))
-        ax.text(
-            49.8,
-            14.4,
-            "one block, repeated",
-            ha="center",
-            va="center",
-            color=FAINT,
-            fontsize=8.5,
-            backgroundcolor=GROUND,
-        )
+        ax.add_patch(Rectangle((19.6, 1.2), 60.2, 14, **frame))
+        ax.text(49.7, 17, "one block, repeated", ha="center", va="center", color=FAINT, fontsize=8.5)
+        for branch in (2, 5):
+            skip(ax, left[branch] - 1, left[branch + 2] + 3.9)
         for i, (key, label, shape) in enumerate(STAGES):
-            x, on = 1.2 + 9.9 * i, key in lit
-            box(ax, x, 5.6, 7.8, 6, label, fill=INK if on else "#ffffff", ink="#ffffff" if on else INK)
+            box(ax, left[i], 5.6, 7.8, 6, label, lit=key in lit)
             if i < len(STAGES) - 1:
-                arrow(ax, x + 7.9, 8.6, x + 9.8, 8.6)
-            letters(ax, x + 3.9, 3.5, shape)
+                arrow(ax, left[i] + 7.9, 8.6, left[i] + 9.8, 8.6)
+            letters(ax, left[i] + 3.9, 3.5, shape)
 
     order = ", ".join(label for _, label, _ in STAGES)
     named = ", ".join(dict.fromkeys(label for key, label, _ in STAGES if key in lit))
-    alt = f"The encoder from left to right: {order}; from first norm to second add one repeated block."
-    return Picture(draw, 118, f"{alt} Lit here: {named}.")
+    alt = f"The encoder from left to right: {order}. One block, repeated, is from first norm to second add, "
+    return Picture(draw, 124, f"{alt}with a line past each branch to its add. Lit: {named}.")
 
 
 def letters(ax, x, y, shape, size=9):
@@ -154,15 +168,17 @@ def blank(figure, place, xlim=(0, 1), ylim=(0, 1)):
     return ax
 
 
-def box(ax, x, y, width, height, label="", fill="#ffffff", ink=INK, size=9, **text):
-    edge = FAINT if fill == "#ffffff" else fill
+def box(ax, x, y, width, height, label="", *, lit=False, color=None, size=9, faint=False, **text):
+    """A rounded box, filled if lit. color is that of its edge and filling, or of the ink without one."""
+    edge = color or (INK if lit else FAINT)
     style = {
         "boxstyle": "round,pad=0,rounding_size=0.6",
-        "facecolor": fill,
-        "edgecolor": edge,
+        "facecolor": edge if lit else CLEAR,
+        "edgecolor": LINE if faint else edge,
         "linewidth": 1,
     }
     ax.add_patch(FancyBboxPatch((x, y), width, height, **style))
+    ink = WHITE if lit else FAINT if faint else INK
     ax.text(x + width / 2, y + height / 2, label, ha="center", va="center", color=ink, fontsize=size, **text)
 
 
@@ -194,42 +210,48 @@ def word_ticks(set_ticks, labels, turned=False):
         set_ticks(range(len(labels)), labels, rotation=90 if turned else 0)
 
 
-def heat(ax, matrix, rows=None, columns=None, limit=None, numbers=None):
-    """A matrix as colored cells: orange above zero, purple below; a matrix without negatives in blue ink.
+def heat(ax, matrix, rows=None, columns=None, limit=None, numbers=None, *, key=True, signed=None):
+    """A matrix as colored cells: orange above zero, purple below; gray for one without negatives.
 
     rows and columns are words for the two axes. -inf is hatched. Numbers stand in the cells of a small one.
+    A color key stands at the right; key is False where panels share one, or the axes to draw it in.
     """
     matrix = np.asarray(matrix, dtype=float)
     finite = np.isfinite(matrix)
-    signed = bool((matrix[finite] < 0).any())
+    signed = (matrix[finite] < 0).any() if signed is None else signed
     top = limit or abs(matrix[finite]).max(initial=0) or 1
     shown = np.where(finite, matrix, np.nan)
     norm = TwoSlopeNorm(0, -top, top) if signed else None
     scale = {"norm": norm} if signed else {"vmin": 0, "vmax": top}
-    ax.imshow(shown, cmap=SIGNED if signed else AMOUNT, aspect="auto", interpolation="nearest", **scale)
+    colors = SIGNED if signed else AMOUNT
+    image = ax.imshow(shown, cmap=colors, aspect="auto", interpolation="nearest", **scale)
     for i, j in np.argwhere(~finite):
-        ax.add_patch(
-            Rectangle(
-                (j - 0.5, i - 0.5), 1, 1, facecolor="#ebe9e3", edgecolor="#b9b6ad", hatch="////", linewidth=0
-            )
-        )
+        at = (j - 0.5, i - 0.5)
+        ax.add_patch(Rectangle(at, 1, 1, facecolor=CLEAR, edgecolor=FAINT, hatch="////", linewidth=0))
     word_ticks(ax.set_yticks, rows)
     word_ticks(ax.set_xticks, columns, turned=max(map(len, columns or [""])) > 3)
     for spine in ax.spines.values():
         spine.set_visible(False)
     if numbers:
         for i, j in np.argwhere(finite):
-            dark = abs(matrix[i, j]) > 0.62 * top
-            ax.text(
-                j,
-                i,
-                format(matrix[i, j], numbers),
-                ha="center",
-                va="center",
-                fontsize=8,
-                color="#ffffff" if dark else INK,
-            )
-    return top
+            red, green, blue, _ = image.to_rgba(shown[i, j])
+            ink = BLACK if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else WHITE
+            label = format(matrix[i, j], numbers)
+            ax.text(j, i, label, ha="center", va="center", fontsize=8, color=ink)
+    if key is not False:
+        color_key(image, ax, None if key is True else key)
+    return image
+
+
+def color_key(image, ax, place=None):
+    """Draw which color is which number: a narrow bar beside ax, or in the axes place."""
+    where = {"cax": place} if place else {"ax": ax, "fraction": 0.06, "pad": 0.03, "aspect": 22}
+    bar = image.figure.colorbar(image, **where)
+    low, high = image.norm.vmin, image.norm.vmax
+    bar.set_ticks([low, 0, high] if low else [0, high])
+    bar.ax.set_yticklabels([f"{tick:.2g}" for tick in bar.get_ticks()])
+    bar.ax.tick_params(labelsize=8)
+    bar.outline.set_visible(False)
 
 
 # General figures: heat maps, bars, curves
@@ -250,11 +272,12 @@ def heatmaps(
 
     names are the axes' letters, each with words after it if you like: ("L queries", "L keys").
     across is how many stand in a row (at most 4 by default), numbers a format such as ".1f" for the cells,
-    share gives all panels one scale of color.
+    share gives all panels one scale of color, and one key.
     """
     across = across or min(len(panels), 4)
     down = -(-len(panels) // across)
-    limit = max(abs(m[np.isfinite(m)]).max() for _, m in panels) if share else None
+    finite = np.concatenate([m[np.isfinite(m)] for m in (np.asarray(m, float) for _, m in panels)])
+    scale = {"limit": abs(finite).max(), "signed": finite.min() < 0, "key": False} if share else {}
     height = height or down * (90 + 760 / across * 0.72)
 
     def draw(figure):
@@ -263,11 +286,13 @@ def heatmaps(
         grid = figure.subplots(down, across, squeeze=False).ravel()
         for i, (title, matrix) in enumerate(panels):
             ax, first = grid[i], i % across == 0
-            heat(ax, matrix, rows if first else None, columns, limit, numbers)
+            image = heat(ax, matrix, rows if first else None, columns, numbers=numbers, **scale)
             ax.set_title(title)
             axis_names(ax, names[0] if first else None, names[1])
         for ax in grid[len(panels) :]:
             ax.set_axis_off()
+        if share:
+            color_key(image, list(grid[: len(panels)]))
 
     return Picture(draw, round(height), alt)
 
@@ -408,9 +433,21 @@ def merge_ladder(word):
             x, y = 4, -2.6 * i - 2
             ax.text(1.6, y + 0.9, str(i), color=FAINT, ha="center", va="center")
             for k, piece in enumerate(pieces):
-                fill, ink = (AXIS["V"], "#ffffff") if k == joined else ("#ffffff", INK)
+                fresh = k == joined
                 width = len(piece) * unit + 0.5 * len(piece.replace(tokenizer.WORD_END, ""))
-                box(ax, x, y, width - 0.3, 1.8, piece, fill, ink, size=10.5, family="DejaVu Sans Mono")
+                color = AXIS["V"] if fresh else None
+                box(
+                    ax,
+                    x,
+                    y,
+                    width - 0.3,
+                    1.8,
+                    piece,
+                    lit=fresh,
+                    color=color,
+                    size=10.5,
+                    family="DejaVu Sans Mono",
+                )
                 if i == len(rungs) - 1:
                     ids_style = {"color": AXIS["V"], "weight": "bold", "ha": "center", "va": "center"}
                     ax.text(x + width / 2, y - 0.75, str(ids[k]), **ids_style)
@@ -437,7 +474,7 @@ def id_strip(tokens, labels=None):
                     (i + 0.04, 0.75),
                     0.92,
                     1.1,
-                    facecolor=AXIS["V"] if special else "#ffffff",
+                    facecolor=AXIS["V"] if special else CLEAR,
                     edgecolor=LINE if pad else AXIS["V"],
                     linewidth=1,
                 )
@@ -448,7 +485,7 @@ def id_strip(tokens, labels=None):
                 str(id),
                 ha="center",
                 va="center",
-                color="#ffffff" if special else FAINT if pad else INK,
+                color=WHITE if special else FAINT if pad else INK,
             )
             ax.text(
                 i + 0.5,
@@ -485,13 +522,13 @@ def lookup(labels, ids, table, positions):
         top, bottom = 1 - 32 / height, 30 / height
         strip = figure.add_axes([0.085, bottom, 0.04, top - bottom])
         strip.set(xlim=(0, 1), ylim=(V, 0), xticks=[], yticks=[0, V - 1])
-        strip.set_facecolor("#ece6df")
+        strip.set_facecolor(LINE)
         strip.hlines(ids, 0, 1, color=AXIS["V"], linewidth=1.6)
-        strip.set_ylabel("V vocabulary", color=AXIS["V"], weight="bold", labelpad=-24)
+        strip.set_ylabel("V vocabulary", color=AXIS["V"], weight="bold", labelpad=0)
         places = [
-            (0.245, rows, "rows of the table"),
-            (0.515, positions, "rows of the positions"),
-            (0.78, rows + positions, "their sum"),
+            (0.24, rows, "rows of the table"),
+            (0.488, positions, "rows of the positions"),
+            (0.736, rows + positions, "their sum"),
         ]
         link = blank(figure, [0, 0, 1, 1])
         step = (top - bottom) / len(ids)
@@ -503,15 +540,17 @@ def lookup(labels, ids, table, positions):
                 linewidth=0.9,
             )
         for k, (left, matrix, title) in enumerate(places):
-            ax = figure.add_axes([left, bottom, 0.205, top - bottom])
-            heat(ax, np.clip(matrix, -limit, limit), labels if k == 0 else None, limit=limit)
+            ax = figure.add_axes([left, bottom, 0.198, top - bottom])
+            key = figure.add_axes([0.944, bottom, 0.01, top - bottom]) if k == 2 else False
+            clipped = np.clip(matrix, -limit, limit)
+            heat(ax, clipped, labels if k == 0 else None, limit=limit, key=key, signed=True)
             ax.set_title(title)
             axis_names(ax, None, "D width")
             for i in range(1, len(ids)):
-                ax.axhline(i - 0.5, color=GROUND, linewidth=1.5)
+                ax.axhline(i - 0.5, color=WHITE, linewidth=1.5)
             if k:
                 link.text(
-                    left - 0.031, (top + bottom) / 2, "+="[k - 1], ha="center", va="center", fontsize=16
+                    left - 0.025, (top + bottom) / 2, "+="[k - 1], ha="center", va="center", fontsize=16
                 )
 
     told = ", ".join(f"{label} is row {id}" for label, id in zip(labels, ids.tolist(), strict=True))
@@ -536,7 +575,7 @@ def head_columns(sheets, labels):
 
     def sheet(ax, x0, width, heads):
         columns = [sheets[h] for h in heads]
-        ink = np.repeat([to_rgb(HEADS[h % len(HEADS)]) for h in heads], K, axis=0)
+        ink = np.repeat([to_rgb(SERIES[h % len(SERIES)]) for h in heads], K, axis=0)
         strength = 0.2 + 0.8 * abs(np.concatenate(columns, axis=-1)) / top
         cells = np.dstack([np.broadcast_to(ink, (L, len(ink), 3)), strength])
         ax.imshow(cells, extent=(x0, x0 + width, -L, 0), aspect="auto", interpolation="nearest")
@@ -554,7 +593,7 @@ def head_columns(sheets, labels):
         for h in range(H):
             x0 = 60 + h * (one + gap)
             sheet(ax, x0, one, [h])
-            style = {"color": HEADS[h % len(HEADS)], "weight": "bold"}
+            style = {"color": SERIES[h % len(SERIES)], "weight": "bold"}
             ax.text(x0 + one / 2, -L - 0.8, f"head {h}", ha="center", va="center", **style)
         ax.text(60, 0.8, f"H sheets: H × L × K = {H} × {L} × {K}", va="center", weight="bold")
         ax.set(xlim=(0, 100), ylim=(-L - 2, 1.6))
@@ -592,9 +631,9 @@ def block_diagram():
 
     def draw(figure):
         ax = blank(figure, [0.01, 0.02, 0.98, 0.96], (0, 100), (0, 24))
-        ax.plot([4, 95], [6, 6], color=AXIS["L"], linewidth=4, solid_capstyle="butt")
-        arrow(ax, 94, 6, 98, 6, AXIS["L"])
-        ax.text(4, 2.6, "x, the stream", color=AXIS["L"], weight="bold")
+        ax.plot([4, 95], [6, 6], color=INK, linewidth=4, solid_capstyle="butt")
+        arrow(ax, 94, 6, 98, 6, INK)
+        ax.text(4, 2.6, "x, the stream", weight="bold")
         for left, norm, stage in ((10, "ln_1", "attention"), (53, "ln_2", "MLP")):
             for x0, y0, x1, y1 in (
                 (left, 6, left, 14.4),
@@ -603,11 +642,11 @@ def block_diagram():
             ):
                 arrow(ax, x0, y0, x1, y1)
             box(ax, left - 4, 14.5, 12, 5, norm)
-            box(ax, left + 14, 14.5, 21, 5, stage, fill=INK, ink="#ffffff")
+            box(ax, left + 14, 14.5, 21, 5, stage, lit=True)
             ax.text(left + 4.5, 10.2, "a copy", color=FAINT, ha="center")
             ax.text(left + 28.6, 10.2, "its update", color=FAINT, ha="right")
-            ax.plot(left + 30, 6, "o", markersize=15, color=GROUND, markeredgecolor=AXIS["L"])
-            ax.text(left + 30, 5.9, "+", ha="center", va="center", fontsize=13, weight="bold")
+            ax.plot(left + 30, 6, "o", markersize=15, color=INK)
+            ax.text(left + 30, 5.9, "+", ha="center", va="center", fontsize=13, weight="bold", color=WHITE)
 
     alt = (
         "The stream x runs from left to right. Twice a copy branches off through a norm: first into "
@@ -626,24 +665,23 @@ def readout(x, eot, labels, features):
 
     def draw(figure):
         limit = np.quantile(abs(x), 0.99)
-        sheet = figure.add_axes([0.1, 0.16, 0.42, 0.7])
-        heat(sheet, np.clip(x, -limit, limit), labels, limit=limit)
+        sheet = figure.add_axes([0.1, 0.16, 0.36, 0.7])
+        key = figure.add_axes([0.47, 0.16, 0.01, 0.7])
+        heat(sheet, np.clip(x, -limit, limit), labels, limit=limit, key=key)
         sheet.set_title("after ln_final: every position")
-        sheet.add_patch(
-            Rectangle((-0.5, eot - 0.5), x.shape[1], 1, fill=False, edgecolor=AXIS["L"], linewidth=2)
-        )
+        sheet.add_patch(Rectangle((-0.5, eot - 0.5), x.shape[1], 1, fill=False, edgecolor=INK, linewidth=2))
         axis_names(sheet, None, "D width")
         at = 0.86 - 0.7 * (eot + 0.5) / L
         link = blank(figure, [0, 0, 1, 1])
-        arrow(link, 0.525, at, 0.575, 0.66, AXIS["L"])
-        row = figure.add_axes([0.59, 0.62, 0.38, 0.1])
-        heat(row, np.clip(x[eot : eot + 1], -limit, limit), limit=limit)
+        arrow(link, 0.525, at, 0.565, 0.66, INK)
+        row = figure.add_axes([0.58, 0.62, 0.34, 0.1])
+        heat(row, np.clip(x[eot : eot + 1], -limit, limit), limit=limit, key=False)
         row.set_title(f"pooled: row {eot}, {labels[eot]}")
         axis_names(row, None, "D width")
         arrow(link, 0.78, 0.5, 0.78, 0.41)
         link.text(0.765, 0.455, "@ text_projection (D, E)", va="center", ha="right")
-        out = figure.add_axes([0.59, 0.22, 0.38, 0.1])
-        heat(out, features[None], limit=np.quantile(abs(features), 0.99))
+        out, key = figure.add_axes([0.58, 0.22, 0.34, 0.1]), figure.add_axes([0.93, 0.22, 0.01, 0.1])
+        heat(out, features[None], limit=np.quantile(abs(features), 0.99), key=key)
         out.set_title("text features")
         axis_names(out, None, "E embedding")
 
@@ -667,7 +705,7 @@ def rank_change(labels, ranks):
         figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)
         ax = figure.subplots()
         ax.hlines(rows, before, after, color=FAINT, linewidth=1)
-        ax.plot(before, rows, "o", markersize=8, markerfacecolor="#ffffff", color=SERIES[1], label=first)
+        ax.plot(before, rows, "o", markersize=8, markerfacecolor=CLEAR, color=SERIES[1], label=first)
         ax.plot(after, rows, "D", markersize=4.5, color=SERIES[0], label=second)
         ax.set_xscale("log")
         top = max(*before, *after)
@@ -751,8 +789,7 @@ def prefix_tree(rows):
         for i, row in enumerate(rows):
             for j, word in enumerate(row):
                 new = row[: j + 1] != before[: j + 1]
-                fill, ink = (AXIS["L"], "#ffffff") if new else ("#ffffff", FAINT)
-                box(ax, 10 * j + 0.3, -2.6 * i - 2.3, 9.4, 1.9, word, fill=fill, ink=ink)
+                box(ax, 10 * j + 0.3, -2.6 * i - 2.3, 9.4, 1.9, word, lit=new, faint=not new)
             before = row
         for j in range(width):
             ax.text(10 * j + 5, -2.6 * len(rows) - 0.6, str(j), ha="center", color=AXIS["L"], fontsize=8)
@@ -769,20 +806,19 @@ def prefix_tree(rows):
 def traffic_lights(rows, columns, states, alt=""):
     """A table of lights: "ok", "warn", "bad" or "" for each row and column, with a sign beside the color."""
     look = {
-        "ok": (GOOD, INK, "✓"),
-        "warn": (WARN, INK, "~"),
-        "bad": (BAD, "#ffffff", "✗"),
-        "": (GROUND, INK, ""),
+        "ok": (GOOD, BLACK, "✓"),
+        "warn": (WARN, BLACK, "~"),
+        "bad": (BAD, WHITE, "✗"),
+        "": (CLEAR, INK, ""),
     }
 
     def draw(figure):
         figure.set_layout_engine("constrained", w_pad=0.06, h_pad=0.06)
         ax = figure.subplots()
-        ax.set_facecolor(GROUND)
         for i in range(len(rows)):
             for j in range(len(columns)):
                 fill, ink, sign = look[states[i][j]]
-                ax.add_patch(Rectangle((j - 0.47, i - 0.45), 0.94, 0.9, facecolor=fill, edgecolor=GROUND))
+                ax.add_patch(Rectangle((j - 0.47, i - 0.45), 0.94, 0.9, facecolor=fill, linewidth=0))
                 ax.text(j, i, sign, ha="center", va="center", color=ink, fontsize=10, weight="bold")
         ax.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
         ax.set_xticks(range(len(columns)), columns, rotation=90)

@@ -6,6 +6,7 @@ tests/lessons/test_lessons.py uses the same functions.
 
 import argparse
 import base64
+import html
 import os
 import re
 from pathlib import Path
@@ -22,7 +23,15 @@ PAGE_ALT = (
 )
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-    "language_info": {"name": "python"},
+    "language_info": {
+        "codemirror_mode": {"name": "ipython", "version": 3},
+        "file_extension": ".py",
+        "mimetype": "text/x-python",
+        "name": "python",
+        "nbconvert_exporter": "python",
+        "pygments_lexer": "ipython3",
+        "version": "3.11.7",
+    },
 }
 
 
@@ -94,13 +103,15 @@ def solved(notebook):
     return notebook
 
 
+IMAGE = re.compile(r'<img alt="([^"]+)" width="760" src="data:image/png;base64,([A-Za-z0-9+/=]+)">')
+
+
 def pictures(notebook):
-    """(cell id, PNG, height on the page) of every figure."""
+    """(cell id, PNG, alt text) of every figure."""
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
-            if "image/png" in output.get("data", {}):
-                png = base64.b64decode(output.data["image/png"])
-                yield cell.id, png, output.metadata["image/png"]["height"]
+            for alt, png in IMAGE.findall(output.get("data", {}).get("text/html", "")):
+                yield cell.id, base64.b64decode(png), html.unescape(alt)
 
 
 def main():

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.lessons.early_answers import early_answers
 from tests.lessons.refresh import (
+    IMAGE,
     LESSONS,
     METADATA,
     execute,
@@ -47,15 +49,21 @@ def started(request):
 
 
 def text_of(output):
-    """What a reader reads of one output; figures are compared apart."""
-    data = {kind: value for kind, value in output.get("data", {}).items() if not kind.startswith("image/")}
+    """What a reader reads of one output; the pixels of figures are compared apart."""
+    data = {kind: IMAGE.sub(r"\1", value) for kind, value in output.get("data", {}).items()}
     return output.output_type, output.get("name"), output.get("text"), data
 
 
 def same_picture(a, b):
     """Alike to the eye: fonts and image libraries may move an edge by a pixel from one machine to another."""
-    a, b = (Image.open(io.BytesIO(png)).convert("RGB").resize((190, 64)) for png in (a, b))
+    a, b = (on_page(png, "white").resize((190, 64)) for png in (a, b))
     return abs(np.asarray(a, dtype=float) - np.asarray(b, dtype=float)).mean() < 2.5
+
+
+def on_page(png, color):
+    """A figure as a page of this color shows it."""
+    figure = Image.open(io.BytesIO(png)).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", figure.size, color), figure).convert("RGB")
 
 
 @each_lesson
@@ -65,8 +73,7 @@ def test_committed_outputs_are_fresh(path):
         outputs = [text_of(output) for output in new.get("outputs", [])]
         remedy = f"{path.name}, cell {new.id}: run `python -m tests.lessons.refresh {path.name[:2]}`"
         assert [text_of(output) for output in old.get("outputs", [])] == outputs, remedy
-    for (name, a, tall), (_, b, high) in zip(pictures(committed), pictures(executed), strict=True):
-        assert tall == high, name
+    for (name, a, _), (_, b, _) in zip(pictures(committed), pictures(executed), strict=True):
         assert same_picture(a, b), f"{path.name}, figure of cell {name}: look at it, then refresh"
     for cell in exercises(executed):
         said = "".join(output.get("text", "") for output in cell.outputs)
@@ -107,17 +114,19 @@ def test_lessons_are_small_and_leave_no_trace_of_a_machine(path):
     everything = "\n".join(cell.source for cell in notebook.cells) + said
     for pattern in (
         r"!\[",
-        r"<(img|script|iframe|link|video)\b",
+        r"<(script|iframe|link|video)\b",
+        r"<img\b",
         "[%!]pip",
         "ipywidgets",
         r"https?://\S*\.(png|svg|gif)",
     ):
         assert not re.search(pattern, everything), pattern
-    for _, _, height in pictures(notebook):
-        assert 60 <= height <= 900
-    alts = re.findall(r'"alt": "([^"]*)"', raw)
-    assert len(alts) >= 2, "the strip and the key figure"
-    assert min(map(len, alts)) > 20
+    for name, png, alt in pictures(notebook):
+        width, height = Image.open(io.BytesIO(png)).size
+        assert 60 <= height * 760 / width <= 900, name
+        assert len(alt) > 20, name
+        assert Image.open(io.BytesIO(png)).convert("RGBA").getpixel((0, 0))[3] == 0, f"{name}: transparent"
+    assert sum(1 for _ in pictures(notebook)) >= 2, "the strip and the key figure"
 
 
 def prose(notebook):
@@ -190,6 +199,19 @@ def test_exercises_follow_the_protocol(path):
         assert solution(notebook, cell)
 
 
+# Lessons whose second edition is still to come. Remove a number when its lesson passes.
+ANSWERS_FIRST = {"03", "04", "06", "07", "10", "11", "16"}
+
+
+@each_lesson
+def test_no_answer_stands_above_its_exercise(path):
+    early = early_answers(read(path))
+    if path.name[:2] in ANSWERS_FIRST:
+        assert early, f"{path.name} passes: remove {path.name[:2]} from ANSWERS_FIRST"
+    else:
+        assert early == []
+
+
 def all_checks():
     return {name: check for name, check in vars(checks).items() if name.startswith("check_")}
 
@@ -198,7 +220,44 @@ def test_every_check_is_used_once_and_has_wrong_answers():
     used = [c.source.splitlines()[-1].split("(")[0] for path in lessons() for c in exercises(read(path))]
     assert sorted(used) == sorted(all_checks())
     assert sorted(WRONG) == sorted(all_checks())
-    assert all(len(cases) >= 2 for cases in WRONG.values())
+
+
+# What a verdict says of an answer that is not even of the right form.
+FORM = re.compile(r"raised|the (shape|dtype) is|wanted, (not|such)|a dict with|returns None|is none of")
+
+
+@pytest.mark.parametrize("name", sorted(WRONG))
+def test_every_check_has_three_wrong_answers_and_one_of_them_is_nearly_right(name):
+    verdicts = [all_checks()[name].verdict(answer) for answer, _ in WRONG[name]]
+    assert len(verdicts) >= 3
+    assert any(not FORM.search(verdict) for verdict in verdicts), verdicts
+
+
+def no_return(*inputs):
+    np.zeros(3)
+
+
+def divides_by_zero(*inputs):
+    return 1 / 0
+
+
+GARBAGE = [
+    *(5, -1.5, None, "text", [], {}, set(), object(), np.zeros(3), np.zeros((2, 3)), ["A"], {"A": None}),
+    *(lambda: 1, no_return, divides_by_zero, lambda *a: "text", lambda *a: np.zeros(1), lambda *a: a[0]),
+    *(lambda *a: [], lambda *a: [[1], [2, 3]], lambda *a: {"x": 1}, lambda *a: undefined),  # noqa: F821
+]
+
+
+@pytest.mark.parametrize("name", sorted(WRONG))
+def test_every_check_answers_garbage_with_one_line_and_a_likely_cause(name):
+    for answer in GARBAGE:
+        said = all_checks()[name].verdict(answer)
+        assert said.startswith("✗"), (answer, said)
+        assert len(said.splitlines()) == 1
+        assert "check_" not in said
+        if "raised" in said:
+            assert callable(answer), said
+            assert re.search(r"raised \w+: .+; \w.+", said), said
 
 
 @pytest.mark.parametrize(
@@ -209,18 +268,6 @@ def test_checks_turn_down_wrong_answers_and_name_the_cause(name, i):
     said = all_checks()[name].verdict(answer)
     assert said.startswith("✗")
     assert cause in said
-
-
-VALUES = (None, "x", [], np.ones(0))
-ODD = (*VALUES, 0, {}, {"A": [1]}, {0}, *(lambda *_, value=value: value for value in VALUES))
-
-
-@pytest.mark.parametrize("name", sorted(WRONG))
-def test_checks_give_a_cause_for_an_answer_of_any_form(name):
-    for answer in ODD:
-        said = all_checks()[name].verdict(answer)
-        assert said.startswith("✗"), said
-        assert " raised " not in said, said
 
 
 @pytest.mark.parametrize("name", sorted(WRONG))
@@ -272,19 +319,27 @@ def lab(rgb):
     return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
-@pytest.mark.parametrize(
-    "palette", [drawing.AXIS.values(), drawing.SERIES, drawing.HEADS], ids=["axes", "series", "heads"]
-)
+@pytest.mark.parametrize("palette", [drawing.AXIS.values(), drawing.SERIES], ids=["axes", "series"])
 @pytest.mark.parametrize("eye", EYES)
-def test_colors_can_be_told_apart_by_every_eye_and_read_on_the_card(palette, eye):
+def test_colors_can_be_told_apart_by_every_eye(palette, eye):
     seen = [lab(np.clip(EYES[eye] @ linear(color), 0, 1)) for color in palette]
     assert min(np.linalg.norm(a - b) for a, b in combinations(seen, 2)) > 15  # 2.3 is just noticeable
-    contrast = [
-        (XYZ[1] @ linear(drawing.GROUND) + 0.05) / (XYZ[1] @ linear(color) + 0.05) for color in palette
-    ]
-    assert min(contrast) > 2.8
 
 
-def test_no_head_has_the_color_of_an_axis():
-    axes, heads = ([lab(linear(color)) for color in p] for p in (drawing.AXIS.values(), drawing.HEADS))
-    assert min(np.linalg.norm(a - b) for a in axes for b in heads) > 20
+def luminance(color):
+    return XYZ[1] @ linear(color) + 0.05
+
+
+@pytest.mark.parametrize("page", ["#ffffff", "#111111"], ids=["light", "dark"])
+def test_every_ink_is_legible_on_a_light_and_on_a_dark_page(page):
+    inks = {"ink": drawing.INK, "faint": drawing.FAINT, **drawing.AXIS, **dict(enumerate(drawing.SERIES))}
+    for name, color in inks.items():
+        low, high = sorted((luminance(color), luminance(page)))
+        assert high / low > (4 if name == "ink" else 2.8), name
+
+
+def test_no_other_color_looks_like_an_axis():
+    others = [*drawing.SERIES, drawing.INK, drawing.FAINT, drawing.GOOD, drawing.WARN, drawing.BAD]
+    for letter, color in drawing.AXIS.items():
+        distances = [np.linalg.norm(lab(linear(color)) - lab(linear(other))) for other in others]
+        assert min(distances) > 12, letter

@@ -1,7 +1,7 @@
 """Wrong answers to the lessons' exercises: each must be turned down with a message of its own.
 
 WRONG[check name] lists (answer, words that the message must hold); tests/test_lessons.py tries them.
-At least two for each check. The messages of one check must differ from each other.
+At least three for each check, one of them nearly right: it has the right form, and one thing is wrong.
 """
 
 import math
@@ -251,7 +251,8 @@ WRONG["check_unchanged"] = [
 WRONG["check_suspects"] = [
     ({"A": "eps", "B": "unbiased", "C": "mean", "D": "outside"}, "A is not 'eps': try rows"),
     ({"A": "outside", "B": "mean", "C": "unbiased", "D": "eps"}, "B is not 'mean'"),
-    ({"A": "outside", "B": "outside", "C": "mean", "D": "eps"}, "each fault occurs once"),
+    ({"A": "outside", "B": "outside", "C": "mean", "D": "eps"}, "compare its spread with 1"),
+    ({"A": "epsilon", "B": "unbiased", "C": "mean", "D": "eps"}, "is none of"),
     ({"A": "outside"}, "the keys A, B, C, D"),
 ]
 
@@ -470,7 +471,8 @@ WRONG["check_states"] = [
 WRONG["check_broken_blocks"] = [
     ({"A": "post", "B": "parallel", "C": "no sum", "D": "from norm"}, "A is not 'post'"),
     ({"A": "from norm", "B": "no sum", "C": "parallel", "D": "post"}, "B is not 'no sum'"),
-    ({"A": "post", "B": "post", "C": "no sum", "D": "post"}, "each fault occurs once"),
+    ({"A": "post", "B": "post", "C": "no sum", "D": "post"}, "A is not 'post'"),
+    ({"A": "from norm", "B": "parallel", "C": "no sum", "D": "from norm"}, "D is not 'from norm'"),
     ({"A": "post"}, "the keys A, B, C, D"),
 ]
 
@@ -604,6 +606,7 @@ WRONG["check_encoder"] = [
     (silent, "your first divergence is text_features"),
     (misnamed, "no stage is called ['embeddings']"),
     (lambda p, t, s: None, "does it end in return"),
+    (lambda p, t, s: minclip.encode_text(p, t), "you call minclip's own"),
 ]
 
 # 10 Compare sentences
@@ -753,13 +756,28 @@ WRONG["check_rows"] = [
 # 13 Train your own
 
 
-def adam_with(param, grad, m, v, t, rate, *, sign=-1, corrected=True, root=True, swap=False, square=True):
+def adam_with(
+    param,
+    grad,
+    m,
+    v,
+    t,
+    rate,
+    *,
+    sign=-1,
+    corrected=True,
+    root=True,
+    swap=False,
+    square=True,
+    inside=0,
+    outside=1e-8,
+):
     b1, b2 = (0.98, 0.9) if swap and t > 1 else (0.9, 0.98)
     m = m + (1 - b1) * (grad - m)
     v = v + (1 - b2) * (grad**2 - v) if square else m**2 / (1 - 0.9**t) ** 2 * (1 - 0.98**t)
     c1, c2 = (1 - 0.9**t, 1 - 0.98**t) if corrected else (1, 1)
-    size = np.sqrt(v / c2) if root else v / c2
-    return param + sign * rate * m / c1 / (size + 1e-8), m, v
+    size = np.sqrt(v / c2 + inside) if root else v / c2
+    return param + sign * rate * m / c1 / (size + outside * (not inside)), m, v
 
 
 WRONG["check_adam"] = [
@@ -768,6 +786,8 @@ WRONG["check_adam"] = [
     (lambda *a: adam_with(*a, root=False), "the root of v is missing"),
     (lambda *a: adam_with(*a, swap=True), "each where they belong"),
     (lambda *a: adam_with(*a)[0], "three arrays were wanted"),
+    (lambda *a: adam_with(*a, inside=1e-8), "not to v inside it"),
+    (lambda *a: adam_with(*a, outside=0), "0 / 0 where a gradient is 0"),
 ]
 
 
@@ -801,6 +821,7 @@ WRONG["check_train"] = [
         lambda p, t, i, steps, rate, batch: trainer(p, t, i, steps // 2, rate, batch),
         "one loss for each of 60",
     ),
+    (lambda p, t, i, steps, rate, batch: trainer(p, t, i, steps, rate, 8), "with batch=1"),
 ]
 RIGHT_OUTCOMES = {"rate x 10": "worse", "no positions": "about as well", "batch of one": "nothing"}
 WRONG["check_outcomes"] = [
@@ -962,8 +983,16 @@ def undone(found, order):
     return features
 
 
+def rows_one_by_one(x, W):
+    return np.stack([np.stack([row @ W.T for row in text]) for text in x])
+
+
+def at_once(x, W):
+    return (x.reshape(-1, x.shape[-1]) @ W.T).reshape(*x.shape[:-1], len(W))
+
+
 def four_with(way):
-    return [lambda x, W: x @ W.T, lambda x, W: np.einsum("bld,ed->ble", x, W), lambda x, W: x @ W.T, way]
+    return [rows_one_by_one, lambda x, W: x @ W.T, way, lambda x, W: np.einsum("bld,ed->ble", x, W)]
 
 
 WRONG["check_trim_batch"] = [
@@ -994,6 +1023,7 @@ WRONG["check_count_prefixes"] = [
         lambda tokens: len({tuple(row[: i + 1]) for row in tokens.tolist() for i in range(row.index(49407))}),
         "the end of text needs its row",
     ),
+    (lambda tokens: 15, "one text of 3 words"),
 ]
 WRONG["check_by_length"] = [
     (lengthwise, "another order than the texts"),
@@ -1008,6 +1038,9 @@ WRONG["check_four_products"] = [
     (four_with(lambda x, W: x.reshape(-1, 4) @ W.T), "put the rows back"),
     (four_with(lambda x, W: x.astype(float) @ W.T), "float64"),
     ([lambda x, W: x @ W.T], "four functions"),
+    ([lambda x, W: x @ W.T] * 4, "one a row"),
+    (four_with(lambda x, W: x @ W.T), "one @ on a matrix of all 6 rows"),
+    ([*four_with(at_once)[:3], at_once], "one np.einsum"),
 ]
 
 
@@ -1051,6 +1084,7 @@ WRONG["check_first_divergence"] = [
         "a cosine does not see",
     ),
     (divergence_by(lambda a, b, t: not abs(b - a).max() <= t), "and so is the difference"),
+    (divergence_by(lambda a, b, t: not np.allclose(b, a, rtol=t)), "not each number"),
     (divergence_by(lambda a, b, t: not relative(a, b) <= t, lambda names: list(names)[::-1]), "first counts"),
     (strict_keys, "the port does not show"),
 ]
