@@ -1947,6 +1947,137 @@ def check_array_module(array_module):
     return "the array says where it lives"
 
 
+# 17 Shrink it
+
+
+def int8_rows(W):
+    """(whole numbers, scale [out, 1]) of each row, one number at a time; a zero row has the scale 1."""
+    whole, scale = np.zeros(W.shape), np.ones((len(W), 1))
+    for i, row in enumerate(W.tolist()):
+        largest = max(abs(w) for w in row)
+        scale[i] = largest / 127 if largest else 1
+        whole[i] = [round(w / scale[i, 0]) for w in row]
+    return whole, scale
+
+
+@exercise
+def check_quantize_rows(quantize_rows):
+    rng = np.random.default_rng(17)
+    W = (rng.standard_normal((5, 7)) * [[1], [0.01], [30], [2], [0]]).astype(np.float32)
+    W[3, 2] = -8  # the largest number of this row is negative
+    result = call(quantize_rows, W)
+    expect(isinstance(result, tuple | list) and len(result) == 2, "two arrays were wanted: (q, scale)")
+    q, scale = (np.asarray(array) for array in result)
+    expect(scale.shape != (), "that is one scale for the matrix: each row has its own")
+    expect(scale.shape != (1, 7), "that is a scale for each column: the maximum of a row is over its columns")
+    like(scale, (5, 1), cause="keepdims=True keeps the scale as (out, 1)")
+    like(q, (5, 7))
+    expect(np.isfinite(scale).all() and (scale > 0).all(), "a row of zeros has the scale 0: take 1 for it")
+    expect(q.dtype == np.int8, f"q is {q.dtype} and should be int8")
+    truth, wanted = int8_rows(W)
+    scale_misses = {
+        "127 and not 128 is the largest whole number of this grid": wanted[:4] * 127 / 128,
+        "the largest *absolute* value of a row decides: some rows' largest number is negative":
+            W.max(axis=-1, keepdims=True)[:4] / 127,
+        "the scale is the step, the largest absolute value over 127": 1 / wanted[:4],
+        "the range is -127 to 127, so divide the largest absolute value by 127": wanted[:4] * 127 / 255,
+    }  # fmt: skip
+    equal(scale[:4], wanted[:4], scale_misses, 1e-3)
+    q_misses = {
+        "the numbers are cut, not rounded: astype drops the fraction, np.rint rounds": np.trunc(W / wanted),
+        "the numbers are rounded down: np.rint rounds to the nearest": np.floor(W / wanted),
+        "the matrix was not divided by the scale": np.rint(W),
+    }
+    equal(q, truth, q_misses)
+    return "each row on its own grid of 255 steps"
+
+
+@exercise
+def check_bits(bits):
+    known = {"int8 rows": (8, 16, 512), "Q8_0": (8, 16, 32), "Q4_0": (4, 16, 32), "MLX": (4, 32, 64)}
+    expect(isinstance(bits, dict) and set(bits) == set(known), f"a dict with the keys {', '.join(known)}")
+    for name, (number, shared, group) in known.items():
+        said = bits[name]
+        expect(isinstance(said, int | float | np.number), f"{name}: one number was wanted")
+        true = number + shared / group
+        for cause, value in {
+            "that is without what the group shares": number,
+            "that is bytes: 8 bits are a byte": true / 8,
+            "every number pays for the whole scale here: the group shares it": number + shared,
+            "that is the number of bits of a whole group: divide by its size": number * group + shared,
+            "a float16 has 16 bits, not 2 (these are bytes)": number + shared / 8 / group,
+            "MLX stores two float16 numbers for each group": number + shared / 2 / group,
+        }.items():
+            expect(not math.isclose(said, value, rel_tol=1e-6), f"{name}: {cause}")
+        expect(math.isclose(said, true, rel_tol=1e-3), f"{name}: not {said:g}; bits of a group over its size")
+    return "int8 by row is nearly free; groups of 4 bits cost half a bit more"
+
+
+def zero_share(outlier, scales):
+    """The share of ordinary numbers that int8 rounds to 0 where one row or column is 1000 times as large."""
+    W = np.random.default_rng(18).standard_normal((24, 40))
+    ordinary = np.ones(W.shape, bool)
+    place = (5, slice(None)) if outlier == "row" else (slice(None), 7)
+    W[place] *= 1000
+    ordinary[place] = False
+    scale = abs(W).max(axis={"tensor": None, "row": 1, "column": 0}[scales], keepdims=True) / 127
+    return (np.rint(W / scale)[ordinary] == 0).mean()
+
+
+@exercise
+def check_lost(lost):
+    kinds = {"tensor", "row", "column"}
+    expect(isinstance(lost, dict) and set(lost) == {"row", "column"}, "a dict with the keys row and column")
+    for outlier, said in lost.items():
+        expect(isinstance(said, set | list | tuple), f"{outlier}: a set was wanted, such as {{'tensor'}}")
+        said = set(said)
+        expect(said <= kinds, f"{outlier}: the scales are by {', '.join(sorted(kinds))}")
+        for scales in sorted(kinds):
+            share = zero_share(outlier, scales)
+            told = f"one large {outlier}, a scale by {scales}: {share:.0%} of the others become 0"
+            why = "each scale sees the large one" if share > 0.5 else "only its own scale sees the large one"
+            expect((scales in said) == (share > 0.5), f"{told}; {why}")
+    return "a scale of its own must hold the large ones, or they take the grid from all others"
+
+
+@exercise
+def check_rescue(rescue):
+    rng = np.random.default_rng(19)
+    for at in (3, 8):
+        W = rng.standard_normal((6, 9)).astype(np.float32)
+        W[:, at] *= 500
+        W[2, at] = 0.1  # the largest number of this row is elsewhere
+        result = call(rescue, W)
+        expect(
+            isinstance(result, tuple | list) and len(result) == 4, "four were wanted: (q, scale, at, column)"
+        )
+        q, scale, said, column = result
+        expect(np.ndim(said) == 0 and int(said) == said, "at is the number of one column")
+        rows = {int(i) for i in abs(W).max(axis=1).argsort()[-1:]}
+        expect(int(said) == at or int(said) not in rows, "at is a row: the maximum is over the rows, axis 0")
+        expect(int(said) == at, f"column {int(said)} was kept, and column {at} has the largest numbers")
+        column = np.asarray(column)
+        expect(column.size == 6, f"column has shape {column.shape}: one number for each row")
+        equal(
+            column.ravel(),
+            W[:, at],
+            {"the column is kept as it is, not rounded": np.rint(column.ravel())},
+            1e-6,
+        )
+        q, scale = np.asarray(q), np.asarray(scale)
+        like(q, (6, 9), np.int8)
+        like(scale, (6, 1))
+        expect(not q[:, at].any(), f"q[:, {at}] must be 0: its numbers are in column, and would count twice")
+        others = W.copy()
+        others[:, at] = 0
+        truth, wanted = int8_rows(others)
+        equal(scale, wanted, {
+            "the scale still sees the large column: take it out first": int8_rows(W)[1],
+        }, 1e-3)  # fmt: skip
+        equal(q, truth)
+    return "one column in float32, and the grid is fine again for all others"
+
+
 # 18 Make it fast
 
 START, END = 49406, 49407

@@ -961,6 +961,68 @@ WRONG["check_array_module"] = [
     (lambda x: np if isinstance(x, np.ndarray) else None, "returns None"),
 ]
 
+# 17 Shrink it
+
+
+def quantized(W, *, axis=-1, top=127, rounding=np.rint, dtype=np.int8, size=abs, keep=True, zero=1):
+    with np.errstate(all="ignore"):
+        scale = size(W).max(axis=axis, keepdims=keep) / top
+        if zero is not None:
+            scale = np.where(scale == 0, zero, scale)
+        whole = W / (scale if keep or axis is None else scale[:, None])
+        return rounding(np.nan_to_num(whole)).clip(-128, 127).astype(dtype), scale.astype(np.float32)
+
+
+WRONG["check_quantize_rows"] = [
+    (lambda W: quantized(W, rounding=np.asarray), "cut, not rounded"),
+    (lambda W: quantized(W, axis=0), "a scale for each column"),
+    (lambda W: quantized(W, axis=None, keep=False), "one scale for the matrix"),
+    (lambda W: quantized(W, keep=False), "keepdims=True"),
+    (lambda W: quantized(W, zero=None), "a row of zeros"),
+    (lambda W: quantized(W, top=128), "127 and not 128"),
+    (lambda W: quantized(W, size=np.asarray), "largest *absolute* value"),
+    (lambda W: quantized(W, dtype=np.int16), "should be int8"),
+    (lambda W: quantized(W)[0], "two arrays were wanted"),
+]
+BITS = {"int8 rows": 8 + 16 / 512, "Q8_0": 8.5, "Q4_0": 4.5, "MLX": 4.5}
+WRONG["check_bits"] = [
+    ({**BITS, "int8 rows": 8}, "without what the group shares"),
+    ({**BITS, "Q4_0": 20}, "pays for the whole scale"),
+    ({**BITS, "Q8_0": 8.5 / 8}, "that is bytes"),
+    ({**BITS, "MLX": 4.25}, "two float16 numbers"),
+    ({**BITS, "Q4_0": 4 + 2 / 32}, "16 bits, not 2"),
+    ({"Q4_0": 4.5}, "a dict with the keys"),
+]
+WRONG["check_lost"] = [
+    ({"row": {"tensor"}, "column": {"tensor", "row"}}, "one large row, a scale by column"),
+    ({"row": {"tensor", "column"}, "column": {"tensor"}}, "one large column, a scale by row"),
+    ({"row": {"tensor", "row"}, "column": {"tensor", "row"}}, "of the others become 0"),
+    ({"row": {"column"}, "column": {"row"}}, "a scale by tensor"),
+    ({"row": {"columns"}, "column": {"row"}}, "the scales are by"),
+    ({"row": {"tensor"}}, "the keys row and column"),
+]
+
+
+def rescued(W, *, at=None, before=True, zero=True, column=lambda column: column):
+    at = int(abs(W).max(axis=0).argmax()) if at is None else at(W)
+    rest = W.copy()
+    rest[:, at] = 0
+    q, scale = quantized(rest if before else W)
+    if zero and not before:
+        q[:, at] = 0
+    if not zero:
+        q = np.where(np.arange(W.shape[1]) == at, 1, q).astype(np.int8)
+    return q, scale, at, column(W[:, at])
+
+
+WRONG["check_rescue"] = [
+    (lambda W: rescued(W, before=False), "still sees the large column"),
+    (lambda W: rescued(W, zero=False), "would count twice"),
+    (lambda W: rescued(W, at=lambda W: int(abs(W).max(axis=1).argmax())), "at is a row"),
+    (lambda W: rescued(W, at=lambda W: int(W.argmax() % 9 == 0)), "has the largest numbers"),
+    (lambda W: rescued(W, column=np.rint), "not rounded"),
+    (lambda W: rescued(W)[:2], "four were wanted"),
+]
 
 # 18 Make it fast
 
