@@ -339,6 +339,7 @@ def curves(panels, alt="", height=270, ticks=None, log=False, marks=False):
     def draw(figure):
         figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)
         grid = figure.subplots(1, len(panels), squeeze=False).ravel()
+        named = None
         for ax, (title, x, lines, xlabel, ylabel) in zip(grid, panels, strict=True):
             for i, (name, y) in enumerate(lines.items()):
                 style = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))[i % 6]
@@ -359,8 +360,9 @@ def curves(panels, alt="", height=270, ticks=None, log=False, marks=False):
             if ticks is not None:
                 word_ticks(ax.set_xticks, ticks, turned=max(map(len, ticks)) > 3)
             ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
-            if len(lines) > 1:
+            if len(lines) > 1 and set(lines) != named:  # the same names as at the left need no second legend
                 ax.legend(loc="best", handlelength=2.6)
+            named = set(lines)
 
     return Picture(draw, height, alt)
 
@@ -621,6 +623,43 @@ def head_maps(weights, labels):
 
 
 # 06 Think at each position
+
+
+def activations(functions):
+    """Activations {name: function}, the exact one first; at the right their differences from it."""
+    exact = next(iter(functions.values()))
+    near, wide = np.linspace(-5, 3, 161), np.linspace(-7, 7, 281)
+    curved = {name: f(near) for name, f in functions.items()}
+    apart = {name: f(wide) - exact(wide) for name, f in functions.items()}
+    top = ", ".join(f"{name} {abs(values).max():.4f}" for name, values in list(apart.items())[1:])
+    alt = "Left: the curves lie on each other, near zero far left, with a dip below zero near -0.7, then "
+    alt += f"rising as x. Right: their differences from the exact one; the largest are {top}."
+    panels = [("activations", near, curved, "x", ""), ("minus the exact one", wide, apart, "x", "")]
+    return curves(panels, alt=alt, height=300)
+
+
+# Figures that several lessons share
+
+
+def block_map(title, values, labels, numbers):
+    """(blocks, L) numbers, a row for each block, a column for each word."""
+    values = np.asarray(values)
+    rows = [f"block {i}" for i in range(len(values))]
+    told = "; ".join(
+        f"{row} {', '.join(format(v, numbers) for v in line)}" for row, line in zip(rows, values, strict=True)
+    )
+    alt = f"{title}, for {', '.join(labels)}: {told}."
+    height = 110 + 30 * len(values)
+    return heatmaps([(title, values)], rows, labels, (None, "L positions"), 1, numbers, alt, height=height)
+
+
+def block_curves(lines, ylabel):
+    """One curve for each name in {name: one value a block}."""
+    count = len(next(iter(lines.values())))
+    told = "; ".join(f"{name} {', '.join(f'{v:.2f}' for v in values)}" for name, values in lines.items())
+    panel = (f"{ylabel} after each block", range(count), lines, "", ylabel)
+    ticks = [f"block {i}" for i in range(count)]
+    return curves([panel], ticks=ticks, marks=True, height=280, alt=f"{ylabel} after each block: {told}.")
 
 
 # 07 Add it to the stream

@@ -376,6 +376,10 @@ def bend(x, slope=1.702):
     return x / (1 + np.exp(-slope * x))
 
 
+def exact_gelu(h):
+    return np.vectorize(lambda v: 0.5 * v * (1 + math.erf(v / 2**0.5)))(h)
+
+
 def bend_by_quotient(x):
     e = np.exp(1.702 * x)
     return x * (e / (1 + e))
@@ -385,29 +389,59 @@ def mlp_with(activation, first=1, second=1):
     return lambda x, W, b, V, c: activation(x @ W.T + first * b) @ V.T + second * c
 
 
+def bend_by_loop(x):
+    return x / (1 + math.exp(-1.702 * x))
+
+
+RIGHT_SLOPES = {"gate": 1.702, "product": 1.773}
+WRONG["check_fit_slope"] = [
+    ({**RIGHT_SLOPES, "gate": 1.773}, "gate: that is the slope of the other"),
+    ({**RIGHT_SLOPES, "product": 1.702}, "product: that is the slope of the other"),
+    ({**RIGHT_SLOPES, "gate": 1.596}, "equally steep at 0"),
+    ({**RIGHT_SLOPES, "gate": 1}, "SiLU"),
+    ({**RIGHT_SLOPES, "gate": 1.71}, "can be had"),
+    ({**RIGHT_SLOPES, "product": 1.78}, "product: 1.78 is off"),
+    ({**RIGHT_SLOPES, "product": [1.773]}, "one number was wanted"),
+    ({"gate": 1.702}, "a dict with the keys gate, product"),
+    (1.702, "a dict with the keys gate, product"),
+]
 WRONG["check_quick_gelu"] = [
     (bend_by_quotient, "NaN far out"),
+    (bend_by_loop, "np.exp takes arrays"),
     (lambda x: bend(x, 1), "SiLU"),
     (lambda x: bend(x, 1.773), "not 1.773"),
+    (lambda x: bend(x, 1.7), "not 1.7"),
     (lambda x: bend(x, -1.702), "sign of the exponent"),
     (lambda x: 1 / (1 + np.exp(-1.702 * x)), "gate alone"),
     (lambda x: np.maximum(x, 0), "ReLU"),
     (lambda x: bend(x.astype(float)), "float64"),
+    (lambda x: x[0], "the shape is"),
 ]
 WRONG["check_mlp"] = [
     (mlp_with(lambda h: h), "no activation"),
     (mlp_with(lambda h: np.maximum(h, 0)), "ReLU"),
-    (mlp_with(bend, first=0), "c_fc's bias"),
-    (mlp_with(bend, second=0), "c_proj's bias"),
+    (mlp_with(lambda h: bend(h, 1)), "SiLU"),
+    (mlp_with(exact_gelu), "exact GELU"),
+    (mlp_with(bend, first=0), "c_fc's bias is not"),
+    (mlp_with(bend, second=0), "c_proj's bias is not"),
+    (lambda x, W, b, V, c: (bend(x @ W.T) + b) @ V.T + c, "c_fc's bias comes before"),
+    (lambda x, W, b, V, c: (bend(x) @ W.T + b) @ V.T + c, "comes before c_fc"),
     (lambda x, W, b, V, c: bend(mlp_with(bend)(x, W, b, V, c)), "second activation"),
     (lambda x, W, b, V, c: x + mlp_with(bend)(x, W, b, V, c), "lesson 07"),
     (lambda x, W, b, V, c: bend(x @ W + b) @ V + c, "x @ weight.T"),
+    (lambda x, W, b, V, c: bend(x @ W.T + c), "a bias does not fit"),
+    (lambda x, W, b, V, c: bend(x @ W.T + b), "maps them back to D"),
 ]
 WRONG["check_worst"] = [
-    (0.0203, "between -5 and 0"),
+    (0.0203, "size of the difference"),
     (-0.0203, "size of the difference"),
-    (-1.0, "close to the exact one"),
-    (-3.5, "can be had"),
+    (2.27, "below 0"),
+    (-0.75, "dip"),
+    (-1.5, "the difference at -1.50 is"),
+    (-2.2, "0.0203 can be had"),
+    (-7, "between -5 and 0"),
+    ("left", "one number was wanted"),
+    ([-2.27, 2.27], "one number was wanted"),
 ]
 
 
@@ -551,10 +585,6 @@ def whole_block(x, params, name, *, gate=None, second=1, keep=True, read="stream
     gated = (gate or (lambda h: h / (1 + np.exp(-1.702 * h))))(inner)
     mlp = gated @ params[f"{name}.mlp.c_proj.weight"].T + second * params[f"{name}.mlp.c_proj.bias"]
     return ((x if read == "input" else mid if keep else 0) + mlp).astype(np.float32)
-
-
-def exact_gelu(h):
-    return np.vectorize(lambda v: 0.5 * v * (1 + math.erf(v / 2**0.5)))(h)
 
 
 WRONG["check_whole_block"] = [
