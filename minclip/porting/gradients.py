@@ -26,12 +26,13 @@ def complete(reference):
     The gradients that the reference does not hold are computed in a second pass.
     """
     tower = at_precision(reference.params, text_dtype(reference.params).name)  # on the host
-    gradients = run(tower, reference.tokens, reference.gradient, forward=reference.tap)
+    gradient = as_array(reference.gradient)
+    gradients = run(tower, reference.tokens, gradient, forward=reference.tap)
     gradients |= {
         name: as_array(array) for name, array in reference.items() if name != "positional_embedding"
     }
     options = {"params": tower, "tokens": reference.tokens, "tap": reference.tap}
-    return Trace(gradients, **options, gradient=as_array(reference.gradient), roundings=reference.roundings)
+    return Trace(gradients, **options, gradient=gradient, roundings=reference.roundings)
 
 
 def run(params, tokens, gradient, *, tap=None, forward=None):

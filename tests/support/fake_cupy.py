@@ -9,7 +9,8 @@ It is stricter than CuPy in two ways. CuPy's `__array_ufunc__` accepts `np.exp(c
 refuses it, because minclip calls `array_module(x).exp`. And CuPy has more functions and methods than
 `FUNCTIONS` and `METHODS` list: add one there, with CuPy's signature, when minclip needs it.
 
-The signatures are those of CuPy 14.2. A test compares them with CuPy where it is installed.
+The signatures are those of CuPy 14.2. `pytest -m cupy tests/unit/gpu` compares them, the refusals and the
+views with CuPy where it is installed, with or without a GPU.
 """
 
 import ctypes
@@ -20,6 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
 from pathlib import Path
@@ -66,10 +68,38 @@ METHODS = {
     "get": "stream=None, order='C', out=None, blocking=True",
     "item": "",
 }
+CUDA = {  # without the types that CuPy's documentation states
+    "cuda.Stream": "null=False, non_blocking=False, ptds=False, priority=None",
+    "cuda.Stream.record": "self, event=None",
+    "cuda.Stream.wait_event": "self, event",
+    "cuda.Stream.synchronize": "self",
+    "cuda.Event": "block=False, disable_timing=False, interprocess=False",
+    "cuda.Event.record": "self, stream=None",
+    "cuda.Event.synchronize": "self",
+    "cuda.get_current_stream": "device_id=-1",
+    "cuda.get_elapsed_time": "start_event, end_event",
+    "cuda.runtime.getDeviceCount": "",
+    "cuda.runtime.getDevice": "",
+    "cuda.runtime.getDeviceProperties": "device",
+    "cuda.runtime.driverGetVersion": "",
+    "cuda.runtime.runtimeGetVersion": "",
+    "cuda.device.get_cublas_handle": "",
+    "get_default_memory_pool": "",
+    "RawKernel": "code, name, options=(), backend='nvrtc', translate_cucomplex=False, "
+    "*, enable_cooperative_groups=False, jitify=None",
+    "RawKernel.__call__": "self, grid, block, args, **kwargs",
+}
+GEMM = (
+    "handle, transa, transb, m, n, k, alpha, A, Atype, lda, strideA, B, Btype, ldb, strideB, beta, C, Ctype, "
+    "ldc, strideC, batchCount, computeType, algo"
+)
+CUBLAS = dict(CUBLAS_OP_N=0, CUBLAS_OP_T=1, CUBLAS_COMPUTE_32F=68, CUBLAS_GEMM_DEFAULT_TENSOR_OP=99)
+CUDA_DTYPES = dict(CUDA_R_32F=0, CUDA_R_16F=2)
 OPERATORS = (
     "add sub mul truediv pow matmul and neg radd rsub rmul rtruediv rpow iadd lt le eq ne gt ge".split()
 )
 HOST = Path(__file__).with_name("cuda_on_cpu.h")
+LAUNCHING = threading.Lock()  # cuda_on_cpu.h keeps one warp at a time in global variables
 
 
 def signature(text):
@@ -181,13 +211,21 @@ class Fake(types.ModuleType):
         super().__init__("cupy")
         self.cuda = types.ModuleType("cupy.cuda")
         self.cuda.runtime = types.SimpleNamespace(
-            getDeviceCount=lambda: 1, getDevice=lambda: 0, CUDA_R_32F=0, CUDA_R_16F=2
+            **CUDA_DTYPES,
+            getDeviceCount=lambda: 1,
+            getDevice=lambda: 0,
+            getDeviceProperties=lambda device: {"name": b"a stand-in"},
+            driverGetVersion=lambda: 0,
+            runtimeGetVersion=lambda: 0,
         )
         self.cuda.device = types.SimpleNamespace(get_cublas_handle=lambda: 0)
         self.cuda.memory = types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError)
-        self.cuda.Stream = self.cuda.get_current_stream = self.cuda.Event = Stream
-        self.cuda.get_elapsed_time = lambda start, end: 1e3 * (end.time - start.time)
+        self.cuda.Stream, self.cuda.Event = Stream, Event
+        self.cuda.get_current_stream = lambda device_id=-1: Stream()
+        self.cuda.get_elapsed_time = lambda start_event, end_event: 1e3 * (end_event.time - start_event.time)
+        self.get_default_memory_pool = lambda: types.SimpleNamespace(total_bytes=lambda: 0)
         self.RawKernel = RawKernel
+        self.__version__ = "of nothing"
 
     def __getattr__(self, name):
         if name not in FUNCTIONS:
@@ -204,6 +242,8 @@ class Fake(types.ModuleType):
                 return ndarray(np.array(inside(source) if isinstance(source, ndarray) else source, **kwargs))
             if name == "asnumpy":
                 return args[0].get()
+            if name == "lexsort" and not isinstance(args[0], ndarray):
+                raise TypeError("lexsort takes one array of keys [k, N]")
             kwargs = {key: inside(value) for key, value in kwargs.items()}
             return outside(getattr(np, name)(*map(inside, args), **kwargs))
 
@@ -217,7 +257,7 @@ class OutOfMemoryError(MemoryError):
 
 
 class Stream:
-    """A stream or an event. The stand-in runs everything at once."""
+    """A stream. The stand-in runs everything at once."""
 
     def __init__(self, null=False, non_blocking=False, ptds=False, priority=None):
         pass
@@ -229,11 +269,22 @@ class Stream:
         pass
 
     def record(self, event=None):
-        self.time = time.perf_counter()
-        return self
+        return (event or Event()).record(self)
 
     def wait_event(self, event):
-        assert isinstance(event, Stream)
+        assert isinstance(event, Event)
+
+    def synchronize(self):
+        Fake.waits.append("synchronize")
+
+
+class Event:
+    def __init__(self, block=False, disable_timing=False, interprocess=False):
+        pass
+
+    def record(self, stream=None):
+        self.time = time.perf_counter()
+        return self
 
     def synchronize(self):
         Fake.waits.append("synchronize")
@@ -252,14 +303,15 @@ def matrices(address, ld, stride, batch, transposed, rows, columns, dtype=np.flo
     return np.lib.stride_tricks.as_strided(memory, shape, step)
 
 
-def gemm(handle, op_a, op_b, m, n, k, alpha, a, a_type, lda, stride_a, b, b_type, ldb, stride_b, beta, c,
-         c_type, ldc, stride_c, batch, compute, algorithm):  # fmt: skip
+def gemm(*args):
     """cublasGemmStridedBatchedEx for float16: summed in float32, rounded once to float16 or not at all."""
-    assert (a_type, b_type, compute, algorithm) == (2, 2, 68, 99)
-    alpha, beta = (ctypes.c_float.from_address(at).value for at in (alpha, beta))
-    a = matrices(a, lda, stride_a, batch, op_a, m, k).astype(np.float32)
-    b = matrices(b, ldb, stride_b, batch, op_b, k, n).astype(np.float32)
-    c = matrices(c, ldc, stride_c, batch, 0, m, n, {0: np.float32, 2: np.float16}[c_type])
+    g = types.SimpleNamespace(**signature(GEMM).bind(*args).arguments)
+    assert (g.Atype, g.Btype, g.computeType, g.algo) == (2, 2, 68, 99)
+    alpha, beta = (ctypes.c_float.from_address(at).value for at in (g.alpha, g.beta))
+    a = matrices(g.A, g.lda, g.strideA, g.batchCount, g.transa, g.m, g.k).astype(np.float32)
+    b = matrices(g.B, g.ldb, g.strideB, g.batchCount, g.transb, g.k, g.n).astype(np.float32)
+    stored = {0: np.float32, 2: np.float16}[g.Ctype]
+    c = matrices(g.C, g.ldc, g.strideC, g.batchCount, 0, g.m, g.n, stored)
     c[...] = alpha * (a @ b) + (beta * c.astype(np.float32) if beta else 0)
 
 
@@ -284,7 +336,8 @@ class RawKernel:
                 assert expected is None or value.dtype == expected
             values.append(ctypes.c_void_p(value.data.ptr) if is_pointer else as_c(kind[-1], value))
         pointers = [ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in values]
-        self.run(grid[0], block[1], (ctypes.c_void_p * len(args))(*pointers))
+        with LAUNCHING:
+            self.run(grid[0], block[1], (ctypes.c_void_p * len(args))(*pointers))
 
 
 def as_c(kind, value):
@@ -314,13 +367,7 @@ def install(monkeypatch):
     """Replace CuPy by a stand-in until the test ends, and return the stand-in."""
     fake = Fake()
     cublas = types.ModuleType("cublas")
-    cublas.__dict__.update(
-        gemmStridedBatchedEx=gemm,
-        CUBLAS_OP_N=0,
-        CUBLAS_OP_T=1,
-        CUBLAS_COMPUTE_32F=68,
-        CUBLAS_GEMM_DEFAULT_TENSOR_OP=99,
-    )
+    cublas.__dict__.update(CUBLAS, gemmStridedBatchedEx=gemm)
     libs = types.SimpleNamespace(cublas=cublas)
     for name, module in {
         "cupy": fake,

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 import minclip
 from minclip.tracing import trimmed
-from tests.support import fake_cupy
 from tests.support.oracles import (
     openai_model,
     random_params,
@@ -443,21 +442,3 @@ def test_a_dump_is_refused():
 def test_trace_refuses_an_unknown_choice_of_stages():
     with pytest.raises(ValueError, match="stages must be 'all' or 'blocks', not 'block'"):
         minclip.trace(PARAMS, TOKENS, stages="block")
-
-
-# The GPU, by the stand-in
-
-
-@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-@pytest.mark.parametrize("stages", ["all", "blocks"])
-def test_the_same_page_runs_on_the_gpu(monkeypatch, activation, stages):
-    from minclip.gpu import device
-
-    fake_cupy.install(monkeypatch)
-    params = tower("float32", activation)
-    on_gpu = params.with_arrays(device.to_gpu(params))
-    ours = minclip.backward(minclip.trace(params, TOKENS, stages=stages), GRAD)
-    grads = minclip.backward(minclip.trace(on_gpu, TOKENS, stages=stages), GRAD)
-    assert worst({name: array.get() for name, array in grads.items()}, ours)[0] < 1e-6
-    stage_gradients = minclip.backward(minclip.trace(on_gpu, TOKENS), GRAD, parameters=False)
-    assert not isinstance(stage_gradients["embedding"], np.ndarray)

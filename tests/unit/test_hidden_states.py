@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import minclip
-from tests.support import fake_cupy
 from tests.support.oracles import random_params, random_tokens, relative, transformers_model
 
 TEXTS = ["a photo of a cat", "", "two dogs ! run", " ".join(["very"] * 60) + " long", "word " * 75]
@@ -154,19 +153,6 @@ def test_float16_is_float32_to_rounding(name):
     for half, exact in zip(halves, truth, strict=True):
         assert (half is None) == (exact is None)
         assert half is None or relative(half, exact) < 2e-3
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_on_cupys_arrays_they_are_cupys(monkeypatch, dtype):
-    cupy = fake_cupy.install(monkeypatch)
-    params, tokens = tower(SECOND)
-    params = params.astype(dtype)
-    expected = minclip.hidden_states(params, tokens, skip=1, norm=False, pooled=True)
-    found = minclip.hidden_states(params.map(cupy.asarray), tokens, skip=1, norm=False, pooled=True)
-    for ours, truth in zip(found, expected, strict=True):
-        assert type(ours) is cupy.ndarray
-        assert ours.dtype == dtype
-        assert relative(ours.get(), truth) < (1e-5 if dtype == "float32" else 4e-3)
 
 
 def test_the_row_of_an_end_of_text_that_params_name_is_pooled():

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minclip
-from tests.support import fake_cupy
 from tests.support.oracles import random_params, relative, token_rows
 from tests.unit.fast.test_fast import PARAMS, L, V, harsh_params
 
@@ -78,16 +77,6 @@ def test_one_nan_does_not_reach_other_texts():
     ours, truth = minclip.fast.hidden_states(params, tokens), minclip.hidden_states(params, tokens)
     np.testing.assert_array_equal(np.isnan(ours), np.isnan(truth))
     assert relative(ours[[0, 2]], truth[[0, 2]]) < 1e-5
-
-
-def test_on_cupys_arrays_they_are_cupys(monkeypatch):
-    cupy = fake_cupy.install(monkeypatch)
-    tokens = token_rows([[1, 2], [3], [4, 5, 6]], L, V)
-    truth = minclip.hidden_states(PARAMS, tokens, skip=1, pooled=True)
-    ours = minclip.fast.hidden_states(PARAMS.map(cupy.asarray), tokens, skip=1, pooled=True, nodes=50)
-    for a, b in zip(ours, truth, strict=True):
-        assert type(a) is cupy.ndarray
-        assert relative(a.get(), b) < 1e-5
 
 
 def test_a_skip_beyond_the_blocks_is_refused():

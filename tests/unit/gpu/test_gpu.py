@@ -1,13 +1,10 @@
 """The same code on the GPU: on a stand-in for CuPy anywhere, and on a GPU where there is one.
 
 `pytest -m gpu tests/unit/gpu` runs the tests that need a GPU, those of the fixture `cupy` included.
-`pytest -m cupy tests/unit/gpu` runs those that need only the wheels of CuPy and NVRTC, and no GPU.
 """
 
 import importlib
-import inspect
 import math
-import shutil
 import subprocess
 import sys
 import types
@@ -20,43 +17,9 @@ from minclip import cli, model
 from minclip.fast import tree
 from minclip.gpu import device
 from minclip.porting import probe
-from tests.support import fake_cupy
-from tests.support.fake_cupy import FUNCTIONS, METHODS, Fake, signature
+from tests.support.fake_cupy import Fake
 from tests.support.oracles import SIZES, random_params, random_tokens, relative, torch_encode_text
-
-PARAMS = random_params(width=128, layers=2, embed=24, context=19, vocabulary=97)
-TOKENS = random_tokens([5, 2, 11], context=19, vocabulary=97)
-needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++, to run CUDA on the host")
-
-
-@pytest.fixture
-def fake(monkeypatch):
-    return fake_cupy.install(monkeypatch)
-
-
-@pytest.fixture
-def card():
-    cupy = pytest.importorskip("cupy", reason="needs an NVIDIA GPU: CuPy is not installed")
-    if not cupy.is_available():
-        pytest.skip("needs an NVIDIA GPU: CuPy finds none here")
-    Fake.waits.clear()
-    return cupy
-
-
-@pytest.fixture(
-    params=[pytest.param("fake", marks=needs_compiler), pytest.param("card", marks=pytest.mark.gpu)]
-)
-def cupy(request):
-    """The stand-in, with kernels; and the real one, where there is a card."""
-    return request.getfixturevalue(request.param)
-
-
-def on_gpu(params, dtype, activation="quick_gelu", heads=2):
-    arrays = {name: array.astype(dtype) for name, array in params.items()}
-    return (
-        minclip.Params(arrays, activation=activation, heads=heads),
-        minclip.Params(device.to_gpu(arrays), activation=activation, heads=heads),
-    )
+from tests.unit.gpu.conftest import PARAMS, TOKENS, needs_compiler, on_gpu
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
@@ -233,107 +196,12 @@ def test_the_command_line_encodes_on_the_gpu(cupy, tmp_path, capsys, dtype):
         assert relative(features, expected) < (1e-5 if dtype == "float32" else 5e-3)
 
 
-@needs_compiler
-def test_the_benchmark_for_a_card_runs_to_its_end(fake, monkeypatch):
-    """Only that it runs and that its parity figures are sound; its times are the stand-in's own."""
-    monkeypatch.delitem(sys.modules, "tests.benchmarks.gpu", raising=False)
-    benchmark = importlib.import_module("tests.benchmarks.gpu")
-    monkeypatch.delitem(sys.modules, "tests.benchmarks.gpu")  # it holds the stand-in
-    pool = types.SimpleNamespace(total_bytes=lambda: 0)
-    monkeypatch.setattr(fake, "get_default_memory_pool", lambda: pool, raising=False)
-    monkeypatch.setattr(benchmark, "ROUNDS", 1)
-    size = dict(width=64, layers=1, embed=8)
-    tokens = random_tokens([3, 4, 5])
-    rate = benchmark.matmul_rate(64)
-    text = "\n".join(benchmark.measure("a toy", size, tokens, rate, where="cpu", full=1))
-    for figure in (
-        "GPU − CPU",
-        "torch − truth",
-        "as fast; to reach: 0.8×",
-        "torch, padded",
-        "of the matmul rate",
-    ):
-        assert figure in text
-    assert np.isfinite(rate)
-
-
 def test_the_command_line_says_in_one_line_that_there_is_no_gpu(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "cupy", None)
     assert cli.main(["encode", "a cat", "--device", "cuda"]) == 1
     said = capsys.readouterr().err
     assert "needs CuPy" in said
     assert said.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    "refused",
-    [
-        lambda cupy, x: np.asarray(x),
-        lambda cupy, x: x + np.ones(3),
-        lambda cupy, x: cupy.exp(np.ones(3)),
-        lambda cupy, x: cupy.vecdot(x, x),
-        lambda cupy, x: x.max(initial=0),
-        lambda cupy, x: cupy.full(3, 1.0, device="gpu"),
-    ],
-)
-def test_the_stand_in_refuses_what_cupy_refuses(fake, refused):
-    with pytest.raises((TypeError, AttributeError)):
-        refused(fake, fake.asarray([1.0, 2, 3]))
-
-
-def test_the_stand_in_refuses_numpys_functions_which_cupy_takes(fake):
-    with pytest.raises(TypeError, match="array_module"):
-        np.exp(fake.asarray([1.0, 2, 3]))
-
-
-def test_the_stand_in_counts_what_makes_the_host_wait(fake):
-    x = fake.asarray([1.0, 2, 3])
-    assert float(x.sum()) == 6
-    assert bool(x[0] < 2)
-    x[x > 1]
-    repr(x)
-    x.get()
-    assert Fake.waits == ["__float__", "__bool__", "boolean mask", "__repr__", "get"]
-
-
-@pytest.mark.cupy
-def test_the_stand_in_has_cupys_own_signatures():
-    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
-    for name, parameters in FUNCTIONS.items():
-        if parameters is None:
-            assert isinstance(getattr(cupy, name), cupy.ufunc)
-            continue
-        real = inspect.signature(getattr(cupy, name)).parameters.values()
-        expected = signature(parameters).parameters.values()
-        assert [(p.name, p.kind, p.default) for p in real] == [(p.name, p.kind, p.default) for p in expected]
-    for name, parameters in METHODS.items():
-        said = getattr(cupy.ndarray, name).__doc__.split("\n")[0]
-        said = said.partition("(self")[2].rpartition(")")[0].removeprefix(", ").replace("Py_ssize_t ", "")
-        assert said == parameters, name
-
-
-@pytest.mark.cupy
-def test_cuda_compiles_the_kernels():
-    pytest.importorskip("cupy", reason="CuPy is not installed")
-    try:
-        from cupy_backends.cuda.libs import nvrtc
-    except ImportError as error:
-        pytest.skip(f"nvidia-cuda-nvrtc is not installed: {error}")
-    headers = [f"-I{path}/nvidia/cu13/include" for path in sys.path]
-    source = (importlib.resources.files(minclip) / "gpu" / "kernels.cu").read_text()
-    kinds = ("__half", "float", 4), ("__half", "float", 1), ("float", "float", 4), ("double", "double", 4)
-    for stored, computed, pack in kinds:
-        program = nvrtc.createProgram(source, "kernels.cu", (), ())
-        options = [f"-Dstorage_t={stored}", f"-Dcompute_t={computed}", f"-DPACK={pack}", "-DK=64"]
-        options += ["--gpu-architecture=compute_80", "--use_fast_math"]
-        try:
-            nvrtc.compileProgram(program, (*options, "--std=c++17", *headers))
-        except nvrtc.NVRTCError:
-            log = nvrtc.getProgramLog(program)
-            if "could not open source file" in log:
-                pytest.skip("nvidia-cuda-runtime, which has CUDA's headers, is not installed")
-            pytest.fail(log)
-        assert "attend" in nvrtc.getPTX(program).decode()
 
 
 def broken_cupy(status, message):
