@@ -43,7 +43,7 @@ LEFT_OUT = {
     'pip install ".[gguf]"': "fetches gguf",
     'pip install ".[lessons]"': "fetches JupyterLab",
     "jupyter lab lessons": "opens a browser",
-    "python -m tests.benchmarks.gpu": "needs a GPU; test_gpu.py runs it on a stand-in",
+    "python -m tests.benchmarks.gpu": "needs a GPU; test_benchmark.py rehearses it",
     "python -m tests.benchmarks.throughput prompts --open-clip WHEEL": "a benchmark, with a download",
     "python -m tests.benchmarks.latency": "a benchmark",
     "python -m tests.benchmarks.corpus --model NAME": "a benchmark",
