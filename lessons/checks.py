@@ -429,51 +429,79 @@ def check_row(row):
 def small_table():
     """A table [V, D] and positions [context, D] with round numbers: a row is told at a glance."""
     table = (100 * np.arange(10)[:, None] + np.arange(4)).astype(np.float32)
-    positions = (np.arange(6)[:, None] / np.array([8, 4, 2, 1])).astype(np.float32)
+    positions = (np.arange(1, 7)[:, None] / np.array([8, 4, 2, 1])).astype(np.float32)
     return table, positions
+
+
+@exercise
+def check_multiplications(counts):
+    L, V, D = 77, 49408, 512
+    pair = isinstance(counts, (tuple, list)) and len(counts) == 2
+    expect(pair and all(isinstance(n, (int, float, np.number)) for n in counts), "two numbers: (all, by one)")
+    every, ones = counts
+    for wrong, cause in (
+        (L * V, "each number of the one-hot matrix is multiplied by D numbers"),
+        (V * D, "that is one token: there are L of them"),
+        (L * D, "all: the multiplications by 0 count too"),
+        (2 * L * V * D, "additions do not count here"),
+    ):
+        expect(every != wrong, cause)
+    expect(every == L * V * D, f"all: {every:,} is not it; a sum over V for each of the L × D results")
+    for wrong, cause in (
+        (L, "by one: each 1 is multiplied by D numbers"),
+        (D, "by one: that is one token"),
+        (L * V, "by one: a one-hot row has a single 1, not V"),
+        (every - L * D, "those are the multiplications by 0"),
+        (1 / V, "by one: a count was wanted, not a share"),
+    ):
+        expect(ones != wrong, cause)
+    expect(ones == L * D, f"by one: {ones:,} is not it; how many ones are there, and what does each meet?")
+    return "of 49,408 multiplications, one is by 1"
 
 
 @exercise
 def check_one_hot_lookup(one_hot_lookup):
     table, _ = small_table()
     tokens = np.array([3, 0, 3, 7])
-    rows = call(one_hot_lookup, table, tokens)
+    slips = {"matmul": "the product does not fit: it is (L, V) @ (V, D), so the one-hot matrix is (L, V)"}
+    rows = call(one_hot_lookup, table, tokens, slips=slips)
     like(rows, (4, 4), cause="one row of the table for each token: (L, V) @ (V, D)")
-    scaled = table[tokens] * tokens[:, None]
-    equal(
-        rows,
-        table[[3, 0, 3, 7]],
-        {"the rows are scaled by the ids: a one-hot row holds a 1, not the id": scaled},
-    )
+    misses = {
+        "the rows are scaled by the ids: a one-hot row holds a 1, not the id": table[tokens] * tokens[:, None]
+    }
+    equal(rows, table[[3, 0, 3, 7]], misses)
     like(rows, (4, 4), np.float32, "make the one-hot matrix float32, or the product is float64")
+    table[9] = np.inf  # no token picks this row, but a product multiplies it by 0, and 0 times inf is NaN
+    rows = call(one_hot_lookup, table, tokens)
+    expect(np.isnan(rows).all(), "that is an indexed lookup: write the one-hot matrix, and multiply")
     return "a lookup is a product with a one-hot matrix"
 
 
 @exercise
 def check_embed(embed):
     table, positions = small_table()
-    for tokens in (np.array([[3, 0, 7], [1, 1, 2]]), np.array([[5, 4, 3, 2, 1, 0]])):
+    slips = {
+        "broadcast": "rows and positions do not add: slice the first L positions, L = tokens.shape[1]",
+        "IndexError": "an index is out of bounds: positions are looked up by place, not by token id",
+    }
+    for tokens in (np.array([[3, 0, 7], [1, 1, 2]]), np.array([[5, 4, 3, 2, 1, 0]]), np.array([[9]] * 3)):
         B, L = tokens.shape
-        try:
-            x = call(embed, table, positions, tokens)
-        except ValueError as error:
-            expect(
-                "broadcast" not in str(error),
-                f"{L} rows and {len(positions)} positions do not add: slice them",
-            )
-            raise
-        like(x, (B, L, 4), np.float32, "tokens (B, L) pick rows of the table: (B, L, D)")
+        x = call(embed, table, positions, tokens, slips=slips)
+        like(x, (B, L, 4), cause="tokens (B, L) pick rows of the table: (B, L, D)")
         truth = np.zeros((B, L, 4))
         for b, i, d in np.ndindex(B, L, 4):
             truth[b, i, d] = table[tokens[b, i], d] + positions[i, d]
+        rows = table[tokens]
         misses = {
-            "the positions are not in it": table[tokens],
-            "the positions start at row 1: they start at row 0": table[tokens]
-            + np.roll(positions, -1, 0)[:L],
-            "the last rows of the positions were taken, not the first L": table[tokens] + positions[-L:],
-            "the positions were looked up by token id, not by place": table[tokens] + positions[tokens % 6],
+            "the positions are not in it": rows,
+            "the tokens are not in it": np.broadcast_to(positions[:L], rows.shape),
+            "the positions start at row 1: they start at row 0": rows + np.roll(positions, -1, 0)[:L],
+            "the last rows of the positions were taken, not the first L": rows + positions[-L:],
+            "the positions were looked up by token id, not by place": rows + positions[tokens % 6],
+            "every token got position 0": rows + positions[0],
         }
         equal(x, truth, misses)
+        like(x, (B, L, 4), np.float32, "float32 in, float32 out")
     return "any length up to the context"
 
 

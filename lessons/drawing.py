@@ -536,7 +536,7 @@ def lookup(labels, ids, table, positions):
         step = (top - bottom) / len(ids)
         for i, id in enumerate(ids):
             link.plot(
-                [0.127, 0.175],
+                [0.127, 0.152],
                 [top - (top - bottom) * id / V, top - step * (i + 0.5)],
                 color=AXIS["V"],
                 linewidth=0.9,
@@ -558,6 +558,45 @@ def lookup(labels, ids, table, positions):
     told = ", ".join(f"{label} is row {id}" for label, id in zip(labels, ids.tolist(), strict=True))
     alt = f"Rows lifted out of a table of {V}: {told}; the rows of positions 0 to {len(ids) - 1} are added."
     return Picture(draw, 62 + 31 * len(ids), alt)
+
+
+def one_hot_product(pieces, tokens, table):
+    """The one-hot matrix of tokens [L] times the table [V, D], and the rows [L, D] that it picks."""
+    picked, columns = [pieces[id] for id in tokens], "0123456789"[: table.shape[1]]
+    panels = (
+        ("one-hot (L, V)", np.eye(len(table))[tokens], picked, pieces, "L positions", "V vocabulary"),
+        ("table (V, D)", table, pieces, columns, "V vocabulary", "D width"),
+        ("rows (L, D)", table[tokens], picked, columns, "L positions", "D width"),
+    )
+
+    def draw(figure):
+        figure.set_layout_engine("constrained", w_pad=0.06, h_pad=0.08)
+        ratios = [matrix.shape[1] + 2 for _, matrix, *_ in panels]
+        grid = figure.subplots(1, 3, width_ratios=ratios)
+        signs = ("", "@ ", "= ")
+        for ax, sign, (title, matrix, rows, columns, *names) in zip(grid, signs, panels, strict=True):
+            heat(ax, matrix, rows, columns, numbers=".0f")
+            ax.set_title(sign + title)
+            axis_names(ax, *names)
+
+    told = ", ".join(f"{piece} is row {id}" for piece, id in zip(picked, tokens, strict=True))
+    alt = "A matrix with a single 1 in each row, times the table, is one row of the table for each token: "
+    return Picture(draw, 60 + 34 * len(tokens), f"{alt}{told}.")
+
+
+def twins(word, where, rows, positions):
+    """The two rows [2, D] of a word that stands at two places, without and with positions [2, D]."""
+
+    def with_difference(x):
+        return np.stack([x[0], x[1], x[1] - x[0]])
+
+    panels = [
+        ("without positions", with_difference(rows)),
+        ("with positions", with_difference(rows + positions)),
+    ]
+    labels = [f"{word} at {i}" for i in where] + ["difference"]
+    alt = f"The two rows of {word} and their difference: 0 without positions; with positions, not 0."
+    return heatmaps(panels, labels, None, ("L positions", "D width"), height=170, share=True, alt=alt)
 
 
 # 03 Normalize a vector

@@ -185,20 +185,42 @@ def add_and_forget(x, positions):
     x + positions
 
 
+WRONG["check_multiplications"] = [
+    ((77 * 49408, 77), "multiplied by D"),
+    ((49408 * 512, 512), "one token: there are L"),
+    ((77 * 512, 77 * 512), "by 0 count too"),
+    ((2 * 77 * 49408 * 512, 77 * 512), "additions"),
+    ((77 * 49408 * 512, 77), "each 1 is multiplied"),
+    ((77 * 49408 * 512, 77 * 49407 * 512), "by 0"),
+    ((77 * 49408 * 512, 1 / 49408), "not a share"),
+    ((77 * 49407 * 512, 77 * 512), "is not it"),
+    (77 * 49408 * 512, "two numbers"),
+    (("many", "few"), "two numbers"),
+]
 WRONG["check_one_hot_lookup"] = [
+    (lambda table, tokens: table[tokens], "indexed lookup"),
+    (lambda table, tokens: np.take(table, tokens, axis=0), "indexed lookup"),
     (lambda table, tokens: one_hot(tokens, len(table), float) @ table, "float64"),
     (lambda table, ids: (one_hot(ids, len(table)) * ids[:, None].astype("f")) @ table, "not the id"),
     (lambda table, tokens: table[tokens[0]], "one row of the table for each token"),
+    (lambda table, tokens: one_hot(tokens, len(table)).T @ table, "does not fit"),
+    (lambda table, tokens: one_hot(tokens, len(tokens)) @ table, "does not fit"),
 ]
 WRONG["check_embed"] = [
     (lambda table, positions, ids: table[ids] + positions, "slice"),
+    (lambda table, positions, ids: table[ids] + positions[: len(ids)], "L = tokens.shape[1]"),
+    (lambda table, positions, ids: table[ids] + positions[ids], "not by token id"),
     (lambda table, positions, tokens: table[tokens], "positions are not in it"),
+    (lambda table, positions, ids: np.stack([positions[: ids.shape[1]]] * len(ids)), "tokens are not in it"),
+    (lambda table, positions, ids: table[ids] + positions[0], "every token got position 0"),
     (lambda table, positions, ids: table[ids] + positions[-ids.shape[1] :], "last rows"),
     (lambda table, positions, ids: table[ids] + positions[ids % 6], "looked up by token id"),
     (
         lambda table, positions, ids: table[ids] + positions[np.arange(1, ids.shape[1] + 1) % 6],
         "start at row 1",
     ),
+    (lambda table, positions, ids: table[ids[0]] + positions[: ids.shape[1]], "(B, L, D)"),
+    (lambda table, positions, ids: table[ids].astype(float) + positions[: ids.shape[1]], "float64"),
 ]
 WRONG["check_add_positions"] = [
     (add_in_place, "was written into"),
