@@ -143,11 +143,12 @@ def attempt(function, *inputs, slips):
 def numbers(answer, count=None):
     """answer as an array of float64: one number, or a list of count numbers."""
     wanted = "one number was wanted" if count is None else f"a list of {count} numbers was wanted"
+    told = f"{wanted}, not {' '.join(repr(answer).split())[:60]}"
     try:
         array = np.asarray(answer, dtype=float)
     except (TypeError, ValueError):
-        raise Wrong(f"{wanted}, not {answer!r}") from None
-    expect(array.shape == (() if count is None else (count,)), f"{wanted}, not {answer!r}")
+        raise Wrong(told) from None
+    expect(array.shape == (() if count is None else (count,)), told)
     return array
 
 
@@ -983,7 +984,11 @@ def check_block(block):
     def mlp(h):
         return h * h + 1
 
-    y = call(block, x, ln_1, attention, ln_2, mlp)
+    slips = {
+        "positional argument": "ln_1, attention, ln_2 and mlp are functions of one array",
+        "unsupported operand": "a function was added to the stream: call it first, as in attention(...)",
+    }
+    y = attempt(block, x, ln_1, attention, ln_2, mlp, slips=slips)
     like(y, x.shape, cause="(L, D) in, (L, D) out")
     # On paper: the centered rows are (-4, -1, 5) / 3 and (7, -2, -5) / 3, their running sum is attention's.
     after = [[-1 / 3, 5 / 3, 17 / 3], [4, -1, -1]]
@@ -1035,11 +1040,27 @@ def check_states(states_of):
     return "every state is an array of its own"
 
 
+@exercise
+def check_lengths(lengths):
+    names = ("along", "across", "against", "cosine 0.5")
+    said = {name: float(numbers(value)) for name, value in keyed(lengths, names).items()}
+    truths = {
+        "along": (7, "both point the same way: their lengths add up"),
+        "across": (5, "right angles: Pythagoras, the root of 9 + 16"),
+        "against": (1, "4 back from 3 ends at -1, and a length is never negative"),
+        "cosine 0.5": (37**0.5, "the square is 9 + 2 * 3 * 4 * 0.5 + 16"),
+    }
+    for name, (truth, cause) in truths.items():
+        expect(abs(said[name] - truth**2) > 0.01 or truth == 1, f"{name}: that is the square of the length")
+        expect(abs(said[name] - truth) < 0.01, f"{name}: {said[name]:.4g} is not right: {cause}")
+    return "7, 5, 1 and the root of 37"
+
+
 FAULTS = {"A": "from norm", "B": "parallel", "C": "no sum", "D": "post"}
 
 
 def broken_block(letter, x, attention, mlp):
-    """One of four blocks with a fault, for exercise 3 of lesson 07. (Reading on spoils it.)"""
+    """One of four blocks with a fault, for exercise 4 of lesson 07. (Reading on spoils it.)"""
     x = np.asarray(x, dtype=float)
     if FAULTS[letter] == "from norm":
         x = normed(x) + attention(normed(x))

@@ -617,8 +617,8 @@ def head_columns(sheets, labels):
     def sheet(ax, x0, width, heads):
         columns = [sheets[h] for h in heads]
         ink = np.repeat([to_rgb(SERIES[h % len(SERIES)]) for h in heads], K, axis=0)
-        strength = 0.2 + 0.8 * abs(np.concatenate(columns, axis=-1)) / top
-        cells = np.dstack([np.broadcast_to(ink, (L, len(ink), 3)), strength])
+        strength = 0.15 + 0.85 * abs(np.concatenate(columns, axis=-1)) / top
+        cells = 1 - strength[..., None] * (1 - ink)
         ax.imshow(cells, extent=(x0, x0 + width, -L, 0), aspect="auto", interpolation="nearest")
 
     def draw(figure):
@@ -702,6 +702,67 @@ def block_curves(lines, ylabel):
 
 
 # 07 Add it to the stream
+
+
+def running_path(embedding, updates, names):
+    """A token of two numbers that starts at its embedding and goes one arrow for each update."""
+    states = np.concatenate([[embedding], np.asarray(embedding) + np.cumsum(updates, axis=0)])
+    first, last = states[0].tolist(), states[-1].tolist()
+
+    def draw(figure):
+        figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)
+        ax = figure.subplots()
+        for i, (name, (start, end)) in enumerate(zip(names, pairwise(states), strict=True)):
+            color = SERIES[2 - i % 2]  # attention and MLP in turn
+            arrow(ax, *start, *end, color)
+            level = start[1] == end[1]
+            style = {"ha": "center" if level else "left", "va": "center", "color": color, "weight": "bold"}
+            offset = {"xytext": (0, 9) if level else (8, 0), "textcoords": "offset points"}
+            ax.annotate(name, (start + end) / 2, **offset, **style)
+        for state, name, offset, side in (
+            (first, "embedding", (-9, 0), "right"),
+            (last, "the last state", (0, 11), "center"),
+        ):
+            ax.plot(*state, "o", color=INK, markersize=6)
+            place = {"xytext": offset, "textcoords": "offset points", "ha": side, "va": "center"}
+            ax.annotate(f"{name} ({state[0]}, {state[1]})", state, **place)
+        low, high = states.min(axis=0), states.max(axis=0)
+        ax.set(xlim=(low[0] - 1.6, high[0] + 1), ylim=(low[1] - 0.4, high[1] + 0.6))
+        ax.set(xlabel="column 0", ylabel="column 1")
+        ax.set_xticks(range(low[0] - 1, high[0] + 2))
+        ax.set_yticks(range(low[1], high[1] + 1))
+        ax.grid(color=LINE, linewidth=0.6)
+        ax.set_axisbelow(True)
+
+    told = ", ".join(f"{name} to {state.tolist()}" for name, state in zip(names, states[1:], strict=True))
+    return Picture(draw, 270, f"Arrows head to tail from the embedding {first}: {told}.")
+
+
+def running_sum(rows, names):
+    """Rows (N, D) that are added one after another, the sum after each, and the length of that sum."""
+    rows = np.asarray(rows, dtype=float)
+    sums = rows.cumsum(axis=0)
+    lengths = np.linalg.norm(sums, axis=-1)
+    limit = np.quantile(abs(sums), 0.98)
+
+    def draw(figure):
+        figure.set_layout_engine("constrained", w_pad=0.06, h_pad=0.06)
+        added, stream, size = figure.subplots(1, 3, width_ratios=[5, 5.6, 2])
+        heat(added, np.clip(rows, -limit, limit), names, limit=limit, signed=True, key=False)
+        heat(stream, np.clip(sums, -limit, limit), limit=limit, signed=True)
+        for ax, title in ((added, "added"), (stream, "the stream: the sum so far")):
+            ax.set_title(title)
+            axis_names(ax, None, "D width")
+        drawn = size.barh(range(len(lengths)), lengths, height=0.7, color=FAINT)
+        size.bar_label(drawn, fmt="{:.1f}", fontsize=8, padding=2, color=INK)
+        size.set(ylim=(len(lengths) - 0.5, -0.5), xlim=(0, 1.35 * lengths.max()), xticks=[], yticks=[])
+        size.set_title("its length")
+        for spine in size.spines.values():
+            spine.set_visible(False)
+
+    told = ", ".join(f"{name} {length:.1f}" for name, length in zip(names, lengths, strict=True))
+    alt = f"Left: {len(rows)} rows that are added; middle: their running sum; right: its length: {told}."
+    return Picture(draw, 90 + 22 * len(rows), alt)
 
 
 def block_diagram():

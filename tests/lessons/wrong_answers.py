@@ -516,6 +516,21 @@ WRONG["check_block"] = [
     (lambda x, ln_1, attend, ln_2, mlp: mlp(ln_2(x + attend(ln_1(x)))), "second plus"),
     (block_one_norm, "ln_2 is missing"),
     (block_in_place, "writes into its input"),
+    (lambda x, ln_1, attend, ln_2, mlp: x + attend(ln_1(x), x), "functions of one array"),
+    (lambda x, ln_1, attend, ln_2, mlp: x + attend, "call it first"),
+    (lambda x, ln_1, attend, ln_2, mlp: x + attend(ln_2(x)) + mlp(ln_1(x + attend(ln_2(x)))), "exchanged"),
+    (lambda x, ln_1, attend, ln_2, mlp: x + attend(x) + mlp(ln_2(x + attend(x))), "ln_1 is missing"),
+]
+RIGHT_LENGTHS = {"along": 7, "across": 5, "against": 1, "cosine 0.5": 6.0828}
+WRONG["check_lengths"] = [
+    ({**RIGHT_LENGTHS, "along": 12}, "along: 12 is not right"),
+    ({**RIGHT_LENGTHS, "across": 7}, "Pythagoras"),
+    ({**RIGHT_LENGTHS, "across": 25}, "across: that is the square"),
+    ({**RIGHT_LENGTHS, "against": -1}, "never negative"),
+    ({**RIGHT_LENGTHS, "cosine 0.5": 37}, "cosine 0.5: that is the square"),
+    ({**RIGHT_LENGTHS, "cosine 0.5": 6}, "9 + 2 * 3 * 4 * 0.5 + 16"),
+    ({**RIGHT_LENGTHS, "cosine 0.5": "root"}, "one number was wanted"),
+    ({"along": 7, "across": 5, "against": 1}, "a dict with the keys"),
 ]
 WRONG["check_states"] = [
     (states_aliased, "all states are the last one"),
@@ -523,6 +538,9 @@ WRONG["check_states"] = [
     (lambda x, updates: x + updates.cumsum(0), "N + 1 states"),
     (lambda x, updates: np.concatenate([x[None], x + updates]), "embedding alone"),
     (lambda x, updates: np.concatenate([x[None], updates.cumsum(0)]), "not in the later states"),
+    (lambda x, updates: np.concatenate([x[None], updates]), "the updates themselves"),
+    (lambda x, updates: [x, *(x + updates.cumsum(0))], "np.stack makes one"),
+    (lambda x, updates: np.concatenate([x[None], x + updates.cumsum(0)]).astype(float), "float64"),
 ]
 WRONG["check_broken_blocks"] = [
     ({"A": "post", "B": "parallel", "C": "no sum", "D": "from norm"}, "A is not 'post'"),
