@@ -38,6 +38,12 @@ def pictures():
     return json.loads(metadata["emoji"]), json.loads(metadata["names"]), features
 
 
+def common_ids():
+    """The ids with a row of their own in the token table, as a frozenset: those that training saw often."""
+    with safe_open(MODEL, framework="np") as file:
+        return frozenset(file.get_tensor(TOKENS + "full_ids").tolist())
+
+
 def _read(file, name):
     """One tensor in float32: int8 rows times their scales, or as it is stored."""
     array = file.get_tensor(name).astype(np.float32)

@@ -7,6 +7,7 @@ only when somebody asks for them, so the image tower beside a text tower costs n
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import io
 import json
@@ -141,13 +142,21 @@ def in_a_row(data: Any, dtype: str, shape: Sequence[int], start: int, nbytes: in
 
 @contextlib.contextmanager
 def only_when_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a path to write to. The file gets its own name when the block ends, and is removed if it fails."""
+    """Give a path to write to. The file gets its own name when the block ends, and is removed if it fails.
+
+    An OSError of the block names path.
+    """
     partial = Path(f"{path}.{os.getpid()}.partial")
-    partial.touch()  # a missing or forbidden folder is an OSError here, with any writer
-    mode = partial.stat().st_mode
     try:
+        partial.touch()  # a missing or forbidden folder is an OSError here, with any writer
+        mode = partial.stat().st_mode
         yield partial
         partial.chmod(mode)  # the safetensors library writes a file that only its owner may read
         os.replace(partial, path)
+    except OSError as error:
+        if str(error.filename) == str(partial) or error.errno == errno.ENOSPC:
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from None
+        raise
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the file was never there, say in a path that is no folder
+            partial.unlink()

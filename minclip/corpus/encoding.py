@@ -168,11 +168,15 @@ def write_rows(
         left = itertools.islice(read_texts(file), rows.done, None)
         stream = stack.enter_context(contextlib.closing(encode(left)))
         advance = stack.enter_context(reporting(progress, texts, rows.done, "texts"))
-        for encoded in stream:
-            if file_stamp(file) != before:
-                raise ValueError(f"{name_of(file)} changed while it was being encoded")
-            rows.append(as_array(encoded.astype(job["dtype"], copy=False)))
-            advance(len(encoded))
+        try:
+            for encoded in stream:
+                if file_stamp(file) != before:
+                    raise ValueError(f"{name_of(file)} changed while it was being encoded")
+                rows.append(as_array(encoded.astype(job["dtype"], copy=False)))
+                advance(len(encoded))
+        except KeyboardInterrupt:
+            done = f"stopped at {rows.done:,} of {texts:,}"
+            raise KeyboardInterrupt(f"{done}; run the same command again to resume") from None
         rows.finish()
     return np.load(output, mmap_mode="r")
 

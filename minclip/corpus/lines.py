@@ -35,10 +35,11 @@ def readable_twice(
             source = stack.enter_context(open(source, "rb"))
         file: Any = source
         if not file.seekable():
-            copy = stack.enter_context(
-                tempfile.TemporaryFile(dir=folder)
-            )  # it has no name and leaves no trace
-            shutil.copyfileobj(file, copy)
+            try:
+                copy = stack.enter_context(tempfile.TemporaryFile(dir=folder))  # it leaves no trace
+                shutil.copyfileobj(file, copy)
+            except OSError as error:
+                raise OSError(f"{output}: no copy of {name_of(file)} beside it: {error.strerror}") from None
             copy.seek(0)
             file = copy
         yield file
@@ -82,7 +83,7 @@ def check_length(text: str, context: int, where: str) -> None:
     if ids > context:
         raise ValueError(
             f"{where}: {ids} tokens long, start and end included, and the context holds {context}: "
-            "shorten it or truncate"
+            "shorten it, or truncate it with truncate=True (--truncate)"
         )
 
 

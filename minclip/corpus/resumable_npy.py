@@ -52,13 +52,20 @@ class ResumableNpy:
         self.rows: BinaryIO | None = None
         if not self.journal_path.exists():
             self.check_room()
-        self.journal: BinaryIO = open(self.journal_path, "a+b", buffering=0)  # noqa: SIM115
+        self.journal = self.opened(self.journal_path)
         try:
             self.lock()
             self.resume()
         except BaseException:
             self.close()
             raise
+
+    def opened(self, path: Path) -> BinaryIO:
+        """Open one of the two files; an OSError names the output."""
+        try:
+            return open(path, "a+b", buffering=0)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.output)) from None
 
     def lock(self) -> None:
         """Keep a second run of the same command from writing between these rows, until `close`."""
@@ -77,7 +84,7 @@ class ResumableNpy:
         if counted == self.total and lines and self.output.exists() and not self.partial.exists():
             self.done = counted  # the process was stopped between the last two steps of finish
             return
-        self.rows = open(self.partial, "a+b", buffering=0)  # noqa: SIM115
+        self.rows = self.opened(self.partial)
         on_disk = (self.partial.stat().st_size - len(self.header)) // self.row_bytes
         self.done = max(0, min(counted, on_disk))
         self.check_room()
@@ -99,8 +106,8 @@ class ResumableNpy:
         changed = [name for name in {**self.job, **begun} if begun.get(name) != self.job.get(name)]
         if changed:
             raise ValueError(
-                f"{self.partial} was begun with another {', '.join(changed)}: give the same as then, "
-                f"or delete it and {self.journal_path.name} to start over"
+                f"{self.output} was begun with another {', '.join(changed)}: give the same as then, "
+                f"or delete {self.partial.name} and {self.journal_path.name} to start over"
             )
 
     def check_room(self) -> None:
@@ -129,8 +136,8 @@ class ResumableNpy:
                 view = view[file.write(view) :]
         except OSError as error:
             raise OSError(
-                f"{file.name}: {error.strerror}; {self.done:,} of {self.total:,} rows are kept, "
-                "and the same command resumes from there"
+                f"{self.output}: {error.strerror}; {self.done:,} of {self.total:,} rows are kept; "
+                "run the same command again to resume"
             ) from None
 
     def finish(self) -> None:

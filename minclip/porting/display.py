@@ -12,13 +12,18 @@ from minclip.porting.stages import part_of
 from minclip.tables import html_table, text_table
 
 
-def text(comparison: Any) -> str:
-    """Return the verdict, the notes and a table."""
+def text(comparison: Any, width: float = math.inf) -> str:
+    """Return the verdict, the notes and a table, whose less important columns go where it exceeds width."""
     stages, shown = comparison.stages, shown_stages(comparison)
     rows = [(f"{MARKS[stages[name].state]} {name}", *cells(stages[name])) for name in shown]
+    titles: tuple[str, ...] = TITLES
+    dispensable = list(DISPENSABLE)
+    while len((table := text_table(titles, rows)).partition("\n")[0]) > width and dispensable:
+        column = titles.index(dispensable.pop(0))
+        titles, *rows = (row[:column] + row[column + 1 :] for row in (titles, *rows))
     hidden = len(stages) - len(shown)
     more = [f"... and {hidden} more stages of other blocks, in .stages"] if hidden else []
-    return "\n".join([comparison.verdict, *comparison.notes, "", text_table(TITLES, rows), *more, LEGEND])
+    return "\n".join([comparison.verdict, *comparison.notes, "", table, *more, LEGEND])
 
 
 def page(comparison: Any) -> str:
@@ -44,8 +49,9 @@ def shown_stages(comparison: Any) -> list[str]:
 
 
 MARKS = {"agrees": "=", "padding": "~", "inherits": ">", "diverges": "!", "stray": "x", "shape": "?"}
-LEGEND = "= agrees   ~ only after the end of text   ! own error   > inherited   x other numbers   ? shape"
+LEGEND = "= agrees, ~ only after the end of text, ! own error, > inherited, x other numbers, ? shape"
 TITLES = ("  stage", "max abs", "rel L2", "allowed", "new", "cosine", "norms", "NaN")
+DISPENSABLE = ("new", "NaN", "max abs", "norms", "cosine", "allowed")  # columns, the least important first
 
 
 def cells(stage: Any) -> tuple[str, ...]:

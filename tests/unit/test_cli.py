@@ -1,13 +1,26 @@
 """The command line, run as a person would."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from ftfy.formatting import monospaced_width
 
 import minclip
+from minclip import cli
+
+try:
+    import pty
+    import termios
+except ImportError:  # Windows
+    pty = None
+
+HERE = os.path.dirname(__file__)
+needs_a_terminal = pytest.mark.skipif(pty is None, reason="Windows has no pseudo-terminals")
 
 
 def run(*args, stdin=None, env=None):
@@ -76,7 +89,7 @@ def test_a_reader_that_has_had_enough_gets_no_traceback():
 
 
 def test_an_interrupt_is_one_line_and_status_130(monkeypatch, capsys):
-    from minclip import checkpoint, cli
+    from minclip import checkpoint
 
     def interrupted(*args, **options):
         raise KeyboardInterrupt
@@ -98,24 +111,34 @@ def test_encode_with_a_saved_model(tmp_path):
 @pytest.mark.parametrize(
     ("args", "status", "says"),
     [
-        (["encode", "cat " * 99], 1, "text 0 is 101 tokens long"),
-        (["encode", "--file", "nowhere.txt"], 1, "nowhere.txt"),
+        (["encode", "a cat", "cat " * 99], 1, "text 2: 101 tokens long"),
+        (["encode", "--file", "nowhere.txt"], 1, "minclip: nowhere.txt: No such file or directory"),
+        (["encode", "--file", "."], 1, "minclip: .: Is a directory"),
+        (["encode", "--file", os.devnull], 1, f"minclip: {os.devnull} is empty: give one text a line"),
+        (["encode", "--file", os.devnull, "-o", "f.npy"], 1, f"{os.devnull} is empty"),
+        (["encode", "a", "-o", HERE], 1, f"minclip: {HERE}: Is a directory"),
+        (["encode", "a", "-o", f"{__file__}/f.npy"], 1, f"minclip: {__file__}/f.npy: Not a directory"),
         (["encode", "a", "--model", "nowhere.safetensors"], 1, "nowhere.safetensors"),
         (["encode", "a", "-o", "no/such/folder/f.npy"], 1, "no/such/folder"),
-        (["encode"], 2, "give texts or --file"),
+        (["encode"], 1, "standard input is empty"),
+        (["encode", "a", "--file", "b.txt"], 2, "give TEXT or --file, not both"),
+        (["encode", "a", "--file", ""], 2, "take the name of a file"),
+        (["encode", "a", "--skip", "1"], 2, "go with --states"),
+        (["encode", "a", "-o", "features.csv"], 2, "-o writes a .npy file"),
         (["encode", "a", "--dask", "tcp://nowhere:1"], 2, "--dask goes with --file and -o"),
-        ([], 2, "COMMAND"),
+        (["encod", "a"], 2, "unknown command 'encod'; did you mean encode?"),
+        (["a cat"], 2, "unknown command 'a cat'; to encode a text: minclip encode \"a cat\""),
+        (["encode", "a", "--modle=builtin"], 2, "unknown option --modle=builtin; did you mean --model?"),
         (["encode", "a", "--device", "tpu"], 2, "invalid choice"),
     ],
 )
 def test_errors_are_one_line_and_a_status(args, status, says):
-    done = run(*args)
+    done = run(*args, stdin="")
     assert done.returncode == status
     assert says in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
-    if status == 1:
-        assert len(done.stderr.splitlines()) == 1
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_line_that_is_not_utf8_is_named(tmp_path):
@@ -124,6 +147,155 @@ def test_a_line_that_is_not_utf8_is_named(tmp_path):
     done = run("encode", "--file", str(path))
     assert done.returncode == 1
     assert f"{path}, line 2: not UTF-8 at byte 3" in done.stderr
+
+
+def on_a_terminal(*args, interrupt_after=None, env=None):
+    """Return the status and the output of a command whose standard streams are a terminal of 80 columns."""
+    master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (24, 80))
+    command = [sys.executable, "-W", "error", "-m", "minclip", *args]
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), slave)
+    process = subprocess.Popen(command, **streams, start_new_session=True, env={**os.environ, **(env or {})})
+    os.close(slave)
+    output = b""
+    with contextlib.suppress(OSError):  # the end of a terminal's output is an OSError on Linux
+        while part := os.read(master, 2**16):
+            output += part
+            if interrupt_after and interrupt_after in output:
+                os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
+                interrupt_after = None
+    os.close(master)
+    return process.wait(timeout=60), output.decode().replace("\r\n", "\n")
+
+
+def test_minclip_alone_shows_help_with_examples():
+    done = run()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert '  minclip encode "a photo of a cat" "a photo of a dog"\n' in done.stdout
+
+
+@needs_a_terminal
+@pytest.mark.parametrize("command", [["encode"], ["tokenize"], ["show", "-o", "page.html"]])
+def test_a_command_without_texts_shows_help_with_examples(command):
+    status, output = on_a_terminal(*command)
+    assert status == 2
+    assert f"\nexamples:\n  minclip {command[0]} " in output
+
+
+def parsers():
+    top = cli.parser()
+    (commands,) = (action for action in top._actions if action.metavar == "COMMAND")
+    return [top, *commands.choices.values()]
+
+
+def test_every_option_has_help_and_every_command_examples():
+    for parser in parsers():
+        assert "examples:\n  minclip" in parser.format_help()
+        assert all(action.help for action in parser._actions if action.metavar != "COMMAND"), parser.prog
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_help_and_output_fit_the_columns(width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    for parser in parsers():
+        prose = parser.format_help().partition("examples:")[0]  # a command that is wrapped cannot be copied
+        assert all(len(line) <= width for line in prose.splitlines()), parser.prog
+    assert cli.main(["encode", *"abcdefghijklm", "a photo of " + "🐱 " * 40]) == 0
+    assert max(map(monospaced_width, capsys.readouterr().out.splitlines())) <= width
+
+
+def test_a_comparison_fits_the_columns(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    params = minclip.load()
+    tokens = minclip.probe_tokens()
+    np.savez(
+        "port.npz", tokens=tokens, **minclip.trace(minclip.Params(params, activation="gelu", heads=2), tokens)
+    )
+    assert cli.main(["probe", "-o", "probe.npz"]) == 0
+    capsys.readouterr()
+    for width in (60, 80):
+        monkeypatch.setenv("COLUMNS", str(width))
+        assert cli.main(["compare", "probe.npz", "port.npz"]) == 1
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= width
+        assert "! transformer.resblocks.0.mlp.gelu" in "\n".join(lines)
+
+
+@pytest.mark.parametrize("command", ["encode", "tokenize"])
+def test_texts_are_read_from_a_pipe(command):
+    done = run(command, stdin="a cat\ntwo dogs")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == run(command, "a cat", "two dogs").stdout
+
+
+def test_texts_may_follow_an_option():
+    assert run("encode", "a cat", "--truncate", "a dog").stdout == run("encode", "a cat", "a dog").stdout
+
+
+def test_a_name_of_a_file_in_place_of_a_text_is_pointed_out(tmp_path):
+    (tmp_path / "captions.txt").write_text("a cat")
+    done = run("tokenize", str(tmp_path / "captions.txt"))
+    assert done.returncode == 0
+    assert done.stderr.endswith(f"to read its lines: --file {tmp_path / 'captions.txt'}\n")
+
+
+def test_a_file_without_output_shows_its_first_twelve_lines(tmp_path):
+    captions = tmp_path / "captions.txt"
+    captions.write_text("".join(f"{n} cats\n" for n in range(12)) + "cat " * 99)
+    done = run("encode", "--file", str(captions))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert " 12      4  11 cats" not in done.stdout  # "11" is two tokens
+    assert " 12      5  11 cats" in done.stdout
+    assert done.stdout.endswith(
+        "These are the first 12 texts. For the features of all, add -o features.npy\n"
+    )
+
+
+def test_no_more_of_a_pipe_is_read_than_is_shown():
+    endless = subprocess.Popen(["yes", "a cat"], stdout=subprocess.PIPE)
+    command = [sys.executable, "-m", "minclip", "encode"]
+    done = subprocess.run(command, stdin=endless.stdout, capture_output=True, encoding="utf-8", timeout=60)
+    endless.kill()
+    endless.wait()
+    endless.stdout.close()
+    assert done.returncode == 0
+    assert "first 12 texts" in done.stdout
+
+
+@needs_a_terminal
+def test_an_interrupted_corpus_says_where_it_stopped_and_how_to_resume(tmp_path):
+    captions, output = tmp_path / "captions.txt", tmp_path / "features.npy"
+    captions.write_text("".join(f"{n} cats\n" for n in range(30_000)))
+    command = ["encode", "--file", str(captions), "-o", str(output)]
+    status, shown = on_a_terminal(*command, interrupt_after=b"27%")
+    assert status == 130
+    assert "0%|" in shown  # the bar, before the first chunk is done
+    assert shown.endswith("minclip: stopped at 8,192 of 30,000; run the same command again to resume\n")
+    assert len(shown.splitlines()) < 10  # the processes that tokenize say nothing
+    done = run(*command)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(np.load(output)) == 30_000
+
+
+def test_words_that_the_built_in_model_hardly_knows_are_named():
+    done = run("encode", "a zzyzx near the 犬", "a photo of a cat")
+    assert done.stdout.endswith(
+        "note: the built-in model hardly knows zzyzx, 犬: its training had too few of them\n"
+    )
+    assert "note" not in run("encode", "a photo of a cat").stdout
+
+
+@pytest.mark.parametrize("name", ["features.npy.partial", "features.npy.journal"])
+def test_an_error_names_the_users_file_where_another_one_could_not_be_written(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(OSError, match=r"Is a directory: '[^']*features.npy'"):
+        minclip.corpus.encode_file(minclip.load(), __file__, tmp_path / "features.npy", truncate=True)
+
+
+def test_texts_are_utf8_in_any_locale():
+    plain = {"PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+    ids = " ".join(map(str, minclip.tokenize("naïve 🍕")[0, :6]))
+    assert f"  ids     {ids}\n" in run("tokenize", "naïve 🍕", env=plain).stdout
 
 
 def test_a_terminal_without_emoji_still_gets_its_answer():

@@ -183,8 +183,8 @@ def test_a_full_disk_costs_only_time(params, model, captions, output, tmp_path):
     status, out, err = ended(start(*args, before=limit))
     assert (status, out) == (1, "")
     assert err.splitlines() == [
-        f"minclip: {output}.partial: {os.strerror(errno.EFBIG)}; 24 of 50 rows are kept, "
-        "and the same command resumes from there"
+        f"minclip: {output}: {os.strerror(errno.EFBIG)}; 24 of 50 rows are kept; "
+        "run the same command again to resume"
     ]
     assert not output.exists()
     assert ended(start(*args))[0] == 0

@@ -1,0 +1,101 @@
+"""The texts of a command, from its arguments, a file or a pipe, and how they are shown."""
+
+import contextlib
+import os
+import sys
+import unicodedata
+from pathlib import Path
+
+from minclip import builtin, tokenizer
+from minclip.corpus.lines import check_length, name_of, read_texts
+
+BUILTIN_IN_WORDS = "built-in (small, English only, not CLIP)"
+MOST_WORDS = 6  # words that one note lists
+
+
+def add_texts(command, summary):
+    command.add_argument(
+        "texts", nargs="*", metavar="TEXT", help=f"{summary}; without TEXT, the lines of standard input"
+    )
+
+
+def piped():
+    """Tell whether standard input is a pipe or a file, not a terminal."""
+    return sys.stdin is not None and not sys.stdin.isatty()
+
+
+@contextlib.contextmanager
+def opened(path):
+    """Yield the binary file at path, or standard input for "-". Raise ValueError where it is empty."""
+    with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
+        if not file.peek(1):
+            raise ValueError(f"{name_of(file)} is empty: give one text a line")
+        yield file
+
+
+def given_texts(args):
+    """Yield the texts of the arguments, or the lines of standard input. Without either, exit with help."""
+    if args.texts:
+        warn_about_files(args.texts)
+        yield from map(as_typed, args.texts)
+    elif piped():
+        with opened("-") as file:
+            yield from read_texts(file)
+    else:
+        args.parser.print_help(sys.stderr)
+        sys.exit(2)
+
+
+def as_typed(text):
+    """Return an argument as the user typed it, where a locale without UTF-8 made surrogates of its bytes."""
+    try:
+        text.encode("utf-8")
+        return text
+    except UnicodeEncodeError:
+        pass
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"a text is not UTF-8: {text!a}") from None
+
+
+def warn_about_files(texts):
+    """Tell the user of texts that are names of files: probably the lines of the file were meant."""
+    for text in texts:
+        if text.endswith((".txt", ".csv", ".tsv")) and Path(text).is_file():
+            note = f"{text} is a file, but is encoded as a text; to read its lines: --file {text}"
+            print(f"minclip: {note}", file=sys.stderr)
+
+
+def tokenized(params, texts, where, truncate=False, pad=0):
+    """Return the tokens of texts. Raise ValueError that names a text as `where` and its number from 1 on."""
+    context = len(params["positional_embedding"])
+    if not truncate:
+        for number, text in enumerate(texts, 1):
+            check_length(text, context, f"{where} {number}")
+    return tokenizer.tokenize(texts, context_length=context, truncate=truncate, pad=pad)
+
+
+def note_on_rare_words(texts):
+    """Return a line that names the words that the built-in model has seldom seen, or None if it saw all."""
+    common = builtin.common_ids()
+    words = (word for text in texts for word in tokenizer.PIECES.findall(tokenizer.clean(text)))
+    rare = list(dict.fromkeys(word for word in words if not common.issuperset(tokenizer.word_ids(word))))
+    if not rare:
+        return None
+    more = f" and {len(rare) - MOST_WORDS} more" if len(rare) > MOST_WORDS else ""
+    shown = ", ".join(fitted(word, 20) for word in rare[:MOST_WORDS])
+    return f"note: the built-in model hardly knows {shown}{more}: its training had too few of them"
+
+
+def fitted(text, width):
+    """Return text as one printable line of at most `width` columns of a terminal."""
+    from ftfy.formatting import monospaced_width  # here, because it takes time to import
+
+    text = " ".join(text.split())
+    text = "".join("?" if unicodedata.category(letter) in ("Cc", "Cs") else letter for letter in text)
+    if monospaced_width(text) <= width:
+        return text
+    while monospaced_width(text) > width - 3:
+        text = text[: width - 3] if len(text) > width else text[:-1]
+    return text + "..."
