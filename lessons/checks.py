@@ -31,7 +31,7 @@ import numpy as np
 
 import minclip
 from minclip import model, tokenizer
-from minclip.params import BLOCK
+from minclip.params import BLOCK, count_layers, keep
 from minclip.porting import probe
 from minclip.porting.catalogue import CATALOGUE
 from minclip.porting.port import Port
@@ -1927,6 +1927,221 @@ def check_cut_off(cut_off):
             expect(not said == own[place:] != truth, f"{len(said)} ids, not {len(truth)}: {cause}")
         expect(said == truth, f"{len(own)} tokens: {len(said)} ids came back, not the last {len(truth)}")
     return "75 tokens count, the rest is never read"
+
+
+# 14 Look inside
+
+
+def run_patched(params, tokens, other, stage, position):
+    """The features, with one row of a stage from the trace other. (Reading on spoils exercise 3.)"""
+    return run_with(params, tokens, stage, lambda x: put(x, np.s_[:, position], other[stage][:, position]))
+
+
+def run_hidden(params, tokens, block, head, position):
+    """The features when ⟨end⟩ cannot attend to position in one head. (Reading on spoils exercise 5.)"""
+    end, stage = tokens[0].argmax(), f"{BLOCK}{block}.attn.masked"
+    return run_with(params, tokens, stage, lambda x: put(x, np.s_[:, head, end, position], -np.inf))
+
+
+def run_with(params, tokens, stage, change):
+    return minclip.encode_text(params, tokens, tap=lambda name, x: change(x) if name == stage else x)
+
+
+def put(x, at, value):
+    x = x.copy()
+    x[at] = value
+    return x
+
+
+def cut(text):
+    """The ids of one text without its padding: (1, L)."""
+    tokens = minclip.tokenize(text)
+    return tokens[:, : 1 + tokens[0].argmax()]
+
+
+def way(features, start, goal):
+    """How far features are on the way from start to goal: 0 is start, 1 is goal."""
+    here, start, goal = (minclip.normalize(np.ravel(part)) for part in (features, start, goal))
+    return float((here - start) @ (goal - start) / ((goal - start) @ (goal - start)))
+
+
+def apart(a, b):
+    """1 - cosine of two rows of features, at least 0."""
+    return max(0.0, 1 - float(minclip.normalize(np.ravel(a)) @ minclip.normalize(np.ravel(b))))
+
+
+@exercise
+def check_lens(lens):
+    params, tokens = small_tower()
+    trace = minclip.trace(params, tokens)
+    for stage in ("embedding", f"{BLOCK}0", f"{BLOCK}1"):
+        x = trace[stage][2]
+        y = call(lambda x: lens(params, x), x)
+        like(y, (len(x), 20), cause="one row of E features for each position: (L, E)")
+        truth, P = np.zeros((len(x), 20)), params["text_projection"]
+        n = [list(normed(row, params["ln_final.weight"], params["ln_final.bias"])) for row in x.astype(float)]
+        for i, e in np.ndindex(*truth.shape):
+            truth[i, e] = sum(n[i][d] * P[d, e] for d in range(24))
+        long = truth.copy()
+        truth /= np.sqrt((truth**2).sum(axis=-1, keepdims=True))
+        last = trace["text_features"][2] / np.linalg.norm(trace["text_features"][2])
+        misses = {
+            "the rows do not have length 1: minclip.normalize comes last": long,
+            "ln_final is missing: the read-out never sees a stream that is not normalized": minclip.normalize(
+                x @ P
+            ),
+            "ln_final's weight and bias are missing": minclip.normalize(normed(x) @ P),
+            "one length for all rows: each row has its own": long / np.linalg.norm(long),
+            "that is the norm before block 0, ln_1: the read-out uses ln_final": minclip.normalize(
+                normed(x, params[f"{BLOCK}0.ln_1.weight"], params[f"{BLOCK}0.ln_1.bias"]) @ P
+            ),
+            "every row is the features of the text: read out each position": np.tile(last, (len(x), 1)),
+        }
+        equal(y, truth, misses, 1e-4)
+    return "every position read out as if it were the end, after any block"
+
+
+PATCHES = {  # stage, word, and why
+    "a": ("embedding", "cat", "the embeddings differ in this row alone: with it, the input is the dog's"),
+    "b": ("embedding", "end", "both texts have the same end at the same position: both rows hold the same"),
+    "c": ("each block", "photo", "photo stands before the animal, so the mask keeps its row the same"),
+    "d": ("last block", "cat", "after the last block no row but that of ⟨end⟩ is read"),
+    "e": ("last block", "end", "this row is all that the read-out reads"),
+}  # fmt: skip
+
+
+@functools.cache
+def patch_effects():
+    """The effect of each of PATCHES, "all", "none" or "some", from runs of the built-in model."""
+    params, tokens = minclip.load(), cut("a photo of a cat")
+    other = minclip.trace(params, cut("a photo of a dog"))
+    start, blocks = minclip.encode_text(params, tokens), count_layers(params)
+    stages = {"embedding": ["embedding"], "last block": [f"{BLOCK}{blocks - 1}"]}
+    stages["each block"] = [f"{BLOCK}{i}" for i in range(blocks)]
+    effects = {}
+    for letter, (where, word, _) in PATCHES.items():
+        position = {"photo": 2, "cat": 5, "end": 6}[word]
+        found = [run_patched(params, tokens, other, stage, position) for stage in stages[where]]
+        shares = {round(way(features, start, other["text_features"]), 3) for features in found}
+        effects[letter] = {(0.0,): "none", (1.0,): "all"}.get(tuple(shares), "some")
+    return effects
+
+
+@exercise
+def check_effects(effects):
+    keys = isinstance(effects, dict) and set(effects) == set(PATCHES)
+    expect(keys, 'a dict with the keys "a" to "e" was wanted')
+    odd = [letter for letter in PATCHES if effects[letter] not in ("all", "none", "some")]
+    expect(not odd, f'the effects are "all", "none" and "some": look at {odd}')
+    for letter, effect in patch_effects().items():
+        expect(effects[letter] == effect, f"{letter} is not {effects[letter]!r}: {PATCHES[letter][2]}")
+    return "each follows from the mask and the read-out, whatever the weights are"
+
+
+@exercise
+def check_patched(patched):
+    params, _ = small_tower()
+    tokens, others = np.array([[[58, 3, 7, 9, 59]], [[58, 4, 20, 10, 59]]], np.int32)
+    here, other = minclip.trace(params, tokens), minclip.trace(params, others)
+    for stage, blocks in (("embedding", (0, 1)), (f"{BLOCK}0", (1,)), (f"{BLOCK}1", ())):
+        for position in (2, 3, 4):
+
+            def rest(x, blocks=blocks):
+                return model.read_out(model.transformer(x, params, blocks, keep), tokens, params, keep)[1]
+
+            given = {name: array.copy() for name, array in other.items()}
+            y = patched(params, tokens, given, stage, position)
+            expect(y is not None, "your function returns None: does it end in return?")
+            expect(np.array_equal(given[stage], other[stage]), "your function writes into the other trace")
+            x = here[stage].copy()
+            x[0, position] = other[stage][0, position]
+            back = other[stage].copy()
+            back[0, position] = here[stage][0, position]
+            misses = {
+                "nothing was patched: does the tap return the new array, for this stage's name?": here[
+                    "text_features"
+                ],
+                "the whole stage was patched: copy one row, [:, position]": other["text_features"],
+                "that is the other text, patched with this one": rest(back),
+            }
+            truth = rest(x)
+            apart_from = {cause: value for cause, value in misses.items() if not close(value, truth, 1e-4)}
+            like(np.asarray(y), (1, 20), cause="the features of the one text: (1, E)")
+            equal(y, truth, apart_from, 1e-4)
+    return "three stages, three positions"
+
+
+@exercise
+def check_relevance(relevance):
+    params, tokens = small_tower()
+    params, tokens = params.astype("float64"), tokens[2:3]
+    target = minclip.normalize(np.random.default_rng(14).standard_normal(20))
+    trace, h = minclip.trace(params, tokens), 1e-5
+    y = relevance(params, tokens, target)
+    expect(y is not None, "your function returns None: does it end in return?")
+    like(np.asarray(y), (9,), cause="one number for each position: sum over D, and drop the batch axis")
+    truth = np.zeros(9)
+    for i in range(9):
+
+        def cosine(factor, i=i):
+            row = trace["embedding"][:, i] * factor
+            features = run_with(params, tokens, "embedding", lambda x: put(x, np.s_[:, i], row))
+            return float(minclip.normalize(features)[0] @ target)
+
+        truth[i] = (cosine(1 + h) - cosine(1 - h)) / (2 * h)
+    dfeatures = minclip.normalize_backward(target[None], trace["text_features"])
+    gradient = minclip.backward(trace, dfeatures, parameters=False)["embedding"][0]
+    product = minclip.backward(trace, target[None], parameters=False)["embedding"][0]
+    words, sums = trace["token_embedding"][0], trace["embedding"][0]
+    misses = {
+        "the input is missing: multiply by the embedding, then sum": gradient.sum(axis=-1),
+        "that is the length of the gradient: multiply by the embedding, and sum": np.linalg.norm(
+            gradient, axis=-1
+        ),
+        "that is the gradient of a product, not of the cosine: minclip.normalize_backward": (
+            product * sums
+        ).sum(axis=-1),
+        "the positions are part of the input: the stage is embedding, not token_embedding": (
+            gradient * words
+        ).sum(axis=-1),
+        "the signs are gone: a word may also lower the cosine": abs((gradient * sums).sum(axis=-1)),
+        "sum the products, not their sizes": abs(gradient * sums).sum(axis=-1),
+        "the sign is turned: a word that helps has a number above 0": -(gradient * sums).sum(axis=-1),
+    }
+    equal(y, truth, misses, 1e-4)
+    return "what stretching each row by a little does to the cosine"
+
+
+@functools.cache
+def shares_and_moves():
+    """For "a photo of a cat": ⟨end⟩'s shares, and how far hiding each moves the features: two (N, H, L)."""
+    params, tokens = minclip.load(), cut("a photo of a cat")
+    trace = minclip.trace(params, tokens)
+    shares = np.stack([trace[f"{BLOCK}{i}.attn.weights"][0, :, -1] for i in range(count_layers(params))])
+    moves = np.zeros_like(shares)
+    for at in np.ndindex(*shares.shape):
+        moves[at] = apart(run_hidden(params, tokens, *at), trace["text_features"])
+    return shares, moves
+
+
+@exercise
+def check_refutation(refutation):
+    shares, moves = shares_and_moves()
+    N, H, L = shares.shape
+    pair = isinstance(refutation, tuple) and len(refutation) == 2
+    places = pair and all(np.size(at) == 3 for at in refutation)
+    expect(places, "two places were wanted: ((block, head, position), (block, head, position))")
+    a, b = (tuple(int(i) for i in at) for at in refutation)
+    for at in (a, b):
+        inside = all(0 <= i < size for i, size in zip(at, shares.shape, strict=True))
+        expect(inside, f"{at} is out of range: {N} blocks, {H} heads, {L} positions, all from 0")
+    said = f"{shares[a]:.3f} against {shares[b]:.3f}"
+    expect(shares[a] > shares[b], f"the first place must have the larger share: it is {said}")
+    told = f"hiding the first moves the features by {moves[a]:.4f}, the second by {moves[b]:.4f}"
+    expect(moves[b] >= 0.01, f"{told}: the second must matter, by at least 0.01")
+    expect(moves[a] <= moves[b], f"{told}: these two are in order, and refute nothing")
+    expect(10 * moves[a] <= moves[b], f"{told}: right, but not yet a tenth")
+    return f"shares {said}, but {told}"
 
 
 # 16 Choose a precision and a device

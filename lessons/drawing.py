@@ -912,6 +912,109 @@ def pairs_by_cosine(rows):
     return Picture(draw, height, f"Cosines of texts with a paraphrase and with a foil. {told}.")
 
 
+# 14 Look inside
+
+
+def lens_table(depths, labels, names, cosines):
+    """The nearest picture's name at each depth and position, in a cell as dark as its cosine."""
+    cosines = np.asarray(cosines, dtype=float)
+
+    def draw(figure):
+        figure.set_layout_engine("constrained", w_pad=0.06, h_pad=0.06)
+        ax = figure.subplots()
+        top = heat(ax, cosines.round(3), depths, labels, limit=1)
+        ax.tick_params(axis="x", labelrotation=0)
+        axis_names(ax, None, "L positions")
+        for i, j in np.ndindex(cosines.shape):
+            shown = "\n".join(textwrap.wrap(textwrap.shorten(names[i][j], 26, placeholder="…"), 12))
+            ink = "#ffffff" if cosines[i, j] > 0.62 * top else INK
+            ax.text(j, i, shown, ha="center", va="center", fontsize=7.5, color=ink, linespacing=1.05)
+        color_key(figure, [ax], "cosine with the picture")
+
+    last = ", ".join(f"{label} {name}" for label, name in zip(labels, names[-1], strict=True))
+    alt = f"The nearest picture at each position and depth. After the last block: {last}."
+    return Picture(draw, 70 + 46 * len(depths), alt)
+
+
+def tables(panels, rows, columns, name, height, alt, numbers=None):
+    """Heat maps side by side, {title: matrix}, on one scale of color, with level words under the columns."""
+
+    def draw(figure):
+        figure.set_layout_engine("constrained", w_pad=0.06, h_pad=0.06)
+        grid = figure.subplots(1, len(panels), squeeze=False)[0]
+        top = max(abs(matrix).max() for matrix in panels.values())
+        for i, (ax, (title, matrix)) in enumerate(zip(grid, panels.items(), strict=True)):
+            heat(ax, matrix, None if i else rows, columns, top, numbers)
+            ax.tick_params(axis="x", labelrotation=0)
+            ax.set_title(title)
+            axis_names(ax, None, name)
+        if not numbers:
+            color_key(figure, grid)
+
+    return Picture(draw, height, alt)
+
+
+def color_key(figure, grid, label=""):
+    key = figure.colorbar(grid[0].images[0], ax=list(grid), fraction=0.025, pad=0.01, label=label)
+    key.outline.set_visible(False)
+
+
+def head_effects(panels):
+    """How far the features move without each head, {title: [blocks, heads]}."""
+    blocks, heads = next(iter(panels.values())).shape
+    alt = f"Blocks against heads: how far the features move, for {' and '.join(panels)}."
+    panels = {title: matrix.round(3) for title, matrix in panels.items()}
+    rows, columns = [f"block {i}" for i in range(blocks)], [f"head {h}" for h in range(heads)]
+    return tables(panels, rows, columns, "H heads", 80 + 26 * blocks, alt, ".3f")
+
+
+def patch_map(depths, labels, moved):
+    """How far patching one row moves the features from 0, this text's, to 1, the other's: [depths, L]."""
+    title = "how far this row alone moves the features: 0 not at all, 1 all the way"
+    alt = "Depths against positions: at the embedding the row of the changed word moves the features all "
+    alt += "the way, after the last block the row of the end does."
+    panels = {title: moved.round(2) + 0.0}
+    return tables(panels, depths, labels, "L position that is patched", 80 + 28 * len(depths), alt, ".2f")
+
+
+def end_shares(labels, shares):
+    """The shares of attention that the end gives to each position: [blocks, heads, L]."""
+    blocks, heads, _ = shares.shape
+    rows = [f"block {b}, head {h}" for b in range(blocks) for h in range(heads)]
+    panels = {"what share of its attention ⟨end⟩ gives to each position": shares.reshape(blocks * heads, -1)}
+    alt = "Heads against positions: the shares of the end token's attention. Each row sums to 1."
+    return tables(panels, rows, labels, "L position attended to", 80 + 22 * len(rows), alt)
+
+
+def word_pulls(labels, pulls):
+    """What each word does to a cosine, by several measures: {measure: [L]}."""
+    told = "; ".join(f"{name} is largest at {labels[int(np.argmax(pull))]}" for name, pull in pulls.items())
+    return bars(list(pulls.items()), labels, name="L words", share=False, height=250, alt=f"Bars: {told}.")
+
+
+def shares_and_effects(shares, moves):
+    """A dot for each head and position, [blocks, heads, L]: its share against how far hiding it moves."""
+
+    def draw(figure):
+        figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)
+        ax = figure.subplots()
+        for i, (x, y) in enumerate(zip(shares, moves, strict=True)):
+            look = {"marker": "os^DvP"[i % 6], "color": SERIES[i % 6], "s": 30}
+            ax.scatter(x.ravel(), np.maximum(y.ravel(), 1e-6), label=f"block {i}", **look)
+        ax.set(xscale="log", yscale="log")
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("")
+        ax.set(xlabel="share of ⟨end⟩'s attention", ylabel="1 - cosine when it is hidden")
+        ax.grid(color=LINE, linewidth=0.6)
+        figure.legend(*ax.get_legend_handles_labels(), loc="outside right upper")
+
+    a, b = np.unravel_index(shares.argmax(), shares.shape), np.unravel_index(moves.argmax(), moves.shape)
+    told = [f"share {shares[at]:.2f} moves the features by {moves[at]:.4f}" for at in (a, b)]
+    alt = f"Dots for all heads and positions. The largest {told[0]}; the one that moves them most: {told[1]}."
+    return Picture(draw, 330, alt)
+
+
 # 16 Choose a precision and a device
 
 

@@ -7,20 +7,20 @@ tests/lessons/test_lessons.py uses the same functions.
 import argparse
 import base64
 import html
+import io
 import os
 import re
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from PIL import Image
 
 import minclip
 
 LESSONS = Path(__file__).resolve().parents[2] / "lessons"
 PAGE = Path(__file__).resolve().parents[1] / "support" / "page.png"
-PAGE_ALT = (
-    "A page to click through: every stage of a sentence, the attention of each head, the nearest pictures"
-)
+PAGE_ALT = "The top of a page to click through: words against stages, and a colored strip for each vector"
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {
@@ -78,9 +78,11 @@ def tidy(notebook, outputs=False):
 
 def still(output):
     """Put a picture of the page to explore in place of the page, which is larger than a lesson may be."""
-    png = base64.b64encode(PAGE.read_bytes()).decode("ascii")
+    page, packed = Image.open(PAGE), io.BytesIO()
+    page.crop((0, 0, page.width, 622)).save(packed, "png", optimize=True)
+    png, height = base64.b64encode(packed.getvalue()).decode("ascii"), 622 * 760 // page.width
     output.data = nbformat.from_dict({"image/png": png, "text/plain": f"[picture] {PAGE_ALT}."})
-    output.metadata = nbformat.from_dict({"image/png": {"width": 760, "height": 768, "alt": PAGE_ALT}})
+    output.metadata = nbformat.from_dict({"image/png": {"width": 760, "height": height, "alt": PAGE_ALT}})
 
 
 def solution(notebook, exercise):

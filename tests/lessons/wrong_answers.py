@@ -987,6 +987,104 @@ WRONG["check_cut_off"] = [
     (lambda text: token_ids(text)[75:] if len(text.split()) > 75 else [], "the last"),
 ]
 
+# 14 Look inside
+
+
+def lens_with(params, x, *, norm="ln_final", project=True, unit=lambda y: minclip.normalize(y)):
+    x = normed(x, params[f"{norm}.weight"], params[f"{norm}.bias"]) if norm else x
+    return unit(x @ params["text_projection"] if project else x).astype(np.float32)
+
+
+def patched_with(params, tokens, other, stage, position, *, at=lambda position: np.s_[:, position]):
+    def tap(name, array):
+        if name == stage:
+            array = array.copy()
+            array[at(position)] = other[stage][at(position)]
+        return array
+
+    return minclip.encode_text(params, tokens, tap=tap)
+
+
+def patched_in_place(params, tokens, other, stage, position):
+    other[stage][:, position] = minclip.trace(params, tokens)[stage][:, position]
+    return patched_with(params, tokens, other, stage, position)
+
+
+def patched_backwards(params, tokens, other, stage, position):
+    others = np.array([[58, 4, 20, 10, 59]])
+    return patched_with(params, others, minclip.trace(params, tokens), stage, position)
+
+
+def relevance_with(
+    params, tokens, target, *, stage="embedding", unit=True, times=lambda g, x: (g * x).sum(-1)
+):
+    trace = minclip.trace(params, tokens)
+    start = minclip.normalize_backward(target[None], trace["text_features"]) if unit else target[None]
+    gradient = minclip.backward(trace, start, parameters=False)["embedding"]
+    return times(gradient[0], trace[stage][0])
+
+
+def refutations():
+    """Pairs of places that are a counterexample, nearly one, or none."""
+    shares, moves = checks.shares_and_moves()
+    places = list(np.ndindex(shares.shape))
+    most = max(places, key=moves.__getitem__)
+    first = max(places, key=lambda at: (shares[at] > shares[most], -moves[at]))
+    if shares[first] <= shares[most]:  # what matters most has the largest share: take a lesser second
+        most = min((at for at in places if moves[at] >= 0.01), key=shares.__getitem__)
+        first = min((at for at in places if shares[at] > shares[most]), key=moves.__getitem__)
+    dull = sorted(places, key=moves.__getitem__)[:2]
+    return first, most, sorted(dull, key=shares.__getitem__, reverse=True)
+
+
+COUNTER, NEEDED, DULL = refutations()
+EFFECTS = checks.patch_effects()
+WRONG["check_lens"] = [
+    (lambda params, x: lens_with(params, x, norm=None), "ln_final is missing"),
+    (lambda params, x: lens_with(params, x, unit=lambda y: y), "length 1"),
+    (lambda params, x: lens_with(params, x, unit=lambda y: y / np.linalg.norm(y)), "one length for all rows"),
+    (lambda params, x: lens_with(params, x, norm="transformer.resblocks.0.ln_1"), "the norm before block 0"),
+    (lambda params, x: lens_with(params, x, project=False), "one row of E features"),
+    (lambda params, x: lens_with(params, x)[-1], "one row of E features for each position"),
+]
+WRONG["check_effects"] = [
+    ({**EFFECTS, "a": "some"}, "with it, the input is the dog's"),
+    ({**EFFECTS, "b": "some"}, "the same end at the same position"),
+    ({**EFFECTS, "c": "some"}, "the mask keeps its row the same"),
+    ({**EFFECTS, "d": "some"}, "no row but that of"),
+    ({**EFFECTS, "e": "some"}, "all that the read-out reads"),
+    ({**EFFECTS, "e": "much"}, "look at ['e']"),
+    ({"a": "all"}, "a dict with the keys"),
+]
+WRONG["check_patched"] = [
+    (lambda *a: patched_with(*a, at=lambda position: np.s_[:]), "the whole stage was patched"),
+    (lambda params, tokens, *rest: minclip.encode_text(params, tokens), "nothing was patched"),
+    (lambda *a: patched_with(*a, at=lambda position: np.s_[:, position - 1]), "the first difference is"),
+    (patched_backwards, "the other text, patched with this one"),
+    (patched_in_place, "writes into the other trace"),
+    (lambda *a: patched_with(*a)[0], "the features of the one text"),
+    (lambda *a: None, "does it end in return?"),
+]
+WRONG["check_relevance"] = [
+    (lambda *a: relevance_with(*a, times=lambda g, x: g.sum(-1)), "the input is missing"),
+    (
+        lambda *a: relevance_with(*a, times=lambda g, x: np.linalg.norm(g, axis=-1)),
+        "the length of the gradient",
+    ),
+    (lambda *a: relevance_with(*a, unit=False), "not of the cosine"),
+    (lambda *a: relevance_with(*a, stage="token_embedding"), "the positions are part of the input"),
+    (lambda *a: relevance_with(*a, times=lambda g, x: abs((g * x).sum(-1))), "the signs are gone"),
+    (lambda *a: relevance_with(*a, times=lambda g, x: abs(g * x).sum(-1)), "not their sizes"),
+    (lambda *a: relevance_with(*a, times=lambda g, x: g * x), "one number for each position"),
+]
+WRONG["check_refutation"] = [
+    ((NEEDED, COUNTER), "must have the larger share"),
+    ((COUNTER, COUNTER), "the first place must"),
+    (tuple(DULL), "the second must matter"),
+    ((COUNTER, (*NEEDED[:2], 7)), "out of range"),
+    (COUNTER, "two places were wanted"),
+]
+
 # 16 Choose a precision and a device
 
 
