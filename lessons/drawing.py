@@ -234,13 +234,18 @@ def heat(ax, matrix, rows=None, columns=None, limit=None, numbers=None, *, key=T
         spine.set_visible(False)
     if numbers:
         for i, j in np.argwhere(finite):
-            red, green, blue, _ = image.to_rgba(shown[i, j])
-            ink = BLACK if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else WHITE
+            ink = ink_on(image.to_rgba(shown[i, j]))
             label = format(matrix[i, j], numbers)
             ax.text(j, i, label, ha="center", va="center", fontsize=8, color=ink)
     if key is not False:
         color_key(image, ax, None if key is True else key)
     return image
+
+
+def ink_on(color):
+    """Black or white, whichever is legible on a color (red, green, blue, alpha)."""
+    red, green, blue, _ = color
+    return BLACK if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else WHITE
 
 
 def color_key(image, ax, place=None):
@@ -382,7 +387,7 @@ def in_and_out(text, features, found, cosines):
         ax.text(0.5, 22.5, "a sentence", color=FAINT)
         box(ax, 0.5, 9, 21, 7, "\n".join(textwrap.wrap(text, 20)), size=10.5, weight="bold")
         for i, stage in enumerate(("pieces", "numbers", "blocks", "read out")):
-            box(ax, 25.5, 18 - 4.6 * i, 9, 3, stage, ink=FAINT, size=8.5)
+            box(ax, 25.5, 18 - 4.6 * i, 9, 3, stage, faint=True, size=8.5)
             if i:
                 arrow(ax, 30, 22.4 - 4.6 * i, 30, 21.2 - 4.6 * i, LINE)
         arrow(ax, 22, 12.5, 25, 12.5)
@@ -922,18 +927,18 @@ def lens_table(depths, labels, names, cosines):
     def draw(figure):
         figure.set_layout_engine("constrained", w_pad=0.06, h_pad=0.06)
         ax = figure.subplots()
-        top = heat(ax, cosines.round(3), depths, labels, limit=1)
+        image = heat(ax, cosines.round(3), depths, labels, limit=1)
         ax.tick_params(axis="x", labelrotation=0)
+        ax.set_title("the nearest picture's name; the color is its cosine")
         axis_names(ax, None, "L positions")
         for i, j in np.ndindex(cosines.shape):
             shown = "\n".join(textwrap.wrap(textwrap.shorten(names[i][j], 26, placeholder="…"), 12))
-            ink = "#ffffff" if cosines[i, j] > 0.62 * top else INK
+            ink = ink_on(image.to_rgba(cosines[i, j]))
             ax.text(j, i, shown, ha="center", va="center", fontsize=7.5, color=ink, linespacing=1.05)
-        color_key(figure, [ax], "cosine with the picture")
 
     last = ", ".join(f"{label} {name}" for label, name in zip(labels, names[-1], strict=True))
     alt = f"The nearest picture at each position and depth. After the last block: {last}."
-    return Picture(draw, 70 + 46 * len(depths), alt)
+    return Picture(draw, 90 + 46 * len(depths), alt)
 
 
 def tables(panels, rows, columns, name, height, alt, numbers=None):
@@ -941,22 +946,17 @@ def tables(panels, rows, columns, name, height, alt, numbers=None):
 
     def draw(figure):
         figure.set_layout_engine("constrained", w_pad=0.06, h_pad=0.06)
-        grid = figure.subplots(1, len(panels), squeeze=False)[0]
+        grid = list(figure.subplots(1, len(panels), squeeze=False)[0])
         top = max(abs(matrix).max() for matrix in panels.values())
-        for i, (ax, (title, matrix)) in enumerate(zip(grid, panels.items(), strict=True)):
-            heat(ax, matrix, None if i else rows, columns, top, numbers)
+        for ax, (title, matrix) in zip(grid, panels.items(), strict=True):
+            labels = rows if ax is grid[0] else None
+            image = heat(ax, matrix, labels, columns, top, numbers, key=False, signed=False)
             ax.tick_params(axis="x", labelrotation=0)
             ax.set_title(title)
             axis_names(ax, None, name)
-        if not numbers:
-            color_key(figure, grid)
+        color_key(image, grid)
 
     return Picture(draw, height, alt)
-
-
-def color_key(figure, grid, label=""):
-    key = figure.colorbar(grid[0].images[0], ax=list(grid), fraction=0.025, pad=0.01, label=label)
-    key.outline.set_visible(False)
 
 
 def head_effects(panels):

@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 import nbformat
+import numpy as np
 from nbclient import NotebookClient
 from PIL import Image
 
@@ -78,11 +79,17 @@ def tidy(notebook, outputs=False):
 
 def still(output):
     """Put a picture of the page to explore in place of the page, which is larger than a lesson may be."""
-    page, packed = Image.open(PAGE), io.BytesIO()
-    page.crop((0, 0, page.width, 622)).save(packed, "png", optimize=True)
-    png, height = base64.b64encode(packed.getvalue()).decode("ascii"), 622 * 760 // page.width
-    output.data = nbformat.from_dict({"image/png": png, "text/plain": f"[picture] {PAGE_ALT}."})
-    output.metadata = nbformat.from_dict({"image/png": {"width": 760, "height": height, "alt": PAGE_ALT}})
+    page = Image.open(PAGE)
+    pixels, radius = np.array(page)[:622], 14
+    y, x = (np.minimum(np.arange(size), np.arange(size)[::-1]) for size in pixels.shape)
+    corner = np.maximum(radius - y, 0)[:, None] ** 2 + np.maximum(radius - x, 0) ** 2 > radius**2
+    clear, file = int(pixels.max()) + 1, io.BytesIO()
+    image = Image.fromarray(np.where(corner, clear, pixels).astype(np.uint8), "P")
+    image.putpalette([*page.getpalette()[: 3 * clear], 0, 0, 0])
+    image.save(file, "png", optimize=True, transparency=clear)
+    png = base64.b64encode(file.getvalue()).decode("ascii")
+    shown = f'<img alt="{PAGE_ALT}" width="760" src="data:image/png;base64,{png}">'
+    output.data = nbformat.from_dict({"text/html": shown, "text/plain": f"[picture] {PAGE_ALT}"})
 
 
 def solution(notebook, exercise):
