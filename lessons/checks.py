@@ -1100,9 +1100,13 @@ def check_find_eot(find_eot):
         dtype=np.int32,
     )
     eot = call(find_eot, tokens)
-    expect(np.ndim(eot) > 0, "one number for the whole batch: argmax needs axis=-1")
+    expect(np.shape(eot) != (), "one number for the whole batch: argmax needs axis=-1")
     expect(np.shape(eot) != (7,), "that is one number for each column: the axis of the positions is -1")
+    expect(
+        np.shape(eot) != (4, 7), "that is a number for each position: one position for each text was wanted"
+    )
     like(np.asarray(eot), (4,), cause="one position for each text")
+    expect(np.asarray(eot).dtype.kind in "iu", "positions are integers: argmax gives them as such")
     truth = [next(i for i in range(7) if row[i] == 49407) for row in tokens.tolist()]
     misses = {
         "that is the last end of text: padding may be 49407 as well, and the first one counts": [4, 6, 6, 1],
@@ -1123,7 +1127,12 @@ def check_read_out(read_out):
         x = rng.standard_normal((3, 5, 4)).astype(np.float32)
         P = rng.standard_normal((4, E)).astype(np.float32)
         eot = np.array([1, 4, 2])
-        features = call(read_out, x, eot, P)
+        slips = {
+            "matmul": "the product does not fit: text_projection is (D, E), so pooled @ text_projection",
+            "shape mismatch": "the two arrays of indices need the same length: np.arange(B) beside eot",
+        }
+        features = attempt(read_out, x, eot, P, slips=slips)
+        like(features, np.shape(features))
         expect(
             np.shape(features) != (3, 3, E),
             "(B, B, E): x[:, eot] takes every end's row from every text; pair them with np.arange(B)",
@@ -1167,11 +1176,13 @@ def check_moved_by_padding(moved):
 @exercise
 def check_missing_end(position):
     names = ("largest id", "equal to 49407", "last")
-    expect(isinstance(position, dict) and set(position) == set(names), f"a dict with the keys {names}")
-    expect(None not in position.values() and ... not in position.values(), "a position for each was wanted")
+    position = {name: float(numbers(value)) for name, value in keyed(position, names).items()}
     expect(position["largest id"] != 3, "1929 is the last word, but not the largest id: look at position 0")
     expect(position["largest id"] != 2, "2368 is the largest id of a word, but ⟨start⟩ is 49406")
     expect(position["largest id"] == 0, "the largest id is 49406, ⟨start⟩")
+    expect(
+        position["equal to 49407"] != -1, "argmax of six times False is no error code: it gives a position"
+    )
     expect(position["equal to 49407"] == 0, "no id is equal: six times False, and argmax gives the first")
     expect(position["last"] == 5, "six positions, counted from 0")
     return "twice ⟨start⟩, once padding: nobody reads the sentence"

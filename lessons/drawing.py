@@ -309,6 +309,10 @@ def bars(
 
     name is the letter of the axis that the bars run along, and gives them their color.
     """
+    if not alt:  # the numbers themselves
+        told = [[format(value, numbers or ".2f") for value in values] for _, values in panels]
+        named = [[f"{n} {v}" for n, v in zip(labels or range(len(vs)), vs, strict=True)] for vs in told]
+        alt = "Bars. " + "; ".join(f"{t}: {', '.join(vs)}" for (t, _), vs in zip(panels, named, strict=True))
     across = across or len(panels)
     down = -(-len(panels) // across)
 

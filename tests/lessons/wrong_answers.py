@@ -561,6 +561,10 @@ WRONG["check_find_eot"] = [
     (lambda tokens: (tokens > 0).sum(axis=-1) - 1, "id of '!'"),
     (lambda tokens: np.full(len(tokens), tokens.shape[1] - 1), "last position"),
     (lambda tokens: tokens.max(axis=-1), "argmax, not max"),
+    (lambda tokens: tokens.argmax(axis=-1) + 1, "one too far"),
+    (lambda tokens: tokens.argmax(axis=-1) - 1, "one too early"),
+    (lambda tokens: tokens == 49407, "a number for each position"),
+    (lambda tokens: tokens.argmax(axis=-1).astype(float), "positions are integers"),
 ]
 WRONG["check_read_out"] = [
     (lambda x, eot, P: x[np.arange(len(x)), eot] @ P.T, "no .T here"),
@@ -571,6 +575,9 @@ WRONG["check_read_out"] = [
     (lambda x, eot, P: x.mean(axis=1) @ P, "mean over all positions"),
     (lambda x, eot, P: x[0, eot] @ P, "text 0 alone"),
     (lambda x, eot, P: x[np.arange(len(x)), eot], "projection is not in it"),
+    (lambda x, eot, P: x[:, eot[0]] @ P, "the first one's end"),
+    (lambda x, eot, P: x[np.arange(5), eot] @ P, "np.arange(B) beside eot"),
+    (lambda x, eot, P: x[np.arange(len(x)), eot] @ P[:2], "text_projection is (D, E)"),
 ]
 WRONG["check_moved_by_padding"] = [
     ({"last", "mean", "max", "end"}, "mask hides"),
@@ -584,6 +591,9 @@ WRONG["check_missing_end"] = [
     ({"largest id": 2, "equal to 49407": 0, "last": 5}, "largest id of a word"),
     ({"largest id": 0, "equal to 49407": 3, "last": 5}, "no id is equal"),
     ({"largest id": 0, "equal to 49407": 0, "last": 6}, "counted from 0"),
+    ({"largest id": 0, "equal to 49407": -1, "last": 5}, "no error code"),
+    ({"largest id": 0, "equal to 49407": None, "last": 5}, "still to do: equal to 49407"),
+    ({"largest id": 0, "equal to 49407": "none", "last": 5}, "one number was wanted"),
     ({"last": 5}, "the keys"),
 ]
 
