@@ -542,13 +542,45 @@ def normed(x, weight=1, bias=0, *, eps=1e-5, ddof=0, outside=False, center=True,
     return (x - mean) / spread * weight + bias
 
 
+def encode_with_norm(params, tokens, **slips):
+    """The features of an encoder whose every layer norm is `normed` with these slips."""
+    stream = [None]
+
+    def tap(name, array):
+        if name.endswith(("ln_1", "ln_2", "ln_final")):
+            weight, bias = params[f"{name}.weight"], params[f"{name}.bias"]
+            return normed(stream[0], weight, bias, **slips).astype(array.dtype)
+        if name == "embedding" or name.endswith("residual") or name.count(".") == 2:
+            stream[0] = array
+        return array
+
+    return minclip.encode_text(params, tokens, tap=tap)
+
+
+@exercise
+def check_scaled(scaled):
+    expect(np.shape(scaled) == (8,), "a list of eight numbers was wanted")
+    x = np.array([2, 4, 4, 4, 5, 5, 7, 9])
+    misses = {
+        "that is the centered row: divide it by the root of the variance": x - 5,
+        "divide by the root of the variance, not by the variance": (x - 5) / 4,
+        "the mean is not subtracted": x / 2,
+        "the variance is the sum of the squares divided by 8, not by 7": normed(x, ddof=1),
+        "the sum of the squares is divided by 8 before the root": (x - 5) / 32**0.5,
+        "weight and bias come later": normed(x) * [1, 1, 2, 1, 1, 1, 0, 1] + [0, 0, 0, 0, 1, 0, 0, -1],
+    }
+    equal(scaled, [-1.5, -0.5, -0.5, -0.5, 0, 0, 1, 2], misses, 1e-3)
+    return "mean 0 and variance 1"
+
+
 @exercise
 def check_layer_norm(layer_norm):
     rng = np.random.default_rng(3)
     x = (rng.standard_normal((2, 3, 8)) * [[[2], [0.01], [0.003]]] + 1).astype(np.float32)
     weight, bias = (rng.standard_normal(8).astype(np.float32) + shift for shift in (2, 0))
-    y = call(layer_norm, x, weight, bias)
-    like(y, x.shape, cause="keepdims=True keeps the mean as (..., 1)")
+    keepdims = "keepdims=True keeps the mean and the variance as (..., 1)"
+    y = call(layer_norm, x, weight, bias, slips={"broadcast": keepdims})
+    like(y, x.shape, cause=keepdims)
     truth = np.zeros(x.shape)
     for b, i in np.ndindex(2, 3):
         row = [float(value) for value in x[b, i]]
@@ -564,7 +596,7 @@ def check_layer_norm(layer_norm):
             x, weight, bias, outside=True, ddof=1
         ),
         "eps is missing": normed(x, weight, bias, eps=0),
-        "the mean is not taken off": normed(x, weight, bias, center=False),
+        "the mean is not subtracted": normed(x, weight, bias, center=False),
         "you normalized over the tokens: the axis is -1": normed(x, weight, bias, axis=-2),
         "one mean for everything: each row has its own": normed(x, weight, bias, axis=None),
         "divide by the root of the variance, not by the variance": (x - x.mean(-1, keepdims=True))
@@ -572,13 +604,16 @@ def check_layer_norm(layer_norm):
         "the weight is not in it": normed(x, 1, bias),
         "the bias is not in it": normed(x, weight),
         "weight and bias come after the scaling": normed(x * weight + bias),
+        "the bias is added before the weight": (normed(x) + bias) * weight,
+        "the mean of the squares is the variance only after centering": (x - x.mean(-1, keepdims=True))
+        / ((x * x).mean(-1, keepdims=True) + 1e-5) ** 0.5 * weight + bias,
     }  # fmt: skip
     equal(y, truth, misses, 3e-4)
     like(y, x.shape, np.float32, "float32 in, float32 out")
     flat = call(layer_norm, np.full((1, 8), 3, dtype=np.float32), weight, bias)
     expect(not np.isnan(flat).any(), "a row of equal numbers gives NaN: eps keeps the root above 0")
     equal(flat, bias[None])
-    return "mean off, root of variance plus eps, weight, bias"
+    return "mean, root of variance plus eps, weight, bias"
 
 
 @exercise
@@ -592,10 +627,10 @@ def check_unchanged(unchanged):
         "reverse" not in unchanged, "the row read backwards comes out backwards: each number keeps its column"
     )
     expect("stretch" not in unchanged, "one column times 10 changes the direction of the row")
-    expect("shift" in unchanged, "x + 5 has a mean that is 5 more, and the mean is taken off")
-    expect("double" in unchanged, "2 * x has twice the spread, and the spread is divided out")
-    expect("both" in unchanged, "3 * x - 7 is a positive factor and a shift: both go")
-    return "where the row lay and how large it was are forgotten"
+    expect("shift" in unchanged, "the mean of x + 5 is 5 more, and the mean is subtracted")
+    expect("double" in unchanged, "2 * x has twice the spread, and the row is divided by its spread")
+    expect("both" in unchanged, "3 * x - 7 is a positive factor and a shift: both are removed")
+    return "the mean and the size of a row are forgotten"
 
 
 SUSPECTS = {

@@ -19,6 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
+from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from PIL import Image
 
@@ -609,6 +610,92 @@ def twins(word, where, rows, positions):
 
 
 # 03 Normalize a vector
+
+
+def norm_steps(row, weight, bias):
+    """The bars of a row [D]: as it is, centered, scaled, and after weight and bias [D]."""
+    centered = row - row.mean()
+    scaled = centered / centered.std()
+    steps = {
+        "the row": row,
+        "centered": centered,
+        "scaled": scaled,
+        "after weight and bias": scaled * weight + bias,
+    }
+    told = "; ".join(
+        f"{name}: {', '.join(f'{value:g}' for value in values)}" for name, values in steps.items()
+    )
+    columns = [str(i) for i in range(len(row))]
+    style = {"height": 190, "name": "D width", "numbers": "g", "share": "row"}
+    return bars([*steps.items()], columns, across=2, alt=f"Bars of {told}.", **style)
+
+
+def eps_curves():
+    """The spread of a row after layer norm against its variance, for three ways to add eps."""
+    variances = np.logspace(-9, 0, 60)
+    lines = {
+        "eps = 1e-5 inside the root (CLIP)": np.sqrt(variances / (variances + 1e-5)),
+        "eps = 1e-7 inside the root": np.sqrt(variances / (variances + 1e-7)),
+        "eps = 1e-5 outside the root": np.sqrt(variances) / (np.sqrt(variances) + 1e-5),
+    }
+    alt = "Three curves rise from 0 to 1 with the variance. CLIP's is 1/2 at 3e-6; a smaller eps moves "
+    alt += "it left to 3e-8; with eps outside the root the spread is above 3/4 everywhere."
+    panel = ("spread of a row after layer norm", np.log10(variances), lines)
+    return curves([(*panel, "variance of the row before, as a power of ten", "spread")], alt)
+
+
+def on_a_sphere(labels, rows):
+    """Rows [L, 3] in space and where layer norm puts them: on a circle of the sphere of radius root 3."""
+    rows = np.asarray(rows, dtype=float)
+    centered = rows - rows.mean(axis=1, keepdims=True)
+    scaled = centered / centered.std(axis=1, keepdims=True)
+    plane = np.array([[1, -1, 0], [1, 1, -2]]) / np.sqrt([[2], [6]])  # two directions whose rows have mean 0
+    turn = np.linspace(0, 2 * np.pi, 90)
+    circle = np.sqrt(3) * np.stack([np.cos(turn), np.sin(turn)], axis=1)
+    before = {"marker": "o", "linestyle": "", "markerfacecolor": CLEAR, "color": SERIES[2], "markersize": 7}
+    after = before | {"markerfacecolor": SERIES[0], "color": SERIES[0]}
+
+    def draw(figure):
+        space = figure.add_axes([-0.02, -0.06, 0.56, 1.2], projection="3d", computed_zorder=False)
+        height = np.linspace(0, np.pi, 13)
+        ball = [np.outer(np.cos(turn), np.sin(height)), np.outer(np.sin(turn), np.sin(height))]
+        ball.append(np.outer(np.ones(len(turn)), np.cos(height)))
+        space.plot_wireframe(
+            *(np.sqrt(3) * x for x in ball), rstride=15, cstride=1, color=LINE, linewidth=0.5
+        )
+        space.plot(*(circle @ plane).T, color=INK, linewidth=1.6)
+        for start, end in zip(rows, scaled, strict=True):
+            space.plot(*np.stack([start, end]).T, color=FAINT, linewidth=0.9)
+        space.plot(*rows.T, **before)
+        space.plot(*scaled.T, **after)
+        for label, row in zip(labels, rows, strict=True):
+            space.text(row[0], row[1] + 0.2, row[2] + 0.2, label)
+        space.view_init(elev=20, azim=-2)
+        space.set_axis_off()
+        space.set_aspect("equal")
+        flat = figure.add_axes([0.56, 0.08, 0.42, 0.84])
+        flat.set(aspect="equal", xlim=(-2.7, 2.7), ylim=(-2.2, 2.2))
+        flat.set_axis_off()
+        flat.plot(*circle.T, color=INK, linewidth=1.6)
+        for start, end, label in zip(centered @ plane.T, scaled @ plane.T, labels, strict=True):
+            arrow(flat, *start, *(start + 0.94 * (end - start)))
+            flat.plot(*start[:, None], **before)
+            flat.plot(*end[:, None], **after)
+            beside = 1.2 if np.hypot(*start) < np.hypot(*end) else 0.78
+            flat.text(*(beside * end), label, ha="center", va="center")
+        flat.set_title("seen along 1, 1, 1: the centered rows", loc="center", pad=12)
+        space.set_title("the rows in space, D = 3", loc="center", y=0.89)
+        figure.legend(*legend(before, after), loc="lower center", ncols=2)
+
+    def legend(*styles):
+        lines = [Line2D([], [], **style) for style in styles]
+        return lines, ["before", "after layer norm, without weight and bias"]
+
+    alt = (
+        f"The rows of {', '.join(labels)} in three dimensions. Lines lead to a circle on a sphere around 0. "
+    )
+    alt += "Seen along the direction 1, 1, 1, each centered row moves straight out or in to the circle."
+    return Picture(draw, 350, alt)
 
 
 # 04 Let tokens attend

@@ -247,12 +247,30 @@ def layer_norm_in_place(x, weight, bias):
     return normed(x, weight, bias)
 
 
+def layer_norm_without_keepdims(x, weight, bias):
+    return (x - x.mean(axis=-1)) / np.sqrt(x.var(axis=-1) + 1e-5) * weight + bias
+
+
+def layer_norm_of_squares(x, weight, bias):
+    centered = x - x.mean(axis=-1, keepdims=True)
+    return centered / np.sqrt((x * x).mean(axis=-1, keepdims=True) + 1e-5) * weight + bias
+
+
+WRONG["check_scaled"] = [
+    ([-3, -1, -1, -1, 0, 0, 2, 4], "that is the centered row"),
+    ([-0.75, -0.25, -0.25, -0.25, 0, 0, 0.5, 1], "not by the variance"),
+    ([1, 2, 2, 2, 2.5, 2.5, 3.5, 4.5], "mean is not subtracted"),
+    ([-1.403, -0.468, -0.468, -0.468, 0, 0, 0.935, 1.871], "not by 7"),
+    ([-1.5, -0.5, -1, -0.5, 1, 0, 0, 1], "come later"),
+    ([-1.5, -0.5, -0.5, -0.5, 0, 0, 1, 2.5], "first difference"),
+    ([-1.5, -0.5, 0, 1, 2], "eight numbers"),
+]
 WRONG["check_layer_norm"] = [
     (layer_norm_with(ddof=1), "not by D - 1"),
     (layer_norm_with(outside=True), "inside the root"),
     (layer_norm_with(outside=True, ddof=1), "Annotated Transformer"),
     (layer_norm_with(eps=0), "eps is missing"),
-    (layer_norm_with(center=False), "mean is not taken off"),
+    (layer_norm_with(center=False), "mean is not subtracted"),
     (layer_norm_with(axis=-2), "the axis is -1"),
     (layer_norm_with(axis=None), "each row has its own"),
     (lambda x, weight, bias: normed(x, weight), "bias is not in it"),
@@ -261,14 +279,17 @@ WRONG["check_layer_norm"] = [
     (lambda x, weight, bias: normed(x.astype(float), weight, bias), "float64"),
     (lambda x, weight, bias: normed(x[0], weight, bias), "shape"),
     (layer_norm_in_place, "writes into its input"),
+    (layer_norm_without_keepdims, "keepdims=True"),
+    (layer_norm_of_squares, "only after centering"),
+    (lambda x, weight, bias: (normed(x.astype(float)) + bias) * weight, "before the weight"),
 ]
 WRONG["check_unchanged"] = [
     ({"shift", "double", "both", "negate"}, "never negative"),
     ({"shift", "double", "both", "reverse"}, "backwards"),
     ({"shift", "double", "both", "stretch"}, "direction"),
-    ({"double", "both"}, "mean is taken off"),
-    ({"shift"}, "spread is divided out"),
-    ({"shift", "double"}, "both go"),
+    ({"double", "both"}, "mean is subtracted"),
+    ({"shift"}, "divided by its spread"),
+    ({"shift", "double"}, "both are removed"),
 ]
 WRONG["check_suspects"] = [
     ({"A": "eps", "B": "unbiased", "C": "mean", "D": "outside"}, "A is not 'eps': try rows"),
