@@ -9,7 +9,8 @@ Read in this order:
 - port (the reference with a change), faults and catalogue (the known bugs)
 - gradients (the same for a port's backward pass)
 - target, runs, search (which faults explain a port's features), agreement (whether the features agree)
-- comparison (which stage diverges first), notes and display (how a comparison reads)
+- coarseness (a port's precision or quantized weights), comparison (which stage diverges first), notes and
+  display (how a comparison reads)
 - slips, products, slip_search (mistakes in the weights of one layer), noise (quantized weights), dropout
 - dump (find bugs one after the other), verdict, describe, conclusions (how a diagnosis reads)
 - which_states, states_search, states_diagnosis (the same for hidden states), diagnosis

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from minclip.arrays import as_array
-from minclip.params import keep, text_dtype
+from minclip.params import keep
 from minclip.porting import display, gradients
-from minclip.porting.agreement import Agreement, agree
 from minclip.porting.alignment import Alignment, align
+from minclip.porting.coarseness import Coarseness, find_coarseness, tolerances, tolerances_under
 from minclip.porting.faults import Fault
 from minclip.porting.layouts import Match, crop
 from minclip.porting.names import rename, unpack
@@ -24,26 +24,19 @@ from minclip.porting.port_files import read_port
 from minclip.porting.probe import as_trace, read_probe
 from minclip.porting.rounding import (
     PRECISIONS,
-    UNIT,
-    UNMEASURED,
-    allowed,
     coarser,
     distances,
     holds,
     host_params,
-    named_precision,
-    possible_precisions,
     ratio,
     relative_l2,
-    rounding_of,
     run,
 )
-from minclip.porting.runs import Runs
-from minclip.porting.search import Search
-from minclip.porting.stages import LOOKED_UP, PRODUCTS, STREAM, axes, entries, is_product, part_of, text_of
-from minclip.porting.target import Target
+from minclip.porting.stages import LOOKED_UP, STREAM, axes, entries, part_of, text_of
 from minclip.porting.which_states import Which, states_of
 from minclip.tracing import Trace
+
+WRONG = ("diverges", "shape")  # states of a stage with an error of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +69,14 @@ class Stage:
     new: Any = None
     new_tolerance: Any = None
     state: str = ""
+
+    def allowing(self, tolerance: float, new: float) -> Stage:
+        """Return the stage with at least these tolerances."""
+        if self.error is None:
+            return self
+        return dataclasses.replace(
+            self, tolerance=max(self.tolerance, tolerance), new_tolerance=max(self.new_tolerance, new)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the stage as plain values."""
@@ -164,18 +165,28 @@ class Comparer:
         self.text = None if text is None else text[:, : self.tokens.shape[1]]
         self.order = [name for name in reference if name in self.pairs or name in alignment.misfits]
         self.backwards = reference.gradient is not None
-        self.agreement: Agreement | None = None
-        self.measured: Any = {}
+        self.measured: dict[str, Stage] = {}
+        self.coarseness = Coarseness(agrees=False)
 
     def compare(self) -> Comparison:
         """Return the comparison."""
-        stages = self.measured = self.measure_all()
-        precision, agrees = self.decide(stages)
+        self.measured = self.measure_all()
+        self.coarseness = find_coarseness(self)
+        judged = judge(self.with_coarseness(), self.final if self.coarseness.agrees else None)
+        if self.coarseness.refuted and all(stage.state not in WRONG for stage in judged.values()):
+            judged[self.final] = dataclasses.replace(judged[self.final], state="diverges")
+        explain = self.explain_gradients if self.backwards else self.explain_states
+        return Comparison(judged, self, explain(judged))
+
+    def with_coarseness(self) -> dict[str, Stage]:
+        """Return the measured stages, with tolerances that allow what the port's coarseness does."""
+        stages, precision, noise = self.measured, self.coarseness.precision, self.coarseness.noise
         if precision is not None:
             stages = {name: self.with_tolerance(stage, precision) for name, stage in stages.items()}
-        judged = judge(stages, self.final if agrees else None)
-        explain = self.explain_gradients if self.backwards else self.explain_states
-        return Comparison(judged, self, precision, explain(judged))
+        if noise is None:
+            return dict(stages)
+        limits = tolerances_under(noise, self.reference)
+        return {name: stage.allowing(*limits.get(name, (0.0, 0.0))) for name, stage in stages.items()}
 
     def explain_gradients(self, stages: Mapping[str, Stage]) -> list[Fault]:
         """Return the known bugs of backward passes that explain every difference of a port's gradients."""
@@ -237,65 +248,6 @@ class Comparer:
         shown = (name for name in reversed(self.order) if name in self.pairs and STREAM.search(name))
         return next(shown, None)
 
-    def decide(self, stages: Mapping[str, Stage]) -> tuple[str | None, bool]:
-        """Return the precision that the port computes in, if found, and whether its last stages agree."""
-        if self.final is None:
-            return None, False
-        if self.rtol is not None:
-            return None, bool(stages[self.final].error <= self.rtol)
-        precision = self.precision_of_features() if self.can_ask_for_features() else self.precision_of_final()
-        if precision is None or not self.is_plausible(precision, stages):
-            self.agreement = None
-            return None, False
-        return precision, True
-
-    def precision_of_final(self) -> str | None:
-        """Return the finest precision whose rounding explains the error of the last stage, or None."""
-        stage = self.measured[self.final]
-        digits = stage.precision if self.dtype is None else named_precision(self.dtype)
-        coarse = PRECISIONS[PRECISIONS.index(digits) :] if self.dtype is None else [digits]
-        fitting = (p for p in coarse if stage.error <= tolerances(self.reference, self.final, p, None)[0])
-        return next(fitting, None)
-
-    def can_ask_for_features(self) -> bool:
-        """Tell whether the port's features can be judged as `diagnose` judges them."""
-        reference, params = self.reference, self.reference.params
-        if params is None or reference.tap is not None or self.final != "text_features":
-            return False
-        return text_dtype(params) != np.float64 and len(self.tokens) > 0
-
-    def precision_of_features(self) -> str | None:
-        """Return the precision at which the features agree, as `diagnose` finds it, or None."""
-        params: Any = self.reference.params
-        features = self.pairs[self.final][1]
-        target = Target(params, self.tokens, features, self.dtype)
-        if self.dtype is None:  # the reference's own numbers may be coarse as well
-            target.precisions = possible_precisions(features, at_least=self.measured[self.final].precision)
-        found = agree(Search(target, Runs(target)))
-        if found is None or found.judgment.finding.faults or found.shows_a_fault:
-            return None
-        self.agreement = found
-        return found.precision
-
-    def is_plausible(self, precision: str, stages: Mapping[str, Stage]) -> bool:
-        """Tell whether the port may compute in a precision that is coarser than its numbers show.
-
-        Then no stage after a matrix product agrees to a much finer precision, the looked-up parameters
-        agree, and most products add an error of their own.
-        """
-        shown = self.measured[self.final].precision
-        if self.dtype is not None or precision in ("float64", "float32", shown):
-            return True
-        finer = [s for s in stages.values() if s.error is not None and s.precision != precision]
-        if any(s.error > s.tolerance for s in finer if s.stage in LOOKED_UP):
-            return False
-        allowed = {s.stage: tolerances(self.reference, s.stage, precision, None) for s in finer}
-        if any(s.error <= s.tolerance < allowed[s.stage][0] / 20 for s in finer if is_product(s.stage)):
-            return False
-        products = [s for s in finer if part_of(s.stage) in PRODUCTS and s.new is not None]
-        exact = [s for s in products if s.new <= s.new_tolerance < allowed[s.stage][1] / 20]
-        return len(exact) <= len(products) / 2
-
 
 @np.errstate(all="ignore")
 def measure(name, reference, port, text):
@@ -322,19 +274,6 @@ def measure(name, reference, port, text):
         "nan": nan,
         "error": error,
     }
-
-
-def tolerances(reference: Trace, name: str, precision: str, rtol: float | None) -> tuple[float, float]:
-    """Return the relative L2 errors allowed at a stage: with all earlier rounding, and by itself."""
-    if name == "eot":
-        return 0.0, 0.0
-    if rtol is not None:
-        return rtol, rtol
-    measured = (rounding_of if reference.gradient is None else gradients.rounding_of)(reference, precision)
-    if measured is None or name not in measured:
-        return UNMEASURED * UNIT[precision], UNMEASURED * UNIT[precision]
-    inherited, own = measured[name]
-    return allowed(inherited, precision), allowed(own, precision)
 
 
 def precision_of(name: str, reference: Any, port: Any) -> str:
@@ -428,15 +367,15 @@ class Comparison:
     notes: list[str]
     faults: list[Fault]
 
-    def __init__(self, stages: dict[str, Stage], compared: Any, precision: str | None, faults: list[Fault]):
+    def __init__(self, stages: dict[str, Stage], compared: Any, faults: list[Fault]):
         self.stages, self.faults = stages, faults
         self.order = list(compared.reference)
         self.pairs, self.text = compared.pairs, compared.text  # for a page of it
         self.missing = [name for name in compared.reference if name not in stages]
-        self.new = [name for name, stage in stages.items() if stage.state in ("diverges", "shape")]
+        self.new = [name for name, stage in stages.items() if stage.state in WRONG]
         self.first = self.new[0] if self.new else None
         self.verdict = verdict_on(self, compared)
-        self.notes = list(notes_on(self, compared, precision))
+        self.notes = list(notes_on(self, compared))
 
     @property
     def agrees(self) -> bool:

@@ -9,7 +9,7 @@ from minclip.arrays import as_array
 from minclip.porting.agreement import agree
 from minclip.porting.conclusions import agrees, known, seen_through, unknown
 from minclip.porting.dump import StagewiseSearch
-from minclip.porting.noise import EXACT, Noise, find_noise, noise_diagnosis
+from minclip.porting.noise import find_noise, is_sure, noise_diagnosis
 from minclip.porting.runs import Runs
 from minclip.porting.search import Search
 from minclip.porting.slip_search import slips_of_features
@@ -114,11 +114,6 @@ def explained_by_pair(search: Search, dump: StagewiseSearch | None, doubtful: Di
     if dump:
         dump.explain_failure(diagnosis)
     return diagnosis
-
-
-def is_sure(noise: Noise) -> bool:
-    """Tell whether quantization explains the error so well that no pair of bugs need be tried first."""
-    return not noise.faults or noise.alike >= EXACT
 
 
 def has_slip(finding: Finding) -> bool:

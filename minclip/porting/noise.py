@@ -296,6 +296,11 @@ def find_noise(search: Search) -> Noise | None:
     return NoiseSearch(search).find()
 
 
+def is_sure(noise: Noise) -> bool:
+    """Tell whether quantization explains the error so well that no pair of bugs need be tried first."""
+    return not noise.faults or noise.alike >= EXACT
+
+
 def noise_diagnosis(search: Search, noise: Noise) -> Diagnosis:
     """Return the verdict where quantization explains the port, alone or beside faults."""
     target, summary = search.target, noise.candidate.summary

@@ -15,7 +15,9 @@ def verdict_on(comparison, compared):
     if first is None:
         shown = [stage for stage in stages.values() if stage.state != "stray"]
         coarsest = max((stage.precision or PRECISIONS[0] for stage in shown), key=PRECISIONS.index)
-        within = f"rtol {rtol:g}" if rtol is not None else f"the rounding of {coarsest}"
+        noise = compared.coarseness.noise
+        rounding = noise.candidate.format.summary if noise else coarsest
+        within = f"rtol {rtol:g}" if rtol is not None else f"the rounding of {rounding}"
         count = (
             f"{len(shown)} of {len(comparison.order)} {compared_with} were compared, all are within {within}"
         )
@@ -27,13 +29,13 @@ def verdict_on(comparison, compared):
     return f"diverges first at {at}{first}: relative error {error:.2g}{times}"
 
 
-def notes_on(comparison, compared, precision):
+def notes_on(comparison, compared):
     """Return the notes of a comparison."""
     for fault in comparison.faults:
         yield f"{fault.id} explains every difference: {fault.summary}. Remedy: {fault.remedy}"
     if comparison.first:
         yield from notes_on_first(comparison, compared)
-    yield from notes_on_precision(comparison, compared, precision)
+    yield from notes_on_coarseness(comparison, compared)
     yield from notes_on_names(comparison, compared)
     yield from notes_on_reading(comparison, compared)
     yield from notes_on_gaps(comparison, compared)
@@ -91,13 +93,16 @@ def whereabouts(name, reference, port, text, limit):
             yield f"in {word} {listed([str(i) for i in wrong], most=8)} of 0 to {len(sizes) - 1} only"
 
 
-def notes_on_precision(comparison, compared, precision):
-    """Return sentences on a precision coarser than the port's numbers show, and on what it may hide."""
-    found = compared.agreement
-    if comparison.first is None and precision in ("float16", "bfloat16"):
-        if precision != compared.measured[compared.final].precision:
-            name = {"float16": "float16 or TF32"}.get(precision, precision)
-            yield f"the errors are those of {name}: does the port compute, or store its weights, in {name}?"
+def notes_on_coarseness(comparison, compared):
+    """Return sentences on arithmetic or weights coarser than the port's numbers show, and what they hide."""
+    coarse, found = compared.coarseness, compared.coarseness.agreement
+    name = {"float16": "float16 or TF32"}.get(coarse.precision, coarse.precision)
+    shown = compared.final and compared.measured[compared.final].precision
+    if coarse.precision in ("float16", "bfloat16") and coarse.precision != shown:
+        errors = "the errors" if coarse.agrees else "most stages' own errors"
+        yield f"{errors} are those of {name}: does the port compute, or store its weights, in {name}?"
+    if coarse.noise:
+        yield from notes_on_noise(coarse.noise)
     if found and found.seen:
         seen = found.seen[0]
         yield (
@@ -106,6 +111,16 @@ def notes_on_precision(comparison, compared, precision):
         )
     if found and found.hidden:
         yield f"too small to see at {found.precision}: {listed([fault.id for fault in found.hidden], 12)}"
+
+
+def notes_on_noise(noise):
+    """Return sentences on quantized weights, a bug beside them, and bugs too small to see under them."""
+    summary = noise.candidate.summary
+    yield f"{summary} explain {noise.size:.2g} of the features' error; the error allowed follows them"
+    for fault in noise.faults:
+        yield f"the rest of the features' error is {fault.id} ({fault.summary})"
+    if noise.hidden:
+        yield f"too small to be excluded under it: {listed([fault.id for fault in noise.hidden], 12)}"
 
 
 def notes_on_names(comparison, compared):

@@ -10,7 +10,11 @@ import torch
 
 import minclip
 from minclip.model import softmax
-from minclip.porting import layouts, names, probe, stages
+from minclip.params import as_params
+from minclip.porting import layouts, names, probe, rounding, stages
+from minclip.porting.noise import PARTS, Candidate
+from minclip.porting.quantization import FORMATS
+from minclip.porting.rounding import host_params
 from tests.support.oracles import openai_model, random_params, random_tokens, transformers_model
 
 SIZES = dict(width=128, layers=3, embed=48, context=20, vocabulary=99)
@@ -462,3 +466,65 @@ def test_the_picture_has_a_shape_for_every_stage():
     assert "currentColor" in page  # words and frame follow the page, light or dark
     for state in ("agrees", "not in the port"):
         assert f">{state}</text>" in page
+
+
+# What is allowed follows the port's coarseness.
+
+
+def coarse_port(round_all, bug=None):
+    """A dump of a port with coarse weights or arithmetic, float32 outside, with a stage replaced."""
+    params, tap_through = round_all
+    kept = {}
+
+    def tap(name, array):
+        array = bug(name, array, kept) if bug else array
+        kept[name] = tap_through(array)
+        return kept[name]
+
+    minclip.encode_text(params, TOKENS, tap=tap)
+    kept["text_features"] = kept["pooled"] @ params["text_projection"]
+    return kept
+
+
+def in_bfloat16():
+    def round_it(array):
+        return rounding.round_to(array, "bfloat16")
+
+    return as_params(PARAMS).map(round_it), round_it
+
+
+def with_int8_weights():
+    kind = next(kind for kind in FORMATS if kind.id == "int8-row")
+    return Candidate(kind, PARTS[1]).apply(host_params(PARAMS), TOKENS), lambda array: array
+
+
+def no_mask(name, array, kept):
+    return kept[name.replace("masked", "scores")] if name.endswith("attn.masked") else array
+
+
+def one_norm_left_out(name, array, kept):
+    return kept[f"{BLOCK}residual"] if name == f"{BLOCK}ln_2" else array
+
+
+@pytest.mark.parametrize("coarse", [in_bfloat16, with_int8_weights])
+def test_correct_stages_of_a_coarse_port_are_not_called_wrong(coarse):
+    compared = minclip.compare(REFERENCE, coarse_port(coarse()))
+    assert compared.agrees, compared
+    assert {stage.state for stage in compared.stages.values()} == {"agrees"}, compared
+    said = {in_bfloat16: "the rounding of bfloat16", with_int8_weights: "int8 weights, one scale a row"}
+    assert said[coarse] in compared.verdict
+
+
+@pytest.mark.parametrize("coarse", [in_bfloat16, with_int8_weights])
+def test_a_bug_of_a_coarse_port_is_found_at_its_stage(coarse):
+    compared = minclip.compare(REFERENCE, coarse_port(coarse(), one_norm_left_out))
+    assert compared.first == f"{BLOCK}ln_2", compared
+    states = [stage.state for stage in compared.stages.values()]
+    assert set(states[: states.index("diverges")]) == {"agrees"}
+
+
+def test_the_bug_beside_quantized_weights_is_named():
+    compared = minclip.compare(REFERENCE, coarse_port(with_int8_weights(), no_mask))
+    assert compared.first.endswith(("attn.masked", "attn.weights")), compared
+    assert any("M1" in note for note in compared.notes)
+    assert any("int8 weights" in note for note in compared.notes)
