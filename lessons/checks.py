@@ -2670,3 +2670,141 @@ def check_fixes(fixes):
         raise NotImplementedError
     all_six(fixed)
     return "six encoders, every stage of each"
+
+
+# 20 Feed a diffusion model
+
+
+def without_mask():
+    """A tap that lets every position see all others."""
+    kept = {}
+
+    def tap(name, array):
+        if name.endswith("scores"):
+            kept["scores"] = array
+        return kept["scores"] if name.endswith("masked") else array
+
+    return tap
+
+
+@exercise
+def check_rows_after(rows_after):
+    params = minclip.load()
+    tokens = minclip.tokenize(["a cat", "two dogs in the rain"], pad=49407)[:, :12]
+    stages = minclip.trace(params, tokens)
+    blocks = ["embedding", *(name for name in stages if name.removeprefix(BLOCK).isdigit())]
+    final = [params[f"ln_final.{name}"].astype(float) for name in ("weight", "bias")]
+
+    def after(skip, norm):
+        x = stages[blocks[len(blocks) - 1 - skip]].astype(float)
+        return normed(x, *final) if norm else x
+
+    for skip, norm in ((0, True), (1, False), (1, True), (2, False), (len(blocks) - 1, False)):
+        told = f"skip={skip}, norm={norm}"
+        try:
+            x = call(rows_after, params, tokens, skip, norm)
+        except KeyError as error:
+            raise Wrong(
+                f"{told}: no stage is called {error}; skip all blocks, and the embedding is left"
+            ) from None
+        like(x, stages["embedding"].shape, cause=f"{told}; every row is wanted, the padding's too")
+        misses = {
+            f"{told}: ln_final is missing": after(skip, False),
+            f"{told}: no ln_final is wanted": after(skip, True),
+        }
+        for other, cause in (
+            (skip + 1, "that is one block too few"),
+            (skip - 1, "that is one block too many"),
+        ):
+            if 0 <= other < len(blocks):
+                misses |= {
+                    f"{told}: {cause}": after(other, norm),
+                    f"{told}: {cause}, and norm": after(other, not norm),
+                }
+        right = after(skip, norm)
+        equal(
+            x, right, {cause: value for cause, value in misses.items() if not close(value, right, 1e-4)}, 1e-3
+        )
+        like(x, stages["embedding"].shape, np.float32)
+    return "five states of one tower"
+
+
+PADDING = {  # what may change: the stage, the rows, and whether the mask is there
+    "features": ("text_features", slice(None), True),
+    "states of the words": ("ln_final", slice(0, 7), True),
+    "states of the padding": ("ln_final", slice(7, None), True),
+    "features without the mask": ("text_features", slice(None), False),
+    "states of the words without the mask": ("ln_final", slice(0, 7), False),
+}
+
+
+@exercise
+def check_padding(changes):
+    expect(isinstance(changes, set | list | tuple), "a set of names was wanted, such as {'features'}")
+    said, params = set(changes), minclip.load()
+    expect(said <= set(PADDING), f"the names are: {', '.join(PADDING)}")
+    zero, end = (minclip.tokenize("a photo of a cat", pad=pad) for pad in (0, 49407))
+    for name, (stage, rows, mask) in PADDING.items():
+        tap = None if mask else without_mask()
+        a, b = (minclip.trace(params, tokens, tap=tap)[stage][0, ..., rows, :] if stage == "ln_final"
+                else minclip.trace(params, tokens, tap=tap)[stage] for tokens in (zero, end))  # fmt: skip
+        changed = not close(a, b, 1e-4)
+        why = {
+            ("features", False): "the end of text sees no padding",
+            ("states of the words", False): "no word sees what comes after it",
+            ("states of the padding", True): "each of these rows starts from the padding's own embedding",
+            ("features without the mask", True): "now the end of text reads the padding",
+            ("states of the words without the mask", True): "now each word reads the padding",
+        }[name, changed]
+        expect((name in said) == changed, f"the {name} {'change' if changed else 'do not change'}: {why}")
+    return "padding is free for whoever reads one row, and not for whoever reads all"
+
+
+@exercise
+def check_to_skip(to_skip):
+    for tool, setting, wanted, cause in (
+        ("diffusers SD 1", None, 0, "without a setting nothing is skipped: the last state"),
+        ("diffusers SD 1", 1, 1, "entry -(1 + 1) of the list is one block before the last"),
+        ("diffusers SD 1", 2, 2, "entry -(2 + 1) is two blocks before the last"),
+        ("webui SD 1", None, 0, "its setting starts at 1, the last state"),
+        ("webui SD 1", 1, 0, "it counts states from the end, and 1 is the last: nothing is skipped"),
+        ("webui SD 1", 2, 1, "2 is the last but one"),
+        ("diffusers SDXL", None, 1, "without a setting it takes entry -2, the last but one"),
+        ("diffusers SDXL", 1, 2, "entry -(1 + 2) is two blocks before the last"),
+        ("diffusers SDXL", 2, 3, "entry -(2 + 2) is three blocks before the last"),
+    ):
+        said = call(to_skip, tool, setting)
+        expect(isinstance(said, int | np.integer), f"a number of blocks was wanted, not {said!r}")
+        expect(said == wanted, f"{tool}, {setting}: {said}, and {wanted} was wanted; {cause}")
+    return "three tools, one number"
+
+
+@exercise
+def check_patches(patches):
+    rng = np.random.default_rng(20)
+    for size, side in ((2, 6), (4, 8)):
+        images = rng.standard_normal((2, 3, side, side)).astype(np.float32)
+        count = side // size
+        x = call(patches, images, size)
+        like(x, (2, count**2, 3 * size**2), cause="(B, patches, numbers of a patch)")
+        truth = np.zeros(x.shape)
+        for b, row, column in np.ndindex(2, count, count):
+            numbers = [
+                images[b, c, row * size + i, column * size + j]
+                for c in range(3) for i in range(size) for j in range(size)
+            ]  # fmt: skip
+            truth[b, row * count + column] = numbers
+        grid = images.reshape(2, 3, count, size, count, size)
+        misses = {
+            "a reshape alone cuts strips, not squares: split both sides first": images.reshape(x.shape),
+            "the patches go column by column: row by row is wanted": grid.transpose(0, 4, 2, 1, 3, 5),
+            "within a patch the colors come last: all of one color first": grid.transpose(0, 2, 4, 3, 5, 1),
+            "each patch is turned on its side: rows before columns": grid.transpose(0, 2, 4, 1, 5, 3),
+            "split a side into (patches, size), not into (size, patches)":
+                images.reshape(2, 3, size, count, size, count).transpose(0, 3, 5, 1, 2, 4),
+            "the colors come before the patches: move their axis":
+                images.reshape(2, 3, count, size, count, size).transpose(0, 1, 2, 4, 3, 5),
+        }  # fmt: skip
+        equal(x, truth, {cause: value.reshape(x.shape) for cause, value in misses.items()})
+        like(x, truth.shape, np.float32)
+    return "squares, row by row: an image is a sentence of patches"

@@ -986,7 +986,7 @@ def pairs_by_cosine(rows):
             passed = same > other
             ax.text(-0.78, at, text, transform=ax.get_yaxis_transform(), va="center")
             ax.hlines(at, min(same, other), max(same, other), color=FAINT, linewidth=1)
-            ax.plot(other, at, "D", markersize=6, color=SERIES[1], label="foil: another meaning")
+            ax.plot(other, at, "D", markersize=6, color=SERIES[3], label="foil: another meaning")
             ax.plot(same, at, "o", markersize=9, markerfacecolor="none", markeredgewidth=2, color=SERIES[0],
                     label="paraphrase: the same meaning")  # fmt: skip
             sign = "✓" if passed else "✗"
@@ -1184,3 +1184,45 @@ def lights(found):
     outside = ", ".join(f"{name} {found.stages[name].state}" for name in others)
     alt = f"Blocks against stages; the first divergence is {found.first}. Outside the blocks: {outside}."
     return traffic_lights([f"block {name.split('.')[-1]}" for name in names], COLUMNS, states, alt)
+
+
+# 20 Feed a diffusion model
+
+
+def two_towers():
+    """The text tower and the image tower, one above the other: their blocks are the same."""
+    text = (
+        "ids",
+        "embedding\n+ positions",
+        "blocks,\nwith the mask",
+        "ln_final",
+        "row of the end\n@ projection",
+    )
+    image = ("pixels", "patches @ W,\nclass row first,\n+ positions, norm", "blocks,\nno mask", "ln_post",
+             "row 0\n@ projection")  # fmt: skip
+
+    def draw(figure):
+        ax = blank(figure, [0.008, 0.02, 0.984, 0.96], (0, 100), (0, 30))
+        frame = {"fill": False, "edgecolor": FAINT, "linewidth": 1, "linestyle": (0, (3, 3))}
+        ax.add_patch(Rectangle((35.6, 1.2), 17.2, 26.6, **frame))
+        ax.text(44.2, 29.2, "the same block", ha="center", va="center", color=FAINT)
+        left, width = (7, 17.5, 37.2, 57, 69.5), (7.5, 16.8, 14, 9, 14.5)
+        for name, labels, y in (("text", text, 19.6), ("image", image, 3)):
+            ax.text(0, y + 3.4, name, va="center", weight="bold")
+            for i, label in enumerate(labels):
+                box(ax, left[i], y, width[i], 6.8, label, lit=i == 2)
+                arrow(ax, left[i] + width[i] + 0.2, y + 3.4, (*left, 87)[i + 1] - 0.3, y + 3.4)
+            ax.text(87.4, y + 3.4, "features", va="center")
+            letters(ax, 91.7, y + 0.6, "BE")
+        ax.plot([63.4, 63.4], [19.4, 15.3], color=FAINT, linewidth=1)
+        arrow(ax, 63.4, 15.3, 68.8, 15.3)
+        ax.text(69.5, 15.3, "all rows: the states that\na diffusion model reads", va="center")
+        letters(ax, 66, 13.2, "BLD")
+
+    alt = (
+        "Two towers. Text: ids, embedding plus positions, blocks with the mask, ln_final; the row of the end "
+        "times the projection gives features, and all rows are states for a diffusion model. Image: pixels, "
+        "patches times W with a class row first, plus positions, norm; the same blocks without a mask, "
+        "ln_post; row 0 times the projection gives features."
+    )
+    return Picture(draw, 230, alt)

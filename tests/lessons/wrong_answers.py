@@ -1369,3 +1369,78 @@ WRONG["check_fixes"] = [
     ({"D": lambda port: port.weights("text_projection", lambda weight: weight.T)}, "still to do: A, B, C"),
     ({"G": features_from_elsewhere}, "the letters are A to F"),
 ]
+
+# 20 Feed a diffusion model
+
+
+def tower_states(params, tokens, skip, norm, *, off=0, final=True, names=None):
+    stages = minclip.trace(params, tokens)
+    names = names or ["embedding", *(name for name in stages if name.split(".")[-1].isdigit())]
+    x = stages[names[max(0, len(names) - 1 - skip + off)]]
+    return checks.normed(x, params["ln_final.weight"], params["ln_final.bias"]) if norm and final else x
+
+
+def cut_patches(images, size, order=(0, 2, 4, 1, 3, 5), swap=False):
+    B, C, side, _ = images.shape
+    n = side // size
+    shape = (B, C, size, n, size, n) if swap else (B, C, n, size, n, size)
+    return images.reshape(shape).transpose(order).reshape(B, n * n, -1)
+
+
+def skip_by(n_of):
+    def to_skip(tool, setting):
+        return n_of[tool](setting)
+
+    return to_skip
+
+
+RIGHT_SKIP = {
+    "diffusers SD 1": lambda n: n or 0,
+    "webui SD 1": lambda n: (n or 1) - 1,
+    "diffusers SDXL": lambda n: (n or 0) + 1,
+}
+WRONG["check_rows_after"] = [
+    (lambda p, t, skip, norm: tower_states(p, t, skip, norm, off=-1), "one block too few"),
+    (lambda p, t, skip, norm: tower_states(p, t, skip, norm, final=False), "ln_final is missing"),
+    (lambda p, t, skip, norm: tower_states(p, t, skip, True), "no ln_final is wanted"),
+    (lambda p, t, skip, norm: tower_states(p, t, skip, norm)[:, :5], "every row is wanted"),
+    (
+        lambda p, t, skip, norm: (
+            tower_states(p, t, skip, norm) if skip < 3 else minclip.trace(p, t)[f"transformer.resblocks.{-1}"]
+        ),
+        "the embedding is left",
+    ),
+    (lambda p, t, skip, norm: tower_states(p, t, skip, norm, off=skip > 1), "one block too many"),
+]
+WRONG["check_padding"] = [
+    ({"states of the padding"}, "features without the mask change"),
+    ({"features", "states of the padding", "features without the mask"}, "features do not change"),
+    (
+        {"states of the words", "states of the padding", "features without the mask",
+         "states of the words without the mask"},
+        "no word sees what comes after",
+    ),
+    ({"features without the mask", "states of the words without the mask"}, "states of the padding change"),
+    ({"states of the padding", "features without the mask"}, "each word reads the padding"),
+    ({"states"}, "the names are"),
+]  # fmt: skip
+WRONG["check_to_skip"] = [
+    (skip_by({**RIGHT_SKIP, "diffusers SDXL": lambda n: n or 0}), "entry -2, the last but one"),
+    (skip_by({**RIGHT_SKIP, "diffusers SDXL": lambda n: n or 1}), "entry -(1 + 2)"),
+    (skip_by({**RIGHT_SKIP, "webui SD 1": lambda n: n or 0}), "1 is the last"),
+    (skip_by({**RIGHT_SKIP, "diffusers SD 1": lambda n: (n or 0) + 1}), "nothing is skipped"),
+    (skip_by({**RIGHT_SKIP, "diffusers SD 1": lambda n: -(n or 0)}), "entry -(1 + 1)"),
+    (skip_by({**RIGHT_SKIP, "diffusers SD 1": lambda n: n}), "returns None"),
+]
+WRONG["check_patches"] = [
+    (lambda images, size: images.reshape(len(images), -1, 3 * size**2), "cuts strips"),
+    (lambda images, size: cut_patches(images, size, (0, 4, 2, 1, 3, 5)), "column by column"),
+    (lambda images, size: cut_patches(images, size, (0, 2, 4, 3, 5, 1)), "the colors come last"),
+    (lambda images, size: cut_patches(images, size, (0, 2, 4, 1, 5, 3)), "on its side"),
+    (
+        lambda images, size: cut_patches(images, size, (0, 3, 5, 1, 2, 4), swap=True),
+        "not into (size, patches)",
+    ),
+    (lambda images, size: cut_patches(images, size, (0, 1, 2, 4, 3, 5)), "move their axis"),
+    (lambda images, size: cut_patches(images, size)[:, :, ::-1][:, 1:], "(B, patches, numbers of a patch)"),
+]
