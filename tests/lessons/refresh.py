@@ -23,7 +23,7 @@ LESSONS = Path(__file__).resolve().parents[2] / "lessons"
 PAGE = Path(__file__).resolve().parents[1] / "support" / "page.png"
 PAGE_ALT = "The top of a page to click through: words against stages, and a colored strip for each vector"
 METADATA = {
-    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
     "language_info": {
         "codemirror_mode": {"name": "ipython", "version": 3},
         "file_extension": ".py",

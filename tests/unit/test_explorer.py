@@ -4,7 +4,6 @@ import base64
 import html.parser
 import json
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ import pytest
 import minclip
 from minclip import cli
 from minclip.explorer import compare_page, run
+from tests.support.browsers import chromium
 from tests.support.oracles import random_params, random_tokens
 
 TEXTS = ["a black cat sits on a chair", "a black dog sits on a chair", "two fish"]
@@ -148,15 +148,8 @@ def test_the_command_writes_the_page(tmp_path, capsys):
 
 @pytest.fixture
 def browser():
-    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if not chromium:
-        pytest.skip("no chromium on the path")
-    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-    with sync.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=chromium, args=quiet)
+    with chromium() as started:
         yield started
-        started.close()
 
 
 @pytest.mark.browser
