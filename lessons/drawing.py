@@ -113,15 +113,20 @@ STAGES = (  # key, word in the box, shape that leaves it
 )
 
 
-def pipeline(*lit):
-    """The encoder as a strip, with the stages named in lit (keys of STAGES) filled; "all" fills all."""
+def pipeline(*lit, backward=False):
+    """The encoder as a strip, with the stages named in lit (keys of STAGES) filled; "all" fills all.
+
+    backward turns the arrows round, as gradients go.
+    """
     lit = [key for key, *_ in STAGES] if lit == ("all",) else lit
     left = [1.2 + 9.9 * i for i in range(len(STAGES))]
 
     def skip(ax, start, end):
         """The stream past a branch: up before the norm, over the boxes, down to the plus."""
-        ax.plot([start, start, end], [8.6, 13.6, 13.6], color=FAINT, linewidth=1.4)
-        arrow(ax, end, 13.7, end, 11.8)
+        low, onto = (11.6, 8.6) if backward else (8.6, 11.8)
+        start, end = (end, start) if backward else (start, end)
+        ax.plot([start, start, end], [low, 13.6, 13.6], color=FAINT, linewidth=1.4)
+        arrow(ax, end, 13.7, end, onto)
 
     def draw(figure):
         ax = blank(figure, [0.008, 0.02, 0.984, 0.96], (0, 100), (0, 19))
@@ -133,13 +138,15 @@ def pipeline(*lit):
         for i, (key, label, shape) in enumerate(STAGES):
             box(ax, left[i], 5.6, 7.8, 6, label, lit=key in lit)
             if i < len(STAGES) - 1:
-                arrow(ax, left[i] + 7.9, 8.6, left[i] + 9.8, 8.6)
+                tail, head = (left[i] + 9.8, left[i] + 7.9) if backward else (left[i] + 7.9, left[i] + 9.8)
+                arrow(ax, tail, 8.6, head, 8.6)
             letters(ax, left[i] + 3.9, 3.5, shape)
 
     order = ", ".join(label for _, label, _ in STAGES)
     named = ", ".join(dict.fromkeys(label for key, label, _ in STAGES if key in lit))
     alt = f"The encoder from left to right: {order}. One block, repeated, is from first norm to second add, "
-    return Picture(draw, 124, f"{alt}with a line past each branch to its add. Lit: {named}.")
+    alt += f"with a line past each branch to its add. Lit: {named}."
+    return Picture(draw, 124, f"{alt} All arrows go from right to left." if backward else alt)
 
 
 def letters(ax, x, y, shape, size=9):

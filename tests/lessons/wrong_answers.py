@@ -846,6 +846,13 @@ WRONG["check_layer_norm_backward"] = [
     (lambda dy, x, w: norm_backward(dy, x, w, divided=False), "the division by the deviation"),
     (lambda dy, x, w: norm_backward(dy, x, w, eps=0), "ε belongs into the deviation"),
 ]
+RIGHT_GRADIENTS = {"A": "no 1.702", "B": "right", "C": "gate constant", "D": "right"}
+WRONG["check_gelu_suspects"] = [
+    ({**RIGHT_GRADIENTS, "A": "right"}, "compare it with nudging near x = 1"),
+    ({**RIGHT_GRADIENTS, "C": "no 1.702"}, "the product rule has a second part"),
+    ({**RIGHT_GRADIENTS, "D": "no 1.702"}, "the same at every x"),
+    ({**RIGHT_GRADIENTS, "B": "wrong"}, "is none of"),
+]
 WRONG["check_rows"] = [
     ({"a": {6, 7, 8, 9}, "b": set()}, "where the gradient comes from"),
     ({"a": set(range(6)) | {7, 8, 9}, "b": set()}, "attends to every position before it"),
@@ -923,6 +930,21 @@ WRONG["check_train"] = [
         "one loss for each of 60",
     ),
     (lambda p, t, i, steps, rate, batch: trainer(p, t, i, steps, rate, 8), "with batch=1"),
+]
+
+
+def by_heart(passes, steps=150, rate=5e-3):
+    """A first test that trains and says passes(losses)."""
+    return lambda train, *task: bool(passes(train(*task, steps, rate, len(task[1]))[1]))
+
+
+WRONG["check_first_test"] = [
+    (by_heart(lambda losses: not losses[-1] > 0.2), "NaN passes"),
+    (by_heart(lambda losses: losses[-1] <= losses[0] + 0.1), "a rate of 0 passes"),
+    (by_heart(lambda losses: losses[-1] < losses[0] - 0.5), "random pairs pass"),
+    (by_heart(lambda losses: losses[-1] > losses[0] + 0.5), "steps uphill passes"),
+    (by_heart(lambda losses: losses[-1] < 0.2, steps=5), "the right loop does not pass"),
+    (lambda train, *task: train(*task, 9, 5e-3, 12)[1][-1], "True or False was wanted"),
 ]
 RIGHT_OUTCOMES = {"rate x 10": "worse", "no positions": "about as well", "batch of one": "nothing"}
 WRONG["check_outcomes"] = [
@@ -1269,6 +1291,29 @@ WRONG["check_trim_batch"] = [
     (lambda tokens: [row[: row.argmax() + 1] for row in tokens], "slice the columns"),
     (lambda tokens: tokens, "the last end of text is at 3"),
 ]
+
+
+def next_token(q, k, v, cache, *, scale=0.5, axis=-1, first=True, grows=True):
+    def grown():
+        return {
+            name: np.concatenate([cache[name], new[:, None]], axis=1) for name, new in (("k", k), ("v", v))
+        }
+
+    seen = grown() if first else dict(cache)
+    if grows:
+        cache.update(grown())
+    scores = np.float32(scale) * np.einsum("hk,hjk->hj", q, seen["k"])
+    return np.einsum("hj,hjk->hk", shares(scores, axis) if scores.size else scores, seen["v"])
+
+
+WRONG["check_next_token"] = [
+    (lambda *a: next_token(*a, scale=1), "not divided by the root of K"),
+    (lambda *a: next_token(*a, scale=0.25), "not by K"),
+    (lambda *a: next_token(*a, axis=0), "not over the heads"),
+    (lambda *a: next_token(*a, first=False), "attends to itself, too"),
+    (lambda *a: next_token(*a, grows=False), "the cache stays empty"),
+    (lambda *a: next_token(*a)[None], "the shape is"),
+]
 WRONG["check_count_prefixes"] = [
     (lambda tokens: sum(len(upto(row)) for row in tokens.tolist()), "count a beginning once"),
     (
@@ -1338,6 +1383,15 @@ def features_from_elsewhere(port):
     port.replace("text_features", lambda at: right)
 
 
+SIX_KINDS = {"A": "function", "B": "step", "C": "mask", "D": "step", "E": "end", "F": "step"}
+WRONG["check_hypotheses"] = [
+    ({**SIX_KINDS, "A": "step"}, "no matrix is wrong"),
+    ({**SIX_KINDS, "C": "step"}, "keeps later tokens"),
+    ({**SIX_KINDS, "E": "mask"}, "which row is read"),
+    ({**SIX_KINDS, "F": "function"}, "its error is large"),
+    ({**SIX_KINDS, "B": "bug"}, "is none of"),
+    ({"A": "function"}, "still to do"),
+]
 WRONG["check_first_divergence"] = [
     (divergence_by(lambda a, b, t: relative(a, b) > t), "every comparison with NaN"),
     (
