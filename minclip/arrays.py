@@ -89,6 +89,20 @@ def as_array(value: Any) -> Any:
     return array.astype(np.float32) if array.dtype.name.startswith(LACKING) else array  # ml_dtypes', from JAX
 
 
+def float_dtype(dtype: Any) -> np.dtype[Any]:
+    """Return float16, float32 or float64 as a NumPy dtype. Raise ValueError for any other."""
+    for known in ("float16", "float32", "float64"):
+        if dtype is not None and str(dtype).removeprefix("torch.") == known:
+            return np.dtype(known)
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found not in ("float16", "float32", "float64"):
+        raise ValueError(f"dtype must be 'float16', 'float32' or 'float64', not {dtype!r}")
+    return found
+
+
 def matmul_transposed(x: Any, weight: Any) -> Any:
     """Return x @ weight.T, as one product of two matrices: BLAS computes that faster than a stack of them."""
     rows = x.reshape(-1, x.shape[-1])
@@ -115,7 +129,8 @@ def normalize(features: Floats) -> Floats:
     [[0.6, 0.8], [0.0, 0.0]]
     """
     if not hasattr(features, "dtype") or features.dtype.kind != "f":
-        raise ValueError("features must be a floating-point array, such as encode_text returns")
+        given = getattr(features, "dtype", type(features).__name__)
+        raise ValueError(f"features must be an array of floats, such as encode_text returns, not {given}")
     x = to_float32(features)
     x = x / nonzero(abs(x).max(axis=-1, keepdims=True))  # first, so that squares neither overflow nor vanish
     x = x / nonzero((x * x).sum(axis=-1, keepdims=True) ** 0.5)

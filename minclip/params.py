@@ -13,6 +13,7 @@ EPS = 1e-5  # torch.nn.LayerNorm's default, which OpenAI keeps
 ACTIVATIONS = ("quick_gelu", "gelu")
 BLOCK = "transformer.resblocks."
 TEXT_TOWER = ("token_embedding.", "positional_embedding", BLOCK, "ln_final.", "text_projection")  # prefixes
+PARAMS = "params must be a mapping from names to arrays, such as minclip.load returns"
 END_OF_TEXT = 49407  # the last id of OpenAI's vocabulary
 
 # The arrays of the public functions. With params on the GPU they are CuPy's, which NumPy's types cannot say.
@@ -118,11 +119,19 @@ def input_of_block(i: int) -> str:
     return f"{BLOCK}{i - 1}" if i else "embedding"
 
 
+def check_mapping(value: Any, wanted: str) -> None:
+    """Raise TypeError, which says what is wanted, where value is no mapping."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{wanted}, not {type(value).__name__}")
+
+
 def architecture(params: Mapping[str, Any]) -> tuple[int, int, str]:
     """Return (layers, heads, activation): from names and shapes, from a Params, or as OpenAI has them.
 
-    Raises ValueError where params lacks the embeddings or the final norm, or holds no float arrays.
+    Raises TypeError where params is no mapping, ValueError where it lacks the embeddings or the final norm,
+    or holds no float arrays.
     """
+    check_mapping(params, PARAMS)
     for name in ("token_embedding.weight", "positional_embedding", "ln_final.weight"):
         if name not in params:
             raise ValueError(f"params has no {name!r}: give another dialect to minclip.from_state_dict first")
@@ -165,6 +174,7 @@ def check_skip(layers: int, skip: int) -> None:
 
 def check_projection(params: Mapping[str, Any]) -> None:
     """Raise ValueError where params has no text projection, and so makes no features."""
+    check_mapping(params, PARAMS)
     if "text_projection" not in params:
         raise ValueError(
             "params has no 'text_projection', so there are no text features: minclip.hidden_states gives "
@@ -182,10 +192,10 @@ def check_tokens(
     Raises ValueError where tokens are no integers [..., L], L from 1 to the context length, or an id is
     outside the vocabulary. Warns about rows without an end-of-text id.
     """
-    tokens = tokens.get() if type(tokens).__module__.startswith("cupy") else np.asarray(tokens)
     V, context = params["token_embedding.weight"].shape[0], params["positional_embedding"].shape[0]
-    if tokens.dtype.kind not in "iu":
-        raise ValueError(f"tokens must be integers, such as minclip.tokenize returns, not {tokens.dtype}")
+    tokens = as_ids(tokens)
+    if tokens.shape == (0,):  # of no texts, as [] is
+        tokens = tokens.reshape(0, context)
     if tokens.ndim == 0 or not 1 <= tokens.shape[-1] <= context:
         shape = list(tokens.shape)
         raise ValueError(f"tokens must be [..., L], L from 1 to the context length {context}, not {shape}")
@@ -197,6 +207,21 @@ def check_tokens(
     tokens = tokens.reshape(math.prod(leading), tokens.shape[-1])
     warn_about_unended(tokens, largest.ravel(), V, getattr(params, "eot", None), stacklevel + 1)
     return tokens, leading
+
+
+def as_ids(tokens: Any) -> Tokens:
+    """Return tokens as a NumPy array of integers. Raise ValueError, with the remedy, where they are none."""
+    if isinstance(tokens, list) and not tokens:
+        return np.empty(0, np.int32)
+    wanted = "tokens must be integers, such as minclip.tokenize returns"
+    try:
+        ids = tokens.get() if type(tokens).__module__.startswith("cupy") else np.asarray(tokens)
+    except ValueError:
+        raise ValueError(f"{wanted}, not rows of different lengths: pad them") from None
+    if ids.dtype.kind not in "iu":
+        kinds = {"U": "text: give minclip.tokenize(texts)", "O": type(tokens).__name__}
+        raise ValueError(f"{wanted}, not {kinds.get(ids.dtype.kind, ids.dtype)}")
+    return ids
 
 
 def warn_about_unended(

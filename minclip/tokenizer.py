@@ -25,7 +25,7 @@ import numpy as np
 import regex
 from numpy.typing import ArrayLike
 
-from minclip.params import Tokens
+from minclip.params import Tokens, as_ids
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
@@ -60,6 +60,9 @@ def tokenize(
     if isinstance(texts, bytes | bytearray) or not hasattr(texts, "__iter__"):
         raise TypeError(f"texts must be a str or a list of str, not {type(texts).__name__}")
     texts = [texts] if isinstance(texts, str) else list(texts)
+    if not isinstance(context_length, int | np.integer):
+        kind = type(context_length).__name__
+        raise TypeError(f"context_length must be an int, not {kind}: give several texts as a list")
     if context_length < 2:
         raise ValueError(
             f"context_length must be at least 2, for the start and end ids, not {context_length}"
@@ -85,7 +88,7 @@ def decode(tokens: ArrayLike) -> list[str]:
 
     The inverse of `tokenize`, except for cleaning: texts come back in lower case, with a space after each
     piece. Each row is read up to its first end id. Bytes that are not UTF-8 become U+FFFD.
-    Raises ValueError for an id outside the vocabulary.
+    Raises ValueError for tokens that are no integers, or an id outside the vocabulary.
 
     >>> decode(tokenize(["A photo", "of a cat!"]))
     ['a photo', 'of a cat !']
@@ -93,7 +96,7 @@ def decode(tokens: ArrayLike) -> list[str]:
     pieces, byte_of = spellings(), {c: b for b, c in byte_characters().items()}
     start, end = vocabulary()[START], vocabulary()[END]
     texts = []
-    for row in np.atleast_2d(np.asarray(tokens)).tolist():
+    for row in np.atleast_2d(as_ids(tokens)).tolist():
         ids = row[: row.index(end)] if end in row else row
         if not all(0 <= id < len(pieces) for id in ids):
             raise ValueError(f"token ids must be from 0 to {len(pieces) - 1}, not {min(ids)} to {max(ids)}")

@@ -148,6 +148,8 @@ def gradient_of_features(trace: Trace, gradient: Any) -> Floats:
     Without a text projection the features are the pooled rows [B, D].
     Raises ValueError where the trace is not of `trace`, is in float16, or has features of another shape.
     """
+    if not isinstance(trace, Trace):
+        raise TypeError(f"the trace must be one that minclip.trace returned, not {type(trace).__name__}")
     if trace.params is None or trace.tokens is None:
         raise ValueError("the trace has no params or tokens: give one that minclip.trace returned")
     features = trace["text_features" if "text_projection" in trace.params else "pooled"]

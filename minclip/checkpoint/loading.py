@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from minclip.arrays import as_array
+from minclip.arrays import as_array, float_dtype
 from minclip.checkpoint import dialects
 from minclip.checkpoint.recompose import recomposed, without_wrappers
 from minclip.checkpoint.sources import Source, fetched, open_tower
 from minclip.checkpoint.tensor_files import Stored, all_finite
 from minclip.gpu.device import to_gpu, working_cupy
-from minclip.params import Params
+from minclip.params import Params, check_mapping
 
 Float = np.float16 | np.float32 | np.float64
 READERS = min(4, os.cpu_count() or 1)  # threads: NumPy and zlib release Python's lock
@@ -42,6 +42,7 @@ def from_state_dict(
     >>> from_state_dict(other, activation="quick_gelu").heads
     2
     """
+    check_mapping(state_dict, "state_dict must be a mapping from names to tensors (minclip.load reads files)")
     config: dict[str, Any] = {"activation": activation, "heads": heads}
     projection = None
     if isinstance(state_dict, Params):
@@ -93,9 +94,7 @@ def load(
     """
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device must be 'cpu' or 'cuda', not {device!r}")
-    wanted = np.dtype(dtype or ("float16" if device == "cuda" else "float32"))
-    if wanted.name not in ("float16", "float32", "float64"):
-        raise ValueError(f"dtype must be float16, float32 or float64, not {wanted}")
+    wanted = float_dtype(dtype or ("float16" if device == "cuda" else "float32"))
     if device == "cuda":
         working_cupy()  # an error comes before a download
     path = fetched(source, text_only)
@@ -126,7 +125,7 @@ def to_params(
     activation = config.get("activation")
     if activation is None:
         raise ValueError(
-            "no config beside it tells the activation: pass activation= (--activation), 'quick_gelu' for "
+            "no config tells the activation: pass activation= (--activation), 'quick_gelu' for "
             "OpenAI's weights (Stable Diffusion 1, clip_l), 'gelu' for most of OpenCLIP's (clip_g)"
         )
     spoiled: dict[str, bool] = {}  # a parameter's name: whether its source was finite

@@ -12,7 +12,7 @@ import safetensors.numpy
 from minclip.arrays import as_array
 from minclip.checkpoint.loading import from_state_dict
 from minclip.checkpoint.tensor_files import only_when_whole
-from minclip.params import Params
+from minclip.params import Params, check_mapping
 
 OTHER_FORMATS = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle", ".npz", ".npy", ".gguf", ".onnx", ".h5"}
 OTHER_FORMATS |= {".msgpack", ".tflite", ".mlmodel", ".pb", ".zip", ".json"}
@@ -32,6 +32,7 @@ def save(params: Mapping[str, object], path: str | os.PathLike[str]) -> None:
     ...     minclip.load(pathlib.Path(folder, "model.safetensors")).activation
     'quick_gelu'
     """
+    check_mapping(params, "give minclip.save(params, path): params must be a mapping from names to arrays")
     suffix = Path(path).suffix.lower()
     if suffix in OTHER_FORMATS:
         raise ValueError(

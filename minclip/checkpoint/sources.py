@@ -56,6 +56,8 @@ def fetched(source: Source, text_only: bool | None = None) -> Source:
     text_only   whether to download the text tower alone. None means $MINCLIP_TEXT_ONLY; without it, a text
                 tower that is there already is used, and else the complete file is downloaded
     """
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"source must be the name of a model or a path, not {type(source).__name__}")
     if str(source).startswith("hf:"):
         return download_from_hub(str(source))
     if source not in available_models():
@@ -127,10 +129,13 @@ HUB_NAMES = {  # OpenAI's models on the Hugging Face hub
 def why_missing(name: str) -> str:
     """Return one line for a name that is no file: the nearest name that works, and how to get the files."""
     models = ["builtin", *available_models()]
-    on_hub = HUB_NAMES.get(name.lower())
+    near = difflib.get_close_matches(name.lower(), HUB_NAMES, n=1, cutoff=0.8)
+    on_hub = HUB_NAMES[near[0]] if near else None
     hint = on_hub or nearest_model(name, models)
     line = f"no file, folder or model {dialects.shown(name)}{f'; did you mean {hint}?' if hint else '.'}"
-    if on_hub or (re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not hint and Path(name).suffix not in SUFFIXES):
+    if name.lower() in HUB_NAMES or (
+        re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not hint and Path(name).suffix not in SUFFIXES
+    ):
         line += by_hand(name)
     return f"{line} The models are {', '.join(models)}"
 

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from minclip.arrays import as_array
+from minclip.arrays import as_array, float_dtype
 from minclip.arrays import normalize as normalize_rows
 from minclip.corpus.lines import check_lines, file_stamp, name_of, read_texts, readable_twice
 from minclip.corpus.progress import reporting
@@ -202,6 +202,8 @@ def encode_stream(
     >>> sum(len(features) for features in encode_stream(minclip.load(), texts))
     5000
     """
+    if isinstance(texts, str | bytes):
+        raise TypeError("texts must be an iterable of str, not one text: give a list")
     tokens = tokenize_ahead(in_chunks(texts, chunk), context_length(params), truncate)
     encode = encode_chunks or functools.partial(map, functools.partial(encode_text, params))
     for features in encode(tokens):
@@ -211,14 +213,6 @@ def encode_stream(
 def context_length(params: Mapping[str, Any]) -> int:
     """Return how many tokens a text may have."""
     return len(params["positional_embedding"])
-
-
-def float_dtype(dtype: Any) -> np.dtype:
-    """Return dtype as a NumPy dtype. Raise ValueError where it is no floating-point one."""
-    dtype = np.dtype(dtype)
-    if dtype.kind != "f":
-        raise ValueError(f"rows are float16, float32 or float64, not {dtype}")
-    return dtype
 
 
 def fingerprint(params: Mapping[str, Any]) -> str:

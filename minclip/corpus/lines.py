@@ -33,6 +33,11 @@ def readable_twice(
     with contextlib.ExitStack() as stack:
         if isinstance(source, str | os.PathLike):
             source = stack.enter_context(open(source, "rb"))
+        elif not hasattr(source, "seekable"):
+            kind = type(source).__name__
+            raise TypeError(
+                f"source must be a path or an open binary file, not {kind}: encode_stream takes texts"
+            )
         file: Any = source
         if not file.seekable():
             try:
@@ -82,7 +87,7 @@ def check_length(text: str, context: int, where: str) -> None:
     ids = len(tokenizer.encode(text)) + 2
     if ids > context:
         raise ValueError(
-            f"{where}: {ids} tokens long, start and end included, and the context holds {context}: "
+            f"{where} is {ids} tokens long, start and end included, but the context holds {context}: "
             "shorten it, or truncate it with truncate=True (--truncate)"
         )
 

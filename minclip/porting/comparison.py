@@ -421,4 +421,6 @@ def compare_files(
         if features.shape != expected.shape or relative_l2(features, expected, axis=None) > 1e-2:
             raise ValueError(f"{probe} was written with another model than the one given")
     arrays = read_port(port, reference.tokens)
+    if "known" in arrays and not reference.roundings:
+        raise ValueError(f"{port} is a probe: give it first, and then the port")
     return compare(reference, rename(arrays, names or {}), rtol=rtol, dtype=dtype)

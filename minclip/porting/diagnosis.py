@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from minclip.arrays import as_array
+from minclip.params import PARAMS, as_ids, check_mapping
 from minclip.porting.agreement import agree
 from minclip.porting.conclusions import agrees, known, seen_through, unknown
 from minclip.porting.dump import StagewiseSearch
@@ -57,9 +58,10 @@ def diagnose(
     >>> diagnosis.verdict, diagnosis.findings[0].faults[0].id
     ('known', 'A1')
     """
-    output = as_array(output)
+    tokens, output = as_ids(tokens), as_array(output)
+    check_mapping(params, PARAMS)
     trace, told = without_texts(trace, tokens)
-    if is_states(params, as_array(tokens), output):
+    if is_states(params, tokens, output):
         of_states = diagnose_states(
             params, tokens, output, skip=skip, norm=norm, dtype=dtype, budget=budget, trace=trace
         )

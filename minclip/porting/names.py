@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from minclip.arrays import as_array
-from minclip.params import BLOCK
+from minclip.params import BLOCK, check_mapping
 
 # A block's stages in other implementations, after the block's number: OpenAI, OpenCLIP, Hugging Face, timm,
 # MLX, Keras and Flax. ".input" is how `minclip.trace_torch` names a module's input.
@@ -147,10 +147,9 @@ def rename(port: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
 def unpack(port: Mapping[str, Any]) -> dict[str, Any]:
     """Return a port's dump as a flat dict of arrays on the host: tuples and stacks get a number each.
 
-    Raises ValueError where the port is no mapping.
+    Raises TypeError where the port is no mapping.
     """
-    if not hasattr(port, "items"):
-        raise ValueError(f"a port is a mapping from stage name to array, not {type(port).__name__}")
+    check_mapping(port, "the port must be a mapping from stages to arrays (minclip.diagnose takes features)")
     arrays: dict[str, Any] = {}
     for name, value in port.items():
         stacked = name.endswith(("hidden_states", "attentions")) and not isinstance(value, (tuple, list))

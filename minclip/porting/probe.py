@@ -11,7 +11,7 @@ import numpy as np
 
 from minclip.arrays import as_array
 from minclip.checkpoint.tensor_files import only_when_whole, read_safetensors
-from minclip.params import Tokens, as_params
+from minclip.params import Tokens, as_params, check_mapping
 from minclip.porting import probe_file
 from minclip.porting.rounding import PRECISIONS, rounding_of
 from minclip.porting.tokens.probe import TEXTS
@@ -114,6 +114,9 @@ def read_probe(path: str | os.PathLike[str]) -> Trace:
 
 def as_trace(dump: Mapping[str, Any]) -> Trace:
     """Return a `Trace` of any mapping of stages, such as the arrays that `write_probe` wrote."""
+    check_mapping(dump, "the reference must be a mapping from stages to arrays, as minclip.trace returns")
+    if "token_embedding.weight" in dump:
+        raise ValueError("the reference holds parameters, not stages: minclip.check_weights compares weights")
     other = ("tokens", "texts", "ids")
     stages = {name: array for name, array in dump.items() if name not in other and name[:9] != "rounding."}
     if "known" in dump:

@@ -29,6 +29,8 @@ def trace_torch(torch_model: Any, tokens: Any, *, grad: Any = None) -> dict[str,
     >>> stages["0"].shape, stages["1"].shape
     ((1, 2, 4), (1, 2, 3))
     """
+    if not hasattr(torch_model, "named_modules"):
+        raise TypeError(f"the model must be a torch.nn.Module, not {type(torch_model).__name__}")
     torch = sys.modules["torch"]  # imported already, or there were no torch model
     recorder = Recorder(torch.Tensor)
     ids = torch.as_tensor(as_array(tokens)).long().to(next(torch_model.parameters()).device)

@@ -111,7 +111,7 @@ def test_encode_with_a_saved_model(tmp_path):
 @pytest.mark.parametrize(
     ("args", "status", "says"),
     [
-        (["encode", "a cat", "cat " * 99], 1, "text 2: 101 tokens long"),
+        (["encode", "a cat", "cat " * 99], 1, "text 2 is 101 tokens long"),
         (["encode", "--file", "nowhere.txt"], 1, "minclip: nowhere.txt: No such file or directory"),
         (["encode", "--file", "."], 1, "minclip: .: Is a directory"),
         (["encode", "--file", os.devnull], 1, f"minclip: {os.devnull} is empty: give one text a line"),

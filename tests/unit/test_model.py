@@ -273,5 +273,5 @@ def test_normalize_gives_unit_rows_and_leaves_zero_rows(dtype):
 
 
 def test_normalize_asks_for_floats():
-    with pytest.raises(ValueError, match="floating-point array"):
+    with pytest.raises(ValueError, match="array of floats"):
         minclip.normalize([[1, 2]])

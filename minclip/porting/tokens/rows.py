@@ -34,6 +34,8 @@ def read_rows(texts: Any, ids: Any) -> tuple[list[str], list[list[int] | None]]:
     """
     if isinstance(texts, str):
         texts, ids = [texts], [ids] if is_flat(ids) else ids
+    if ids is None:
+        raise TypeError("ids must be a list with the ids of each text, not None")
     texts, ids = list(texts), list(ids)
     for i, text in enumerate(texts):
         if not isinstance(text, str):

@@ -119,7 +119,7 @@ def test_folders_of_other_formats_are_told_apart(file, reason, tmp_path):
 
 def test_a_folder_without_a_config_loads_once_the_activation_is_given(tmp_path):
     folder = hugging_face_folder(tmp_path / "model", config=None)
-    with pytest.raises(ValueError, match="no config beside it tells the activation"):
+    with pytest.raises(ValueError, match="no config tells the activation"):
         minclip.load(folder)
     assert_same(minclip.load(folder, activation="gelu", heads=4), PARAMS)
     save_file(contiguous(PARAMS), folder / "other.safetensors")

@@ -88,7 +88,7 @@ def test_a_stream_of_texts_is_taken_as_it_is_needed(params):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        (b"word " * 76, "78 tokens long, start and end included, and the context holds 77"),
+        (b"word " * 76, "78 tokens long, start and end included, but the context holds 77"),
         ("é̂".encode() * 70, "tokens long"),
         (b"pi\xf1ata", "not UTF-8 at byte 2"),
         (b"x" * 2**19, "longer than"),
@@ -98,7 +98,7 @@ def test_a_bad_line_is_named_before_anything_is_encoded(params, tmp_path, output
     path = tmp_path / "captions.txt"
     path.write_bytes(b"a cat\n" * 36 + line + b"\na dog\n")
     counts = count_encoded(monkeypatch)
-    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}, line 37: .*{re.escape(says)}"):
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}, line 37\\b.*{re.escape(says)}"):
         encode_file(params, path, output)
     assert counts == []
     assert files(tmp_path) == ["captions.txt"]

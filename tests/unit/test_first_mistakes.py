@@ -1,0 +1,179 @@
+"""The mistakes that people make first: each is answered in one line, with the place and the remedy."""
+
+import numpy as np
+import pytest
+import torch
+
+import minclip
+
+PARAMS = minclip.load()
+TOKENS = minclip.tokenize(["a cat", "two dogs"])
+FEATURES = minclip.encode_text(PARAMS, TOKENS)
+TRACE = minclip.trace(PARAMS, TOKENS)
+
+MISTAKES = {
+    "text for tokens": (
+        lambda: minclip.encode_text(PARAMS, "a cat"),
+        "tokens must be integers, such as minclip.tokenize returns, not text: give minclip.tokenize(texts)",
+    ),
+    "no tokens": (
+        lambda: minclip.encode_text(PARAMS, None),
+        "tokens must be integers, such as minclip.tokenize returns, not NoneType",
+    ),
+    "ragged tokens": (
+        lambda: minclip.encode_text(PARAMS, [[49406, 320, 49407], [49406, 49407]]),
+        "not rows of different lengths: pad them",
+    ),
+    "tokens that were divided": (
+        lambda: minclip.encode_text(PARAMS, TOKENS / 1),
+        "tokens must be integers, such as minclip.tokenize returns, not float64",
+    ),
+    "tokens first": (
+        lambda: minclip.encode_text(TOKENS, PARAMS),
+        "params must be a mapping from names to arrays, such as minclip.load returns, not ndarray",
+    ),
+    "a name for params": (
+        lambda: minclip.fast.Encoder("ViT-B/32"),
+        "params must be a mapping from names to arrays, such as minclip.load returns, not str",
+    ),
+    "a state_dict of torch": (
+        lambda: minclip.encode_text({name: torch.tensor(a) for name, a in PARAMS.items()}, TOKENS),
+        "params must hold float arrays, not torch.Tensor: minclip.from_state_dict converts",
+    ),
+    "texts as separate arguments": (
+        lambda: minclip.tokenize("a cat", "a dog"),
+        "context_length must be an int, not str: give several texts as a list",
+    ),
+    "bytes": (lambda: minclip.tokenize(b"a cat"), "texts must be a str or a list of str, not bytes"),
+    "a missing caption": (lambda: minclip.tokenize(["a cat", None]), "text 1 must be a str, not NoneType"),
+    "a long caption": (
+        lambda: minclip.tokenize(["a cat", "cat " * 99]),
+        "text 1 is 101 tokens long, start and end included, but the context holds 77: shorten it or pass "
+        "truncate=True: 'cat cat",
+    ),
+    "features for tokens": (
+        lambda: minclip.decode(FEATURES),
+        "tokens must be integers, such as minclip.tokenize returns, not float32",
+    ),
+    "a model's name without its slash": (lambda: minclip.load("ViT-B32"), "did you mean ViT-B/32?"),
+    "a repository's name with a hyphen too many": (
+        lambda: minclip.load("openai/clip-vit-base-patch-32"),
+        "did you mean ViT-B/32?",
+    ),
+    "a repository's name without its owner": (
+        lambda: minclip.load("clip-vit-large-patch14"),
+        "did you mean ViT-L/14?",
+    ),
+    "another repository": (
+        lambda: minclip.load("laion/CLIP-ViT-H-14"),
+        "hf:laion/CLIP-ViT-H-14 downloads it from the Hugging Face hub",
+    ),
+    "torch's name of a device": (
+        lambda: minclip.load("builtin", "cuda:0"),
+        "device must be 'cpu' or 'cuda', not 'cuda:0'",
+    ),
+    "an abbreviated dtype": (
+        lambda: minclip.load(dtype="fp16"),
+        "dtype must be 'float16', 'float32' or 'float64', not 'fp16'",
+    ),
+    "loaded twice": (
+        lambda: minclip.load(PARAMS),
+        "source must be the name of a model or a path, not Params",
+    ),
+    "another spelling of an activation": (
+        lambda: minclip.load(activation="quickgelu"),
+        "activation must be one of quick_gelu, gelu, not 'quickgelu'",
+    ),
+    "a path for a state_dict": (
+        lambda: minclip.from_state_dict("ViT-B-32.pt"),
+        "state_dict must be a mapping from names to tensors (minclip.load reads files), not str",
+    ),
+    "swapped arguments of save": (
+        lambda: minclip.save("model.safetensors", PARAMS),
+        "give minclip.save(params, path): params must be a mapping from names to arrays, not str",
+    ),
+    "torch's suffix": (lambda: minclip.save(PARAMS, "model.pt"), "let it end in .safetensors"),
+    "features for traces": (
+        lambda: minclip.compare(FEATURES, FEATURES),
+        "the reference must be a mapping from stages to arrays, as minclip.trace returns, not ndarray",
+    ),
+    "features for a port's stages": (
+        lambda: minclip.compare(TRACE, FEATURES),
+        "the port must be a mapping from stages to arrays (minclip.diagnose takes features), not ndarray",
+    ),
+    "weights for traces": (
+        lambda: minclip.compare(PARAMS, PARAMS),
+        "the reference holds parameters, not stages: minclip.check_weights compares weights",
+    ),
+    "params for a torch model": (
+        lambda: minclip.trace_torch(PARAMS, TOKENS),
+        "the model must be a torch.nn.Module, not Params",
+    ),
+    "text to diagnose": (
+        lambda: minclip.diagnose(PARAMS, "a cat", FEATURES),
+        "tokens must be integers, such as minclip.tokenize returns, not text: give minclip.tokenize(texts)",
+    ),
+    "features for a trace": (
+        lambda: minclip.backward(FEATURES, FEATURES),
+        "the trace must be one that minclip.trace returned, not ndarray",
+    ),
+    "a list of floats": (
+        lambda: minclip.normalize([[3.0, 4.0]]),
+        "features must be an array of floats, such as encode_text returns, not list",
+    ),
+    "texts for a file": (
+        lambda: minclip.corpus.encode_file(PARAMS, ["a cat"], "features.npy"),
+        "source must be a path or an open binary file, not list: encode_stream takes texts",
+    ),
+    "one text for many": (
+        lambda: next(minclip.corpus.encode_stream(PARAMS, "a cat")),
+        "texts must be an iterable of str, not one text: give a list",
+    ),
+    "a tap that forgets to return": (
+        lambda: minclip.encode_text(PARAMS, TOKENS, tap=lambda name, array: None),
+        "the tap returned None at 'token_embedding': return the array, changed or not",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_answered_in_one_line(mistake):
+    call, answer = MISTAKES[mistake]
+    with pytest.raises((TypeError, ValueError, OSError)) as raised:
+        call()
+    assert answer in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_folder_without_weights_or_without_a_config_says_what_it_needs(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds neither config\.json with model\.safetensors"):
+        minclip.load(tmp_path)
+    np.savez(tmp_path / "model.npz", **PARAMS)
+    with pytest.raises(ValueError, match="no config tells the activation: pass activation="):
+        minclip.load(tmp_path)
+
+
+def test_the_device_may_be_the_second_argument():
+    with pytest.raises(ValueError, match="device"):
+        minclip.load("ViT-B/32", "tpu")
+    assert minclip.load("builtin", "cpu") == PARAMS
+
+
+def test_no_texts_are_no_rows_at_all():
+    assert minclip.tokenize([]).shape == (0, 77)
+    for encode in (minclip.encode_text, minclip.fast.encode_text):
+        assert encode(PARAMS, []).shape == (0, 128)
+    assert minclip.hidden_states(PARAMS, []).shape == (0, 77, 128)
+    assert minclip.fast.Encoder(PARAMS)([]).shape == (0, 128)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, np.float16, "float16", "half"])
+def test_a_dtype_may_be_torchs(dtype):
+    assert minclip.load(dtype=dtype)["ln_final.weight"].dtype == np.float16
+
+
+def test_a_port_before_its_probe_is_pointed_out(tmp_path):
+    np.savez(tmp_path / "port.npz", tokens=minclip.probe_tokens(), text_features=np.ones((7, 128)))
+    minclip.porting.probe.write_probe(tmp_path / "probe.npz", PARAMS, stages="blocks")
+    with pytest.raises(ValueError, match=r"probe\.npz is a probe: give it first, and then the port"):
+        minclip.porting.comparison.compare_files(tmp_path / "port.npz", tmp_path / "probe.npz")
