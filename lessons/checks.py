@@ -1239,6 +1239,27 @@ def clumsy_encoder(params, tokens, stages):
     return port.run(tap)
 
 
+@exercise
+def check_clumsy(mistake):
+    told = {
+        "not scaled": "then the ratio to the right scores would be √K",
+        "by K": "then the scores would be smaller than the right ones",
+        "by √L": "then the ratio would change with the length of the batch",
+    }
+    expect(mistake in (*told, "by √H"), f"{mistake!r} is none of not scaled, by K, by √H, by √L")
+    expect(mistake == "by √H", f"{mistake}: {told.get(mistake)}; divide the wrong scores by the right ones")
+    return "the ratio is √(K / H): the number of heads stands where their width belongs"
+
+
+def progress(encode, params, tokens):
+    """The comparison of the stages that encode shows with the reference's, or None if it shows none."""
+    stages, reference = {}, minclip.trace(params, tokens)
+    with contextlib.suppress(NotImplementedError):
+        encode(params, tokens, stages)
+    shown = {name: array for name, array in stages.items() if name in reference}
+    return minclip.compare(reference, shown) if shown else None
+
+
 def report(found):
     """One line on a comparison: where the first divergence is, after which stage that agrees."""
     if found.first is None:

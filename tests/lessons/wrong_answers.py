@@ -628,6 +628,12 @@ def heads_with(**how):
 
 right_heads = heads_with()
 
+WRONG["check_clumsy"] = [
+    ("not scaled", "the ratio to the right scores"),
+    ("by K", "smaller than the right ones"),
+    ("by √L", "change with the length"),
+    ("by D", "is none of"),
+]
 WRONG["check_heads"] = [
     (heads_with(causal=False), "the future is not masked"),
     (heads_with(scale=1.0), "not divided by"),
