@@ -1447,7 +1447,7 @@ def unit(x):
 def check_similarity(similarity):
     a = np.array([[3, 4, 0], [1, 2, 2]], dtype=np.float32)
     b = np.array([[0, 0, 5], [6, 8, 0], [-2, -1, 2], [4, -3, 0]], dtype=np.float32)
-    cosines = call(similarity, a, b)
+    cosines = attempt(similarity, a, b, slips={"matmul": "the inner sizes differ: transpose the second"})
     like(cosines, (2, 4), cause="(N, E) @ (E, M): the second is transposed")
     truth = [[0, 1, -2 / 3, 0], [2 / 3, 22 / 30, 0, -2 / 15]]
     misses = {
@@ -1459,6 +1459,8 @@ def check_similarity(similarity):
         "divide by the root of the sum of squares, not by the sum of the numbers' sizes": (
             a / abs(a).sum(-1, keepdims=True)
         ) @ (b / abs(b).sum(-1, keepdims=True)).T,
+        "divide by the root of the sum of squares, not by the numbers' sum": (a / a.sum(-1, keepdims=True))
+        @ (b / b.sum(-1, keepdims=True)).T,
         "you divided by column lengths: the axis is -1": unit(a.T).T @ unit(b.T),
         "one length for everything: each row has its own": a @ b.T / np.linalg.norm(a) / np.linalg.norm(b),
     }  # fmt: skip
@@ -1502,6 +1504,7 @@ def check_ensemble(ensemble):
         [[[9, 0, 0], [0, 2, 0]], [[0, 1, 0], [0, 0, 4]], [[0, 0, 2], [0, 3, 0]]], dtype=np.float32
     )
     rows = call(ensemble, features)
+    expect(np.shape(rows) != (3, 2, 3), "the mean over the templates is missing: one row for each word")
     expect(np.shape(rows) != (3, 3), "that is a mean over the words: the templates are the first axis")
     like(rows, (2, 3), cause="(N, E): one row for each word")
     third, fifth = 1 / 3**0.5, 1 / 5**0.5  # a word's directions: one each of x, y, z; two of y and one of z
@@ -1526,6 +1529,10 @@ def check_nearest(nearest):
         got = np.asarray(got)
         expect(got.dtype.kind in "iu", "those are cosines: the places were wanted, argsort instead of sort")
         expect(len(got) == k, f"{k} places were wanted, and {len(got)} came")
+        expect(
+            not np.array_equal(got, abs(table @ query - 1).argsort()[:k]),
+            "the largest products are the nearest, not those close to 1: the query's length is not 1",
+        )
         misses = {
             "those are the farthest: argsort sorts upwards, turn it round": [4, 3, 5][:k],
             "the best comes first: turn the order round": truth[::-1] if k > 1 else [-1],

@@ -938,6 +938,20 @@ def readout(x, eot, labels, features):
 # 10 Compare sentences
 
 
+def similarity_matrix(cosines, texts):
+    """Cosines (B, B) of texts with each other."""
+    off = np.where(np.eye(len(texts), dtype=bool), -2, cosines)
+    told = "; ".join(
+        f"{text}: {texts[i]} {row[i]:.2f}" for text, row, i in zip(texts, off, off.argmax(-1), strict=True)
+    )
+    alt = (
+        f"Cosines of {len(texts)} sentences with each other, 1 on the diagonal. The nearest of each: {told}."
+    )
+    names = ("B texts", "B texts")
+    panels = [("cosine of each pair", cosines)]
+    return heatmaps(panels, texts, texts, names, numbers=".2f", height=560, alt=alt)
+
+
 def rank_change(labels, ranks):
     """A row for each query with its rank under two ways to ask, joined by a line; ranks is {way: ranks}."""
     (first, before), (second, after) = ranks.items()

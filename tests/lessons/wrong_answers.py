@@ -731,6 +731,9 @@ WRONG["check_similarity"] = [
     (lambda a, b: unit(a, 0) @ unit(b, 0).T, "column lengths"),
     (lambda a, b: unit(a.astype(float)) @ unit(b.astype(float)).T, "float64"),
     (lambda a, b: unit(b) @ unit(a).T, "the second is transposed"),
+    (lambda a, b: unit(a) @ unit(b), "the inner sizes differ"),
+    (lambda a, b: a @ b.T / np.linalg.norm(a) / np.linalg.norm(b), "each row has its own"),
+    (lambda a, b: a / a.sum(-1, keepdims=True) @ (b / b.sum(-1, keepdims=True)).T, "the numbers' sum"),
 ]
 WRONG["check_shares_of"] = [
     (lambda x, scale: shares(x * scale), "is a logarithm"),
@@ -752,6 +755,8 @@ WRONG["check_ensemble"] = [
     (lambda features: features.mean(axis=0), "nothing is normalized"),
     (lambda features: unit(unit(features).mean(axis=1)), "mean over the words"),
     (lambda features: unit(unit(features.astype(float)).mean(axis=0)), "float64"),
+    (lambda features: unit(features), "mean over the templates is missing"),
+    (lambda features: unit(unit(features).max(axis=0)), "the first difference"),
 ]
 WRONG["check_nearest"] = [
     (lambda query, table, k: (table @ query).argsort()[:k], "the farthest"),
@@ -759,6 +764,8 @@ WRONG["check_nearest"] = [
     (lambda query, table, k: np.sort(table @ query)[::-1][:k], "places were wanted, argsort"),
     (lambda query, table, k: (table @ query).argsort()[::-1], "places were wanted, and 6 came"),
     (lambda query, table, k: (table @ query).argmax(), "also for k = 1"),
+    (lambda query, table, k: abs(table @ query - 1).argsort()[:k], "the query's length"),
+    (lambda query, table, k: table[(table @ query).argsort()[::-1][:k]], "a list of places was wanted"),
 ]
 
 
