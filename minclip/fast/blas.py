@@ -10,6 +10,8 @@ import os
 import threading
 from contextlib import contextmanager
 
+SMALL_KERNELS = ("SkylakeX", "Cooperlake", "SapphireRapids")  # as OpenBLAS names its sets of kernels
+
 
 class BlasLimit:
     """The limit, if it is set.
@@ -61,6 +63,15 @@ def hold(ready, release):
 
 def most_threads():
     return max((library["num_threads"] for library in blas().info()), default=1)
+
+
+@functools.cache
+def has_small_kernels():
+    """Tell whether BLAS has kernels for small products, which read both matrices where they are.
+
+    OpenBLAS has them for float32 and float64 on x86 processors with AVX-512.
+    """
+    return any(library.get("architecture") in SMALL_KERNELS for library in blas().info())
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from minclip.arrays import to_float32
-from minclip.fast.blas import one_blas_thread
+from minclip.fast.blas import has_small_kernels, one_blas_thread
 from minclip.fast.team import Team
 from minclip.fast.tree import chunks, slices, sort
 from minclip.fast.twigs import grow
@@ -31,7 +31,12 @@ NODES = 4096  # nodes of a chunk: enough to share their beginnings, few enough f
 TEAM_NODES = 512  # up to here the texts are one tree for all threads
 TILE = 2048  # nodes that go through an MLP together: enough for BLAS at its best
 CACHED = 2**17  # numbers of an element-wise step, few enough to stay in the cache from one line to the next
+SMALL_ROWS = 192  # up to here, small products are faster than one, where BLAS has kernels for them
+STRIP = 64  # rows of a small product
+SMALL = 1200  # numbers in the result of a small product: the most that OpenBLAS gives to those kernels
+SMALL_MULTIPLICATIONS = 10**6  # the most of a small product, likewise
 FEW_ROWS = 7  # up to here, one product per row is faster than a product of matrices
+TRANSPOSED_ROWS = 64  # up to here, the transposed product is faster
 GEMV = 2**16  # numbers of a weight that stay in the cache from one row to the next
 
 
@@ -212,17 +217,34 @@ def multiply(x, weight, out):
     """Write x @ weight.T to out, for x [N, in], weight [..., out, in] and out [..., N, out].
 
     For a product of matrices BLAS first copies the weight to a layout of its own, which takes longer than to
-    multiply a few rows. For a product with a vector it does not. So few rows are multiplied one by one, by a
-    block of the weight that stays in the cache meanwhile.
+    multiply a few rows. Kernels for small products do not copy, so some rows are multiplied by a few columns
+    at a time. Where BLAS has no such kernels, a product with a vector does not copy either: few rows are
+    multiplied one by one, by a block of the weight that stays in the cache meanwhile.
     """
-    if len(x) > FEW_ROWS:
+    N, m = x.shape
+    if N <= SMALL_ROWS and has_small_kernels():
+        for rows in slices(N, STRIP):
+            cells = min(SMALL, SMALL_MULTIPLICATIONS // m)
+            blocks, parts = by_columns(weight, out[..., rows, :], cells // (rows.stop - rows.start))
+            np.matmul(x[rows], blocks.swapaxes(-1, -2), out=parts)
+    elif N <= FEW_ROWS:
+        blocks, parts = by_columns(weight, out, GEMV // m)
+        np.matmul(blocks[..., None, :, :], x[:, :, None], out=parts[..., None])
+    elif N <= TRANSPOSED_ROWS:
+        out[...] = (weight @ x.T).swapaxes(-1, -2)
+    else:
         np.matmul(x, weight.swapaxes(-1, -2), out=out)
-        return
+
+
+def by_columns(weight, out, most):
+    """Return weight [..., out, in] and out [..., N, out] as blocks of at most `most` columns of out.
+
+    They are views [..., count, columns, in] and [..., count, N, columns].
+    """
     *stack, n, m = weight.shape
-    count = next(count for count in range(-(-n * m // GEMV), n + 1) if n % count == 0)
-    blocks = weight.reshape(*stack, count, 1, n // count, m)
-    by_block = out.reshape(*stack, len(x), count, n // count).swapaxes(-3, -2)  # (..., count, N, n / count)
-    np.matmul(blocks, x[:, :, None], out=by_block[..., None])
+    count = next(count for count in range(-(-n // max(1, most)), n + 1) if n % count == 0)
+    blocks = weight.reshape(*stack, count, n // count, m)
+    return blocks, out.reshape(*out.shape[:-1], count, n // count).swapaxes(-3, -2)
 
 
 def attend(q, kv, twigs, K, context):

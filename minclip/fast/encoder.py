@@ -21,10 +21,10 @@ class Encoder:
 
     The technique: one text has few rows, so a product mainly reads the weights from memory. Each core reads
     a share of them: some heads of attention, some columns of the MLP. BLAS would copy each weight before it
-    multiplies, so up to seven rows are multiplied one by one, by a block of the weight that stays in the
-    cache. Several texts are one tree: their common beginnings are computed once, and nothing is padded.
-    Attention is causal, so the keys and values of a known beginning need not be computed at all: `warm`
-    keeps those of a template, and the Encoder itself those of the start of text.
+    multiplies, so few rows are multiplied in small products or one by one, which copy nothing. Several texts
+    are one tree: their common beginnings are computed once, and nothing is padded. Attention is causal, so
+    the keys and values of a known beginning need not be computed at all: `warm` keeps those of a template,
+    and the Encoder itself those of the start of text.
 
     params   as `minclip.encode_text` takes them, on the CPU. float32 and float64 arrays are shared, not
              copied: do not change them. Of float16 parameters an Encoder keeps a float32 copy and the token

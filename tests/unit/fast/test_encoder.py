@@ -5,13 +5,14 @@ import pickle
 import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import minclip
 from minclip import fast
-from minclip.fast import Encoder, cpu, team
+from minclip.fast import Encoder, blas, cpu, team
 from minclip.fast.blas import one_blas_thread
 from tests.support.oracles import random_params, relative
 from tests.unit.fast.test_fast import TREES, harsh_params, rows
@@ -37,6 +38,28 @@ def error(encoder, params, tokens):
 def test_gives_the_features_of_the_reference(tokens):
     params = harsh_params()
     assert error(Encoder(params), params, tokens) < 1e-5
+
+
+@pytest.mark.parametrize("small_kernels", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_product_is_exact_for_any_rows_and_share_of_a_weight(monkeypatch, small_kernels, dtype):
+    monkeypatch.setattr(cpu, "has_small_kernels", lambda: small_kernels)
+    rng = np.random.default_rng(0)
+    stack, wide = rng.standard_normal((3, 96, 40)).astype(dtype), rng.standard_normal((31, 300)).astype(dtype)
+    for weight in (stack[:, 32:64], wide[:, 100:200], wide[:7]):
+        for N in (1, 2, 7, 8, 63, 64, 65, 130, 193):
+            x = rng.standard_normal((N, weight.shape[-1])).astype(dtype)
+            out = np.full((*weight.shape[:-2], N + 2, weight.shape[-2]), np.nan, dtype)
+            cpu.multiply(x, weight, out[..., 1:-1, :])
+            assert relative(out[..., 1:-1, :], x @ weight.swapaxes(-1, -2)) < 10 * np.finfo(dtype).eps
+            assert np.isnan(out[..., [0, -1], :]).all()
+
+
+@pytest.mark.parametrize("architecture", ["SkylakeX", "Haswell", None])
+def test_small_kernels_are_known_by_the_name_that_openblas_gives_them(monkeypatch, architecture):
+    library = {"num_threads": 2} | ({"architecture": architecture} if architecture else {})
+    monkeypatch.setattr(blas, "blas", lambda: SimpleNamespace(info=lambda: [library]))
+    assert blas.has_small_kernels.__wrapped__() == (architecture == "SkylakeX")
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
