@@ -665,10 +665,33 @@ def shares(x, axis=-1):
 
 
 @exercise
+def check_possible(possible):
+    """Which of four points can be a mean of values in a softmax's shares; asked by red, cat and the end."""
+    expect(isinstance(possible, dict) and set(possible) == {"red", "cat", "end"}, "a dict: red, cat and end")
+    said = {word: set(letters) for word, letters in possible.items()}
+    for word, letters in said.items():
+        expect(letters <= set("ABCD"), f"{word}: the letters are A to D, such as 'AB'")
+    for word, wrong, cause in (
+        ("red", "ACD", "red has two shares, so its mean is on the line between ⟨start⟩ and red"),
+        ("cat", "B", "on this edge the share of cat would be 0, and a softmax gives no share of exactly 0"),
+        ("cat", "CD", "it is outside of the triangle of ⟨start⟩, red and cat, and ⟨end⟩ is masked"),
+        ("end", "B", "on this edge two shares would be 0, and a softmax gives no share of exactly 0"),
+        ("end", "D", "it is outside of all values, and a mean is never outside"),
+    ):
+        for letter in sorted(said[word] & set(wrong)):
+            raise Wrong(f"{word}: {letter} is not possible: {cause}")
+    for word, right in (("red", "B"), ("cat", "A"), ("end", "AC")):
+        missing = sorted(set(right) - said[word])
+        expect(not missing, f"{word}: {' and '.join(missing)} is possible: draw the values that it can see")
+    return "a weighted mean lies between the values"
+
+
+@exercise
 def check_softmax(softmax):
     x = np.array([[[1, 2, 3], [0, 0, 0]], [[-1, 4, 2], [5, 5, -5]]], dtype=np.float32)
-    y = call(softmax, x)
-    like(y, x.shape, cause="keepdims=True keeps the sum as (..., 1)")
+    keepdims = "keepdims=True keeps the maximum and the sum as (..., 1)"
+    y = call(softmax, x, slips={"broadcast": keepdims})
+    like(y, x.shape, cause=keepdims)
     truth = np.zeros(x.shape)
     for i in np.ndindex(2, 2):
         e = [math.exp(value) for value in x[i].tolist()]
@@ -677,48 +700,31 @@ def check_softmax(softmax):
         "the shares sum to 1 down the columns: the axis is -1": shares(x, -2),
         "one sum for everything: each row has its own": np.exp(x) / np.exp(x).sum(),
         "the exponentials are not divided by their sum": np.exp(x),
-        "the maximum was taken off and the rest forgotten: exp, then divide": x - x.max(-1, keepdims=True),
+        "only the maximum is subtracted: exp and the division are missing": x - x.max(-1, keepdims=True),
     }  # fmt: skip
     equal(y, truth, misses)
     like(y, x.shape, np.float32, "float32 in, float32 out")
     large = call(softmax, np.array([[1000, 999, 0], [-1000, -1001, -1000]], dtype=np.float32))
     expect(not np.isnan(large).any(), "NaN: subtract the row maximum before exponentiating")
-    equal(large, [[0.7310586, 0.2689414, 0], [0.4223188, 0.1553624, 0.4223188]])
+    rows = [[0.7310586, 0.2689414, 0], [0.4223188, 0.1553624, 0.4223188]]
+    equal(large, rows, {"one maximum for everything: each row has its own": [rows[0], [0, 0, 0]]})
     hidden = call(softmax, np.array([[2, -np.inf, -np.inf]], dtype=np.float32))
     equal(hidden, [[1, 0, 0]])
     return "shares of sum 1, and no overflow"
 
 
 @exercise
-def check_causal_mask(causal_mask):
-    for L in (4, 1):
-        mask = call(causal_mask, L)
-        like(mask, (L, L))
-        expect(not np.isnan(mask).any(), "NaN: 0 times inf is not a number; build it with triu or where")
-        truth = np.zeros((L, L))
-        for i, j in np.ndindex(L, L):
-            truth[i, j] = -np.inf if j > i else 0
-        expect(
-            not (np.diag(mask) != 0).any(), "the diagonal is forbidden: row 0 would have nothing to attend to"
-        )
-        expect(
-            not np.array_equal(mask, truth.T) or L == 1,
-            "the wrong triangle: later columns are forbidden, j > i",
-        )
-        expect(not (mask == np.inf).any(), "+inf would give a forbidden column the whole share: -inf")
-        expect(not ((mask != 0) == (truth != 0)).all() or np.isinf(mask[truth != 0]).all(),
-               "a finite number only makes a share small: -inf makes it exactly 0")  # fmt: skip
-        equal(mask, truth)
-        like(mask, (L, L), np.float32, "say dtype=np.float32, or scores + mask is float64")
-    return "-inf above the diagonal, 0 elsewhere"
-
-
-@exercise
 def check_attend(attend):
     rng = np.random.default_rng(4)
     q, k, v = (2 * rng.standard_normal((3, 5, 4))).astype(np.float32)
-    context = call(attend, q, k, v)
+    slips = {
+        "broadcast": "keepdims=True keeps the maximum and the sum as (L, 1)",
+        "matmul": "scores are q @ k.T, and the result is weights (L, L) @ v (L, K)",
+    }
+    context = call(attend, q, k, v, slips=slips)
     like(context, (5, 4), cause="(L, L) weights @ (L, K) values")
+    expect(not np.isnan(context).any(), "NaN: 0 times inf is not a number, and neither is the softmax of a "
+           "row of -inf; build the mask with np.where or np.triu(..., 1)")  # fmt: skip
     truth = np.zeros((5, 4))
     for i in range(5):
         e = [math.exp(sum(float(q[i, d]) * float(k[j, d]) for d in range(4)) / 2) for j in range(i + 1)]
@@ -736,10 +742,17 @@ def check_attend(attend):
         "q and k are exchanged: scores are q @ k.T": shares(scores.T + mask) @ v,
         "the wrong triangle is forbidden": shares(scores + mask.T) @ v,
         "the values are not in it: weights @ v": shares(scores + mask) @ k,
+        "each token must also attend to itself: the diagonal is not masked": shares(
+            np.where(np.tri(5, k=-1, dtype=bool), scores, -1e9)
+        ) @ v,
+        "the mask starts one diagonal too late": shares(scores + np.triu(np.full((5, 5), -np.inf), 2)) @ v,
+        "masked scores must be -inf: 0 still gets a share": shares(np.tril(scores)) @ v,
     }  # fmt: skip
     equal(context, truth, misses)
+    large = call(attend, 100 * q, 100 * k, v)
+    expect(not np.isnan(large).any(), "NaN for large scores: subtract the row maximum before exp")
     like(context, (5, 4), np.float32, "a float64 mask or np.sqrt(4) makes the result float64")
-    return "compare, forbid, share out, take the mean"
+    return "scores, mask, softmax, weighted mean"
 
 
 @exercise

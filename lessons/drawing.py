@@ -20,7 +20,7 @@ from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.lines import Line2D
-from matplotlib.patches import FancyBboxPatch, Rectangle
+from matplotlib.patches import FancyBboxPatch, Polygon, Rectangle
 from PIL import Image
 
 import minclip
@@ -706,6 +706,96 @@ def on_a_sphere(labels, rows):
 
 
 # 04 Let tokens attend
+
+
+def causal_attention(q, k):
+    """Scores, masked scores and weights (L, L) of q and k, both (L, K)."""
+    scores = q @ k.T / q.shape[-1] ** 0.5
+    masked = np.where(np.tri(len(q), dtype=bool), scores, -np.inf)
+    e = np.exp(masked - masked.max(axis=-1, keepdims=True))
+    return scores, masked, e / e.sum(axis=-1, keepdims=True)
+
+
+def one_query(words, q, k, v, asks):
+    """One token's query among the keys, its shares, and the mean of the values in these shares, for K = 2."""
+    scores, _, weights = causal_attention(q, k)
+    seen, mean = range(asks + 1), weights[asks] @ v
+    tip = {"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, "mutation_scale": 12}
+
+    def plane(ax, title, points):
+        """Equal axes around points, with lines through 0."""
+        low, high = np.min([*points, (0, 0)], axis=0), np.max([*points, (0, 0)], axis=0)
+        ax.set(aspect="equal", xlim=(low[0] - 0.8, high[0] + 0.9), ylim=(low[1] - 0.7, high[1] + 0.7))
+        ax.axhline(0, color=LINE, linewidth=0.8)
+        ax.axvline(0, color=LINE, linewidth=0.8)
+        ax.set_title(title)
+        for spine in ax.spines.values():
+            spine.set_visible(False)
+        ax.set_xlabel("K head width", color=AXIS["K"], weight="bold")
+
+    def draw(figure):
+        figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.06)
+        left, middle, right = figure.subplots(1, 3, width_ratios=(3, 2.4, 3.4))
+        plane(left, f"keys, and the query of {words[asks]}", [*k, q[asks]])
+        for j, key in enumerate(k):
+            color = SERIES[0] if j in seen else LINE
+            left.annotate("", key, (0, 0), arrowprops=tip | {"color": color, "linewidth": 1.4})
+            left.text(key[0] + 0.12, key[1] + 0.16, words[j], color=INK if j in seen else FAINT)
+        left.annotate("", q[asks], (0, 0), arrowprops=tip | {"color": SERIES[2], "linewidth": 2.4})
+        bold = {"color": SERIES[2], "weight": "bold"}
+        left.text(q[asks][0], q[asks][1] + 0.16, "query", ha="center", **bold)
+        shares = middle.barh(seen, weights[asks, : asks + 1], height=0.6, color=SERIES[0])
+        pairs = zip(weights[asks, : asks + 1], scores[asks], strict=False)
+        told = [f"{share:.2f}  (score {score:.2f})" for share, score in pairs]
+        middle.bar_label(shares, told, padding=3, fontsize=8, color=INK)
+        middle.set_yticks(seen, [words[j] for j in seen])
+        middle.set(xlim=(0, 1.35), xticks=[0, 0.5, 1], title="shares")
+        middle.invert_yaxis()
+        plane(right, "values, and their mean", v)
+        right.add_patch(Polygon(v[: asks + 1], facecolor=SERIES[0], alpha=0.18))
+        for j, value in enumerate(v):
+            if j in seen:
+                right.plot(
+                    *zip(value, mean, strict=True), color=SERIES[0], linewidth=0.5 + 6 * weights[asks, j]
+                )
+            right.plot(*value, "o", markersize=7, color=SERIES[0] if j in seen else LINE)
+            right.text(
+                value[0],
+                value[1] + (0.28 if value[1] else -0.6),
+                words[j],
+                ha="center",
+                color=INK if j in seen else FAINT,
+            )
+        right.plot(*mean, "*", markersize=15, color=SERIES[2])
+        right.text(mean[0] + 0.25, mean[1] + 0.2, "mean", **bold)
+
+    shown = ", ".join(f"{words[j]} {weights[asks, j]:.2f}" for j in seen)
+    alt = f"The query of {words[asks]} among the keys as arrows; the shares {shown}; and the "
+    return Picture(draw, 280, f"{alt}mean of the values in these shares, inside the area between them.")
+
+
+def attention_maps(words, q, k):
+    """Scores, masked scores and weights as three maps, queries down, keys across."""
+    panels = list(zip(("scores", "masked", "weights"), causal_attention(q, k), strict=True))
+    alt = "Scores of every query with every key; the same with the upper triangle hatched; and the weights, "
+    alt += "whose rows sum to 1 and whose upper triangle is 0."
+    return heatmaps(panels, words, words, ("L queries", "L keys"), numbers=".2f", height=270, alt=alt)
+
+
+def score_sheets(kept, labels, head=0):
+    """Scores, masked scores and weights of a trace's first block, and weights of its last, for one head."""
+    L, blocks = len(labels), [name for name in kept if name.count(".") == 2]
+
+    def sheet(block, stage):
+        return kept[f"{block}.attn.{stage}"][0, head, :L, :L]
+
+    panels = [(f"{stage}, first block", sheet(blocks[0], stage)) for stage in ("scores", "masked", "weights")]
+    panels.append(("weights, last block", sheet(blocks[-1], "weights")))
+    alt = (
+        f"Four maps with {L} words on both axes: scores, the same with later words hatched, and the weights "
+    )
+    alt += "of the first and of the last block, in the lower triangle only."
+    return heatmaps(panels, labels, labels, ("L queries", "L keys"), across=2, height=660, alt=alt)
 
 
 # 05 Split into heads

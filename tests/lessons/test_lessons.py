@@ -199,17 +199,9 @@ def test_exercises_follow_the_protocol(path):
         assert solution(notebook, cell)
 
 
-# Lessons whose second edition is still to come. Remove a number when its lesson passes.
-ANSWERS_FIRST = {"04"}
-
-
 @each_lesson
 def test_no_answer_stands_above_its_exercise(path):
-    early = early_answers(read(path))
-    if path.name[:2] in ANSWERS_FIRST:
-        assert early, f"{path.name} passes: remove {path.name[:2]} from ANSWERS_FIRST"
-    else:
-        assert early == []
+    assert early_answers(read(path)) == []
 
 
 def all_checks():

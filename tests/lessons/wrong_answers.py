@@ -312,11 +312,37 @@ def triangle(L, dtype=np.float32):
     return np.triu(np.full((L, L), -np.inf, dtype=dtype), 1)
 
 
+def shares_after(x):
+    e = np.exp(x)
+    return e / np.maximum(e.sum(axis=-1, keepdims=True), 1e-30)
+
+
 def softmax_in_place(x):
     x -= x.max(axis=-1, keepdims=True)
     return shares(x)
 
 
+def attend_without_keepdims(q, k, v):
+    e = np.exp(q @ k.T / 2 + triangle(5))
+    return (e @ v) / e.sum(axis=-1)
+
+
+def attend_without_maximum(q, k, v):
+    e = np.exp(q @ k.T / 2 + triangle(5))
+    return e / e.sum(axis=-1, keepdims=True) @ v
+
+
+WRONG["check_possible"] = [
+    ({"red": "B", "cat": "AB", "end": "AC"}, "the share of cat would be 0"),
+    ({"red": "B", "cat": "A", "end": "ABC"}, "two shares would be 0"),
+    ({"red": "AB", "cat": "A", "end": "AC"}, "red has two shares"),
+    ({"red": "B", "cat": "AC", "end": "AC"}, "⟨end⟩ is masked"),
+    ({"red": "B", "cat": "A", "end": "ACD"}, "never outside"),
+    ({"red": "", "cat": "A", "end": "AC"}, "red: B is possible"),
+    ({"red": "B", "cat": "A", "end": "C"}, "end: A is possible"),
+    ({"red": "E", "cat": "A", "end": "C"}, "letters are A to D"),
+    ("ABC", "a dict"),
+]
 WRONG["check_softmax"] = [
     (lambda x: np.exp(x) / np.exp(x).sum(axis=-1, keepdims=True), "NaN: subtract the row maximum"),
     (lambda x: shares(x, -2), "down the columns"),
@@ -324,15 +350,10 @@ WRONG["check_softmax"] = [
     (lambda x: np.exp(x), "not divided"),
     (lambda x: shares(x.astype(float)), "float64"),
     (lambda x: shares(x)[0], "shape"),
+    (lambda x: np.exp(x - x.max(axis=-1, keepdims=True)) / np.exp(x - x.max()).sum(axis=-1), "keepdims=True"),
+    (lambda x: shares_after(x - x.max()), "one maximum for everything"),
+    (lambda x: x - x.max(axis=-1, keepdims=True), "the division are missing"),
     (softmax_in_place, "writes into its input"),
-]
-WRONG["check_causal_mask"] = [
-    (lambda L: np.triu(np.ones((L, L), dtype=np.float32), 1) * -np.inf, "0 times inf"),
-    (lambda L: np.triu(np.full((L, L), -np.inf, dtype=np.float32)), "diagonal is forbidden"),
-    (lambda L: triangle(L).T, "wrong triangle"),
-    (lambda L: np.triu(np.full((L, L), -1e9, dtype=np.float32), 1), "finite number"),
-    (lambda L: -triangle(L), "+inf"),
-    (lambda L: triangle(L, float), "float64"),
 ]
 WRONG["check_attend"] = [
     (lambda q, k, v: shares(q @ k.T / 2) @ v, "add the mask"),
@@ -344,6 +365,14 @@ WRONG["check_attend"] = [
     (lambda q, k, v: shares(q @ k.T / 2 + triangle(5).T) @ v, "wrong triangle"),
     (lambda q, k, v: shares(q @ k.T / 2 + triangle(5, float)) @ v, "float64"),
     (lambda q, k, v: shares(q @ k.T / 2 + triangle(5)), "weights @ (L, K) values"),
+    (lambda q, k, v: shares(q @ k.T / 2 + np.triu(np.ones((5, 5), "f"), 1) * -np.inf) @ v, "0 times inf"),
+    (lambda q, k, v: shares(q @ k.T / 2 + np.triu(np.full((5, 5), -np.inf, "f"))) @ v, "row of "),
+    (lambda q, k, v: shares(q @ k.T / 2 + np.triu(np.full((5, 5), -1e9, "f"))) @ v, "diagonal is not masked"),
+    (lambda q, k, v: shares(q @ k.T / 2 + np.triu(np.full((5, 5), -np.inf, "f"), 2)) @ v, "too late"),
+    (lambda q, k, v: shares(np.tril(q @ k.T / 2)) @ v, "0 still gets a share"),
+    (lambda q, k, v: shares(q @ k / 2) @ v, "q @ k.T"),
+    (attend_without_keepdims, "keepdims"),
+    (attend_without_maximum, "large scores"),
 ]
 WRONG["check_rows_changed"] = [
     ({3}, "every later row"),
