@@ -2896,7 +2896,7 @@ def check_padding(changes):
             ("states of the words without the mask", True): "now each word reads the padding",
         }[name, changed]
         expect((name in said) == changed, f"the {name} {'change' if changed else 'do not change'}: {why}")
-    return "padding is free for whoever reads one row, and not for whoever reads all"
+    return "padding is free if one row is read, and not if all are"
 
 
 @exercise
