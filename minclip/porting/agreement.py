@@ -19,6 +19,7 @@ from minclip.porting.search import Judgment, Search, exclusive, pair_misfits
 SURE = 6  # standard deviations of the coefficient that show a fault
 POSSIBLE = 3  # standard deviations from 1 that do not exclude one
 TEXTS = 4  # short texts that errors are projected on
+RESEMBLING = 0.3  # the cosine between two errors of the same rounded weights, at least
 EXPLAINED = 0.6  # the share of the error that two faults must explain to be searched for
 
 
@@ -76,12 +77,37 @@ def agree(search: Search) -> Agreement | None:
     """
     finest = search.target.precisions[0]
     for precision in search.target.precisions:
-        clean = search.judge((), "", precision)
-        if clean.fits:
+        if search.judge((), "", precision).fits:
             if precision != finest and UNIT[precision] > UNIT["float32"] and is_explained(search):
                 return None
-            return with_faults(search, precision, clean)
+            named = precision if precision == finest else likelier(search, precision)
+            return with_faults(search, named, search.judge((), "", named))
     return None
+
+
+def resembles_rounding(search: Search, precision: str) -> bool:
+    """Tell whether the port's error points where that of the reference's own run at a precision does."""
+    return alike(search, precision) >= RESEMBLING
+
+
+def alike(search: Search, precision: str) -> float:
+    """Return the cosine between the port's error and the error of the reference's own run at a precision."""
+    target, runs = search.target, search.runs
+    if not target.aligned:
+        return 0.0
+    exact = target.transform(runs.run((), precision="float64"))
+    ours = target.transform(runs.run((), precision=precision)) - exact
+    error = target.features - exact
+    sizes = float(np.linalg.norm(error) * np.linalg.norm(ours))
+    return float((error * ours).sum()) / sizes if sizes else 0.0
+
+
+def likelier(search: Search, precision: str) -> str:
+    """Return bfloat16 in the place of float16 where the port's error looks more like bfloat16's."""
+    if precision != "float16" or "bfloat16" not in search.target.precisions:
+        return precision
+    more = alike(search, "bfloat16") > max(RESEMBLING, alike(search, "float16"))
+    return "bfloat16" if more else precision
 
 
 def with_faults(search: Search, precision: str, clean: Judgment) -> Agreement:

@@ -7,13 +7,13 @@ from typing import Any
 
 from minclip.arrays import as_array
 from minclip.params import PARAMS, as_ids, check_mapping
-from minclip.porting.agreement import agree
+from minclip.porting.agreement import Agreement, agree, resembles_rounding
 from minclip.porting.conclusions import agrees, known, seen_through, unknown
 from minclip.porting.dump import StagewiseSearch
 from minclip.porting.noise import find_noise, is_sure, noise_diagnosis
 from minclip.porting.runs import Runs
 from minclip.porting.search import Search
-from minclip.porting.slip_search import slips_of_features
+from minclip.porting.slip_search import slips_of_features, slips_under
 from minclip.porting.states_diagnosis import diagnose_states, is_states
 from minclip.porting.target import Target
 from minclip.porting.tokens.diagnosis import without_texts
@@ -86,9 +86,11 @@ def diagnose(
 def decide(search: Search, dump: StagewiseSearch | None) -> Diagnosis:
     """Return the verdict on a port: agreement first, then single bugs, the dump's bugs, and pairs."""
     agreement, doubtful = agree(search), None
+    if agreement and dump and dump.refutes(agreement.precision):
+        agreement = None
     for precision in search.target.precisions:
         if agreement and agreement.precision == precision:
-            return seen_through(search, agreement) if agreement.shows_a_fault else agrees(search, agreement)
+            return accepted(search, dump, agreement)
         if found := search.judge_nearest(search.singles(), precision):
             return explained_by_single(search, dump, found, precision)
         if precision == "float32" and (noise := find_noise(search)):
@@ -102,6 +104,21 @@ def decide(search: Search, dump: StagewiseSearch | None) -> Diagnosis:
     if found := slips_of_features(search, search.target.precisions[0]):
         return checked(known(search, found, [], search.target.precisions[0]), dump)
     return explained_by_pair(search, dump, doubtful)
+
+
+def accepted(search: Search, dump: StagewiseSearch | None, agreement: Agreement) -> Diagnosis:
+    """Return the verdict on features within the rounding of a precision, which could hide small bugs."""
+    if agreement.shows_a_fault:
+        return seen_through(search, agreement)
+    finest = search.target.precisions[0]
+    if dump:
+        return agrees(search, agreement)
+    if agreement.precision != finest and not resembles_rounding(search, agreement.precision):
+        if found := slips_of_features(search, finest):
+            return known(search, found, [], finest)
+    diagnosis = agrees(search, agreement)
+    diagnosis.notes.extend(filter(None, [slips_under(search, agreement)]))
+    return diagnosis
 
 
 def explained_by_pair(search: Search, dump: StagewiseSearch | None, doubtful: Diagnosis | None) -> Diagnosis:

@@ -18,7 +18,7 @@ from minclip.porting.runs import names
 from minclip.porting.search import Search, exclusive
 from minclip.porting.slip_search import slips_near, slips_of_products
 from minclip.porting.slips import Slip
-from minclip.porting.stages import STREAM, entries, up_to_end
+from minclip.porting.stages import STREAM, entries, is_product, up_to_end
 from minclip.porting.target import ROWS, fitted_factor
 from minclip.porting.verdict import Diagnosis, Finding
 from minclip.tracing import trace as record_trace
@@ -193,6 +193,20 @@ class StagewiseSearch:
         factor = fitted_factor(b, a)
         near = np.isfinite(factor) and relative_l2(b, factor * a) < 1e-3
         return f", which is {factor:.5g} times the reference's" if near and abs(factor - 1) > 1e-3 else ""
+
+    def refutes(self, precision: str) -> bool:
+        """Tell whether a stage after a matrix product agrees far better than a port of a precision does."""
+        if precision == self.precision:
+            return False
+        exact, fine, coarse = (self.record((), p, None) for p in ("float64", self.precision, precision))
+        for name in filter(is_product, self.order):
+            limits = [
+                allowed(self.error(name, run[name], exact), p)
+                for run, p in ((fine, self.precision), (coarse, precision))
+            ]
+            if self.error(name, self.stages[name], exact) <= limits[0] < limits[1] / 20:
+                return True
+        return False
 
     def explain_failure(self, diagnosis: Diagnosis) -> None:
         """Add to an unknown diagnosis how far the dump agrees, and how far known bugs explain it."""

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
-from minclip.params import count_layers, trim
+from minclip.params import BLOCK, count_layers, trim
+from minclip.porting.agreement import Agreement, project
 from minclip.porting.dropout import recorded
 from minclip.porting.faults import Fault
 from minclip.porting.port import Port
 from minclip.porting.products import INPUTS, Use, uses_of
-from minclip.porting.rounding import relative_l2
+from minclip.porting.rounding import UNIT, relative_l2
 from minclip.porting.search import Search, Trial
 from minclip.porting.slips import (
+    MATRICES,
     Slip,
     SlipRuns,
     layer_of,
@@ -32,6 +36,8 @@ from minclip.porting.verdict import Finding
 
 JUDGED = 12  # slips judged at most, nearest first
 SECONDS = 30.0  # for slips from features alone
+SAMPLED = 3.0  # seconds for a sample of the slips that coarse rounding hides
+GOLDEN = 0.6180339887498949
 
 
 def slips_of_products(params: Mapping[str, Any], stages: Mapping[str, Any], text: Any) -> tuple[Slip, ...]:
@@ -98,34 +104,95 @@ def slips_near(search: Search, stage: str, port_array: Any, text: Any, chain: Se
     target = search.target
     runs = SlipRuns(target.params, target.tokens, target.batch, chain)
     layer, layers = layer_of(stage), count_layers(target.params)
-    found = []
-    for candidate in slips(target.params):
-        if min(candidate.first, layers) != min(layer, layers):
-            continue
+
+    def error_of(candidate: Slip) -> float:
         made = runs.stage(candidate, stage)
-        if made is not None and made.shape == port_array.shape:
-            a, b = entries(stage, made, port_array, text)
-            found.append((float(relative_l2(b, a)), candidate))
+        if made is None or made.shape != port_array.shape:
+            return math.inf
+        a, b = entries(stage, made, port_array, text)
+        return float(relative_l2(b, a))
+
+    found = [(error_of(s), s) for s in slips(target.params) if min(s.first, layers) == min(layer, layers)]
+    if layer < layers:
+        short = SlipRuns(target.params, target.tokens[search.rows], target.batch, chain)
+        found += [
+            (error_of(s), s) for s in fitted_scales(short, stage, port_array[search.rows], text[search.rows])
+        ]
     found.sort(key=lambda pair: pair[0])
-    return [candidate for _, candidate in found[:JUDGED]]
+    return [candidate for error, candidate in found[:JUDGED] if error < math.inf]
+
+
+def fitted_scales(runs: SlipRuns, stage: str, port_array: Any, text: Any) -> Iterator[Slip]:
+    """Yield the slips by which one matrix of a stage's block is too large by a factor, fitted to it."""
+    for part in MATRICES:
+        place = f"{BLOCK}{layer_of(stage)}.{part}"
+
+        def error_of(factor: float, place: str = place) -> float:
+            made = runs.stage(scaled(place, factor), stage)
+            if made is None or made.shape != port_array.shape:
+                return math.inf
+            a, b = entries(stage, made, port_array, text)
+            return float(np.linalg.norm(b - a))
+
+        yield scaled(place, best_factor(error_of))
+
+
+def best_factor(error_of: Callable[[float], float]) -> float:
+    """Return the factor from 2**-13 to 2**13 of the smallest error: a grid, then a golden section."""
+    powers = np.arange(-13, 13.5, 0.5)
+    errors = [error_of(2.0**power) for power in powers]
+    middle = float(powers[int(np.argmin(errors))])
+    low, high = middle - 0.5, middle + 0.5
+    for _ in range(36):  # to the precision of float32
+        a, b = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
+        low, high = (low, b) if error_of(2.0**a) < error_of(2.0**b) else (a, high)
+    factor = float(2.0 ** ((low + high) / 2))
+    return round(factor) if factor > 1 and abs(factor - round(factor)) < 1e-5 * factor else factor
 
 
 def slips_of_features(search: Search, precision: str, seconds: float = SECONDS) -> list[Finding]:
     """Return the slips that explain the features, tried one by one on the texts of the search."""
-    target = search.target
-    if not target.aligned or not target.has_width_of(target.reference):
-        return []
-    tokens = trim(target.params, target.tokens[search.rows])
-    runs = SlipRuns(target.params, tokens, target.batch)
-    now, trials = time.monotonic(), []
-    end = now + min(seconds, (search.deadline - now) / 2)
-    for candidate in tqdm(list(slips(target.params)), "slips in one layer", disable=None, leave=False):
-        if time.monotonic() > end:
-            break
-        features = target.transform(runs.features(candidate))
+    target, trials = search.target, []
+    for candidate, features in slip_features(search, seconds):
         error = float(relative_l2(target.features[search.rows], features).max())
         trials.append(Trial(error, (candidate,), ""))
     return judged(search, trials, precision)
+
+
+def slip_features(search: Search, seconds: float) -> Iterator[tuple[Slip, Any]]:
+    """Yield each slip with the features that it gives to the texts of the search, for some seconds."""
+    target = search.target
+    if not target.aligned or not target.has_width_of(target.reference):
+        return
+    tokens = trim(target.params, target.tokens[search.rows])
+    runs = SlipRuns(target.params, tokens, target.batch)
+    now = time.monotonic()
+    end = now + min(seconds, (search.deadline - now) / 2)
+    for candidate in tqdm(list(slips(target.params)), "slips in one layer", disable=None, leave=False):
+        if time.monotonic() > end:
+            return
+        yield candidate, target.transform(runs.features(candidate))
+
+
+def slips_under(search: Search, agreement: Agreement) -> str:
+    """Return a sentence on slips in one layer that coarse rounding may hide, or nothing."""
+    target, rows = search.target, search.rows
+    if UNIT[agreement.precision] <= UNIT["float32"] or not target.aligned:
+        return ""
+    clean = target.transform(search.runs.run((), rows))
+    residual = target.features[rows] - clean
+    hidden, tried = [], 0
+    for candidate, features in slip_features(search, SAMPLED):
+        found = project(candidate, residual, features - clean, clean)
+        tried += 1
+        if found and found.is_possible and found.effect <= agreement.judgment.allowed:
+            hidden.append(candidate.summary)
+    if not hidden:
+        return ""
+    return (
+        f"Too small to see at {agreement.precision} are also {len(hidden)} of {tried} slips in one layer's "
+        f"weights, such as: {hidden[0]}. A dump of the port's products would show them."
+    )
 
 
 def judged(search: Search, trials: Iterable[Trial], precision: str) -> list[Finding]:

@@ -19,6 +19,7 @@ from minclip import model
 from minclip.params import BLOCK, count_layers
 from minclip.porting.faults import Fault, port_with
 from minclip.porting.port import Port, split
+from minclip.porting.quantization import e4m3, e5m2
 
 SOURCE = "slips planted in ports of mlx-examples, KerasHub and tinygrad; no public thread names the layer"
 CHECK = "compare the conversion script's line for it; minclip.check_weights compares the port's own arrays"
@@ -26,6 +27,12 @@ LINEAR = {"attn": "attn.out_proj", "mlp.c_fc": "mlp.c_fc", "mlp": "mlp.c_proj"} 
 NORMS = ("ln_1", "ln_2")
 EPS = (1e-6, 1e-12, 1e-3, 0.0)
 AFTER_BLOCKS = 10**6
+CODES: dict[str, tuple[Callable[[Any], Any], int]] = {
+    "fp8 (e4m3)": (e4m3, 448),
+    "fp8 (e5m2)": (e5m2, 57344),
+    "int8": (np.round, 127),
+}
+MATRICES = ("attn.q", "attn.k", "attn.v", "attn", "mlp.c_fc", "mlp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +135,20 @@ def scaled(stage: str, factor: float) -> Slip:
     )
 
 
+def codes(stage: str, kind: str) -> Slip:
+    """Return the slip by which a stage uses the codes of its matrix, whose scale was forgotten."""
+    weight, _, rows = parameters_of(stage)
+    round_code, largest = CODES[kind]
+
+    def change(port: Port) -> None:
+        matrix = tensor(port, weight, rows)
+        code = round_code(matrix * np.float32(largest / abs(matrix).max()))
+        put(port, weight, rows, code.astype(matrix.dtype))
+
+    summary = f"{stage} uses {kind} codes of {named(weight, rows)}: their scale was forgotten"
+    return slip(f"W9-{stage}-{kind}", layer_of(stage), summary, change)
+
+
 def how_used(of: str, which: int, transposed: bool) -> str:
     """Return in words what a stage uses for its weight or bias."""
     if of == "":
@@ -193,6 +214,8 @@ def inside(i: int) -> Iterator[Slip]:
             yield uses(stage, weight, bias)
         for eps in EPS:
             yield other_eps(stage, eps)
+    for part, kind in itertools.product(MATRICES, CODES):
+        yield codes(f"{block}{part}", kind)
 
 
 def at_the_end(params: Mapping[str, Any], layers: int) -> Iterator[Slip]:
@@ -207,7 +230,7 @@ def at_the_end(params: Mapping[str, Any], layers: int) -> Iterator[Slip]:
 def from_layer(i: int, j: int) -> Iterator[Slip]:
     """Yield the slips by which block i has tensors of block j."""
     yield loaded_from(i, j)
-    for part in ("attn.q", "attn.k", "attn.v", "attn", "mlp.c_fc", "mlp", *NORMS):
+    for part in (*MATRICES, *NORMS):
         stage, other = f"{BLOCK}{i}.{part}", f"{BLOCK}{j}.{part}"
         yield uses(stage, other, other)
         yield uses(stage, other, stage)

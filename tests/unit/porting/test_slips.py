@@ -7,7 +7,8 @@ import pytest
 
 import minclip
 from minclip.porting.faults import port_with
-from minclip.porting.slips import SlipRuns, slips
+from minclip.porting.rounding import round_to
+from minclip.porting.slips import CODES, SlipRuns, slips
 from tests.support import oracles
 
 B0, B1, B2, B3 = (f"transformer.resblocks.{i}." for i in range(4))
@@ -126,6 +127,52 @@ def test_a_fault_that_makes_nan_explains_no_block_output():
     }
     diagnosis = minclip.diagnose(params, tokens, dump["text_features"], trace=blocks)
     assert [fault.summary for fault in diagnosis.findings[0].faults] == [NINE[norm_left_plain]]
+
+
+@pytest.mark.parametrize(
+    ("slip", "shown"),
+    [(bias_of_another_layer, False), (norm_of_another, False), (norm_of_another, True)],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_slip_smaller_than_coarse_rounding_is_named_and_not_accepted(slip, shown):
+    params = minclip.load()
+    tokens = minclip.probe_tokens(77, len(params["token_embedding.weight"]))
+    dump = broken(params, tokens, slip)
+    blocks = {name: dump[name] for name in (B0[:-1], B1[:-1], B2[:-1], B3[:-1])}
+    diagnosis = minclip.diagnose(params, tokens, dump["text_features"], trace=blocks if shown else None)
+    assert [fault.summary for fault in diagnosis.findings[0].faults] == [NINE[slip]], diagnosis
+
+
+def test_slips_that_coarse_rounding_hides_are_mentioned():
+    params = minclip.load()
+    tokens = minclip.probe_tokens(77, len(params["token_embedding.weight"]))
+    rounded = params.map(lambda array: round_to(array, "bfloat16"))
+    diagnosis = minclip.diagnose(params, tokens, minclip.encode_text(rounded, tokens))
+    assert diagnosis.verdict == "agrees", diagnosis
+    assert re.search(r"at bfloat16 are also [1-9]\d* of \d+ slips in one layer's weights", str(diagnosis))
+
+
+@pytest.mark.parametrize("kind", CODES)
+@pytest.mark.parametrize("shown", ["blocks", "features"])
+def test_one_matrix_whose_scale_was_forgotten_is_named(params, tokens, shown, kind):
+    round_code, largest = CODES[kind]
+    name = B2 + "mlp.c_fc.weight"
+    matrix = params[name]
+    codes = round_code(matrix * np.float32(largest / abs(matrix).max())).astype(np.float32)
+    dump = broken(params, tokens, lambda p: p.update({name: codes}))
+    trace = {name: dump[name] for name in (B0[:-1], B1[:-1], B2[:-1], B3[:-1])}
+    given = trace if shown == "blocks" else None
+    diagnosis = minclip.diagnose(params, tokens, dump["text_features"], trace=given)
+    said = f"{B2}mlp.c_fc uses {kind} codes of {name}: their scale was forgotten"
+    assert diagnosis.findings[0].faults[0].summary == said, diagnosis
+
+
+def test_a_matrix_too_large_by_any_factor_is_named_from_block_outputs(params, tokens):
+    name = B2 + "attn.out_proj.weight"
+    dump = broken(params, tokens, lambda p: p.update({name: np.float32(0.3137) * p[name]}))
+    trace = {name: dump[name] for name in (B0[:-1], B1[:-1], B2[:-1], B3[:-1])}
+    diagnosis = minclip.diagnose(params, tokens, dump["text_features"], trace=trace)
+    assert f"{B2}attn uses {name} times 0.3137" in diagnosis.findings[0].faults[0].summary, diagnosis
 
 
 def test_two_slips_in_two_layers_are_named_together(params, tokens):
