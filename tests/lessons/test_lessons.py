@@ -1,5 +1,6 @@
 """The lessons run, say what they said when they were committed, and their checks know right from wrong."""
 
+import html.parser
 import io
 import json
 import re
@@ -9,6 +10,7 @@ from itertools import combinations
 
 import checks
 import drawing
+import export
 import numpy as np
 import pytest
 from PIL import Image
@@ -335,3 +337,35 @@ def test_no_other_color_looks_like_an_axis():
     for letter, color in drawing.AXIS.items():
         distances = [np.linalg.norm(lab(linear(color)) - lab(linear(other))) for other in others]
         assert min(distances) > 12, letter
+
+
+class Page(html.parser.HTMLParser):
+    """The links and images of an HTML page."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.links, self.alts = [], []
+        self.feed(source)
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "a" and dict(attrs).get("href"):
+            self.links.append(dict(attrs)["href"])
+        if tag == "img":
+            self.alts.append(dict(attrs)["alt"])
+
+
+@pytest.mark.parametrize("template", ["lab", "classic"])
+def test_an_exported_page_links_to_pages_and_keeps_the_alt_texts(template):
+    path = lessons()[0]
+    page = Page(export.export(path, template))
+    pages = [f"{lesson.stem}.html" for lesson in lessons()]
+    for link in page.links:
+        assert link in [*pages, "index.html"] or link.startswith(("#", "https://")), link
+    assert pages[1] in page.links
+    assert page.alts == [alt for _, _, alt in pictures(read(path))]
+
+
+def test_the_exported_contents_page_links_to_every_lesson():
+    links = Page(export.contents()).links
+    assert {f"{path.stem}.html" for path in lessons()} <= set(links)
+    assert not [link for link in links if link.endswith((".ipynb", "README.md"))]
