@@ -1,21 +1,27 @@
-"""Time one text and a few, against onnxruntime, transformers and OpenVINO, and draw how the time grows.
+"""Time one text and a few, against every other library, and draw how the time grows.
 
-    python -m tests.benchmarks.latency [start] [sizes] [growth] [--python openvino=PATH] [--rounds N]
+    python -m tests.benchmarks.latency sizes [--size ViT-L/14] [--python openvino=PATH]
+    python -m tests.benchmarks.latency start
+    python -m tests.benchmarks.latency growth
 
-Random float32 weights at the text sizes of ViT-B/32, ViT-L/14 and the built-in model. Every way runs in a
-process of its own. The processes take turns, a few calls each, so that other load on the machine falls on all
-of them, and none finds the cores held by another one's waiting threads. A figure is the best call of all
-rounds. Peers get their tokens trimmed to the longest text, and in batches sorted by length where that is
-faster. A peer that is not installed is left out, with its reason. `--python` names its interpreter.
+Random float32 weights at ViT-B/32's text size, or that of --size. Every way runs in a process of its own. The
+processes take turns, a few calls each, so that other load on the machine falls on all of them, and none finds
+the cores held by another one's waiting threads. A figure is the best call of all rounds; no round starts
+after --minutes. Peers get their tokens trimmed to the longest text, and in batches sorted by length where
+that is faster. clippie is called with texts, which it tokenizes. NPCLIP pads every text to 77 tokens; it has
+no package, so PYTHONPATH must lead to a clone of 99991/NPCLIP. A peer that is not installed is left out, with
+its reason. --python names the interpreter of a peer, if that is another one.
 
-start    from the start of the process to the first features: import, load ViT-B/32's size, encode one text
 sizes    1 text of 7 tokens, with a warm template too, and 8, 32 and 64 texts of mixed length
+start    from the start of the process to the first features: import, load ViT-B/32's size, encode one text
 growth   latency against the number of texts and against their length, drawn to latency.svg
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -108,6 +114,25 @@ def compiled_transformers(folder):
     return quicker_batches(encode)
 
 
+def clippie(folder):
+    from tests.benchmarks import peers
+
+    encode, _, _ = peers.clippie(folder)
+    return lambda tokens: encode(tokens.tolist())
+
+
+def npclip(folder):
+    import npclip
+
+    class Tower(dict):
+        def get_int(self, name):
+            return len(self["ln_final.weight"]) // 64  # heads
+
+    with np.load(folder / "text.npz") as arrays:
+        tower = Tower(arrays)
+    return lambda tokens: npclip.encode_text(tokens.astype(np.int64), tower)
+
+
 WAYS = {
     "encode_text": encode_text,
     "fast.encode_text": fast_encode_text,
@@ -117,7 +142,16 @@ WAYS = {
     "openvino": openvino,
     "transformers": transformers,
     "transformers, compiled": compiled_transformers,
+    "clippie": clippie,
+    "npclip": npclip,
 }
+PACKAGES = {"clippie": "mossblaser-clippie"} | {
+    name: name for name in ("onnxruntime", "openvino", "transformers", "torch")
+}
+STARTED = ("encode_text", "Encoder", "onnxruntime", "openvino", "transformers")  # from a file of their own
+PADDED = ("npclip",)  # whose time does not grow with the length
+OURS = ("encode_text", "fast.encode_text", "Encoder", "Encoder, warm")
+SLOW = 2000  # a case that takes more milliseconds is timed once
 
 
 def quicker_batches(encode):
@@ -165,9 +199,16 @@ def work(name, folder):
         request = json.loads(line)
         tokens = cases[request["case"]]
         if request.get("features"):
-            print(json.dumps(encode(tokens)[:1].tolist()), flush=True)
+            answer = {"features": encode(tokens)[:1].tolist(), "version": version(name)}
         else:
-            print(json.dumps(min(timed(encode, tokens) for _ in range(request["calls"]))), flush=True)
+            answer = min(timed(encode, tokens) for _ in range(request["calls"]))
+        print(json.dumps(answer), flush=True)
+
+
+def version(way):
+    """Return the version of a way's package, or nothing."""
+    package = PACKAGES.get(way.partition(",")[0])
+    return importlib.metadata.version(package) if package else ""
 
 
 class Worker:
@@ -175,7 +216,8 @@ class Worker:
 
     def __init__(self, name, folder, python):
         command = [python, "-W", "ignore", "-m", "tests.benchmarks.latency", "--worker", name, str(folder)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
         self.errors = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
             command,
@@ -204,30 +246,33 @@ class Worker:
         self.process.wait()
 
 
-def prepare(folder, params, formats=("onnx", "transformers")):
-    """Write a tower in every format to folder."""
+def prepare(folder, params):
+    """Write a tower in every format, and the cases, to folder."""
     import minclip
     from tests.benchmarks.throughput import onnx_file
     from tests.support.oracles import transformers_model
 
     minclip.save(params, folder / "text.safetensors")
-    if "onnx" in formats:
-        onnx_file(params, folder / "text.onnx")
-    if "transformers" in formats:
-        transformers_model(params).save_pretrained(folder / "transformers")
+    np.savez(folder / "text.npz", **params)
+    onnx_file(params, folder / "text.onnx")
+    transformers_model(params).save_pretrained(folder / "transformers")
+    np.savez(folder / "cases.npz", **cases())
 
 
-def cases(V=49408):
-    """Return tokens by name: one text, mixed texts by their number, one text by its length."""
+def cases():
+    """Return tokens by name: one text, mixed texts by their number, one text by its length.
+
+    Texts are of words that are one token each, so that a library that takes texts sees the same tokens.
+    """
     import minclip
+    from minclip import tokenizer
 
+    words = (w[:-4] for w in tokenizer.spellings() if w.endswith("</w>") and w[:-4].isalpha() and w.isascii())
+    words = [word for word in words if len(tokenizer.encode(word)) == 1]
     rng = np.random.default_rng(0)
 
     def texts(lengths):
-        tokens = np.zeros((len(lengths), 77), np.int32)
-        for row, length in zip(tokens, lengths, strict=True):
-            row[:length] = [V - 2, *rng.integers(1000, 40000, length - 2), V - 1]
-        return tokens
+        return minclip.tokenize([" ".join(rng.choice(words, length - 2)) for length in lengths])
 
     found = {"one": minclip.tokenize("a photo of a cat")}
     found |= {f"texts {count}": texts(rng.integers(5, 19, count)) for count in COUNTS}
@@ -235,106 +280,165 @@ def cases(V=49408):
 
 
 def start_workers(folder, pythons, names):
-    """Return {name: Worker} of the ways that run and give the reference's features, and print the others."""
+    """Return {name: Worker} of the ways that run and give the reference's features, and print the others.
+
+    A worker's `title` is its name and version.
+    """
     workers, expected = {}, None
     for name in names:
         worker = Worker(name, folder, pythons.get(name.partition(",")[0], sys.executable))
         try:
-            features = np.array(worker.ask(case="one", features=True))
+            answer = worker.ask(case="one", features=True)
         except RuntimeError as error:
             print(f"{name} is left out: {error}", flush=True)
             continue
+        features = np.array(answer["features"])
         expected = features if expected is None else expected
         apart = np.linalg.norm(features - expected) / np.linalg.norm(expected)
-        assert apart < 1e-5, f"{name} gives other features ({apart:.1e})"
+        if not apart < 1e-5:
+            print(f"{name} is left out: its features differ ({apart:.1e})", flush=True)
+            worker.close()
+            continue
+        way, _, how = name.partition(",")
+        worker.title = f"{way} {answer['version']}".rstrip() + (f",{how}" if how else "")
         workers[name] = worker
     return workers
 
 
-def measure(workers, names, rounds, budget=0.4):
+def measure(workers, names, rounds, deadline, budget=0.4):
     """Return {way: {case: milliseconds}}: the best call of all rounds, the ways in turn."""
     best = {way: {} for way in workers}
-    for case in names:
-        for turn in range(rounds):
+    for turn in range(rounds):
+        if turn and time.perf_counter() > deadline:
+            print(f"\n{turn} of {rounds} rounds: the time is over", flush=True)
+            break
+        for case in names:
             for way, worker in workers.items():
-                calls = 3 if not turn else max(1, min(20, int(budget * 1e3 / best[way][case])))
-                ms = 1e3 * worker.ask(case=case, calls=calls)
-                best[way][case] = min(ms, best[way].get(case, ms))
+                before = best[way].get(case)
+                if before is None:
+                    worker.ask(case=case, calls=1)  # compiles or chooses batches
+                    best[way][case] = 1e3 * worker.ask(case=case, calls=1)
+                elif before < SLOW:
+                    calls = max(1, min(20, int(budget * 1e3 / before)))
+                    best[way][case] = min(before, 1e3 * worker.ask(case=case, calls=calls))
     return best
 
 
-def table(best, names, titles):
+def table(workers, best, names, titles):
+    """Print the table of a size, and how many times as fast we are."""
     print("\n| ms | " + " | ".join(titles) + " |\n|---" + "|---" * len(titles) + "|")
     for way, found in best.items():
-        print(f"| {way} | " + " | ".join(f"{found[name]:.1f}" for name in names) + " |")
-    for peer in ("onnxruntime", "transformers"):
-        if peer in best:
-            ratios = [best[peer][name] / best["Encoder"][name] for name in names]
-            print(f"| {peer} / Encoder | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
-    if {"onnxruntime", "Encoder, warm"} <= best.keys():
-        ratio = best["onnxruntime"]["one"] / best["Encoder, warm"]["one"]
-        print(f"\nonnxruntime / Encoder, warm, one text: {ratio:.2f}")
-    if "transformers" in best:
-        ratios = [best["transformers"][name] / best["encode_text"][name] for name in names]
-        print("transformers / encode_text: " + " ".join(f"{ratio:.2f}" for ratio in ratios), flush=True)
+        print(f"| {workers[way].title} | " + " | ".join(f"{found[name]:.1f}" for name in names) + " |")
+    print("\n| times as fast | " + " | ".join(titles) + " |\n|---" + "|---" * len(titles) + "|")
+    for ours, peer in (
+        *(("Encoder", peer) for peer in best if peer.partition(",")[0] in (*PACKAGES, "npclip")),
+        ("Encoder, warm", "onnxruntime"),
+        ("encode_text", "transformers"),
+    ):
+        if {ours, peer} <= best.keys():
+            ratios = [best[peer][name] / best[ours][name] for name in names]
+            print(f"| {ours} as {peer} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
+    print(flush=True)
 
 
-def start_table(folder, pythons, rounds):
+def start_table(folder, pythons, names, rounds, deadline):
+    """Print the seconds from the start of a process to its first features: the best of all rounds."""
+    best, reasons = {}, {}
+    for turn in range(rounds):
+        for name in names if not turn or time.perf_counter() < deadline else ():
+            begin = time.perf_counter()
+            try:
+                first_features(folder, pythons, name)
+            except RuntimeError as error:
+                reasons[name] = error
+            else:
+                best[name] = min(time.perf_counter() - begin, best.get(name, float("inf")))
     print("\n| from the start of the process to the first features | s |\n|---|---|")
-    for name in ("encode_text", "Encoder", "onnxruntime", "openvino", "transformers"):
-        try:
-            seconds = min(timed(first_features, folder, pythons, name) for _ in range(rounds))
-        except RuntimeError as error:
-            print(f"| {name} | {error} |")
-        else:
-            print(f"| {name} | {seconds:.2f} |", flush=True)
+    for name in names:
+        print(f"| {name} | " + (f"{best[name]:.2f}" if name in best else f"left out: {reasons[name]}") + " |")
+    print(flush=True)
 
 
 def first_features(folder, pythons, name):
     worker = Worker(name, folder, pythons.get(name, sys.executable))
-    worker.ask(case="one", features=True)
-    worker.process.kill()
-    worker.process.wait()
+    try:
+        worker.ask(case="one", features=True)
+    finally:
+        worker.process.kill()
+        worker.process.wait()
 
 
-def plot(best, path):
+def machine():
+    """Return the processor, the threads, BLAS's kernels, the versions, and how busy the machine is."""
+    from threadpoolctl import threadpool_info
+
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(": ")[2] for line in info.read_text().splitlines() if "model name" in line]
+    libraries = [library for library in threadpool_info() if library["user_api"] == "blas"]
+    kernels = {library.get("architecture", library["internal_api"]) for library in libraries}
+    return (
+        f"{names[0] if names else platform.machine()}, {threads()} threads, {' and '.join(kernels)} kernels, "
+        f"numpy {np.__version__}, Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}"
+    )
+
+
+def plot(workers, best, path):
     try:
         from matplotlib import pyplot
     except ImportError:
         return print("no plot: matplotlib is not installed")
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.8), layout="constrained", sharey=True)
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 3.8), layout="constrained", sharey=True)
     for axis, prefix, values, label in (
         (axes[0], "texts", COUNTS, "texts of 5 to 18 tokens"),
         (axes[1], "length", LENGTHS, "tokens of one text"),
     ):
         for way, found in best.items():
-            axis.loglog(values, [found[f"{prefix} {value}"] for value in values], ".-", label=way)
+            style = "-" if way in OURS else "--"
+            times = [found[f"{prefix} {value}"] for value in values]
+            axis.loglog(values, times, style, marker=".", label=workers[way].title)
         axis.set_xlabel(label)
         axis.set_xticks(values, values)
         axis.minorticks_off()
     axes[0].set_ylabel("ms")
-    axes[0].legend(fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
     figure.savefig(path)
     print("drawn to", path)
 
 
-def towers():
-    """Yield (name, params) of the three sizes."""
+def tower(size):
     import minclip
     from tests.support.oracles import SIZES, random_params
 
-    for name in ("ViT-B/32", "ViT-L/14"):
-        yield name, random_params(**SIZES[name])
-    yield "built-in", minclip.load()
+    return minclip.load() if size == "built-in" else random_params(**SIZES[size])
+
+
+def run(part, folder, pythons, options):
+    """Run one part in the time it is given."""
+    deadline = time.perf_counter() + 60 * options.minutes
+    if part == "start":
+        names = [name for name in STARTED if name in options.ways]
+        return start_table(folder, pythons, names, options.rounds, deadline)
+    ways = [way for way in options.ways if part == "sizes" or way not in PADDED]
+    workers = start_workers(folder, pythons, ways)
+    if part == "sizes":
+        names = ["one", "texts 8", "texts 32", "texts 64"]
+        best = measure(workers, names, options.rounds, deadline)
+        table(workers, best, names, ["1 text", "8", "32", "64"])
+    else:
+        names = [f"texts {n}" for n in COUNTS] + [f"length {n}" for n in LENGTHS]
+        plot(workers, measure(workers, names, options.rounds, deadline, budget=0.1), options.plot)
+    for worker in workers.values():
+        worker.close()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="part", help="any of start, sizes, growth")
     parser.add_argument("--python", action="append", default=[], metavar="PEER=PATH")
-    parser.add_argument("--size", choices=["ViT-B/32", "ViT-L/14", "built-in"], help="this size only")
+    parser.add_argument("--size", choices=["ViT-B/32", "ViT-L/14", "built-in"], default="ViT-B/32")
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS), help="these ways only")
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--minutes", type=float, default=3, help="of each part")
     parser.add_argument(
         "--one-thread", action="store_true", help="CPU time of one thread, for a busy machine"
     )
@@ -346,27 +450,12 @@ def main():
     if options.one_thread:
         os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")
     pythons = dict(pair.split("=", 1) for pair in options.python)
-    parts = options.parts or ["start", "sizes", "growth"]
-    for size, params in towers():
-        wanted = parts if size == "ViT-B/32" else [part for part in parts if part == "sizes"]
-        if not wanted or options.size not in (None, size):
-            continue
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            prepare(folder, params)
-            np.savez(folder / "cases.npz", **cases())
-            print(f"\n## {size}, {threads()} threads, numpy {np.__version__}", flush=True)
-            if "start" in wanted:
-                start_table(folder, pythons, options.rounds)
-            workers = start_workers(folder, pythons, options.ways)
-            if "sizes" in wanted:
-                names = ["one", "texts 8", "texts 32", "texts 64"]
-                table(measure(workers, names, options.rounds), names, ["1 text", "8", "32", "64"])
-            if "growth" in wanted:
-                names = [f"texts {n}" for n in COUNTS] + [f"length {n}" for n in LENGTHS]
-                plot(measure(workers, names, max(2, options.rounds // 2)), options.plot)
-            for worker in workers.values():
-                worker.close()
+    with tempfile.TemporaryDirectory() as name:
+        prepare(Path(name), tower(options.size))
+        print(f"\n## {options.size}\n\n{machine()}", flush=True)
+        for part in options.parts or ["sizes", "start", "growth"]:
+            run(part, Path(name), pythons, options)
+        print(f"load {os.getloadavg()[0]:.1f} at the end")
 
 
 if __name__ == "__main__":

@@ -161,17 +161,19 @@ def clippie(folder):
     def layer(name, joint="."):  # it keeps matrices [in, out]
         return np.ascontiguousarray(p[f"{name}{joint}weight"].T), p[f"{name}{joint}bias"]
 
+    heads, layers = len(p["ln_final.weight"]) // 64, sum(name.endswith("ln_1.weight") for name in p)
+
     def block(b):
         qkv, out = layer(f"{b}.attn.in_proj", "_"), layer(f"{b}.attn.out_proj")
         c_fc, c_proj = layer(f"{b}.mlp.c_fc"), layer(f"{b}.mlp.c_proj")
         return model.ResidualAttentionBlockWeights(
-            norm(f"{b}.ln_1"), 8, *qkv, *out, True, norm(f"{b}.ln_2"), *c_fc, *c_proj
+            norm(f"{b}.ln_1"), heads, *qkv, *out, True, norm(f"{b}.ln_2"), *c_fc, *c_proj
         )
 
     weights = model.TextEncoderWeights(
         p["token_embedding.weight"],
         p["positional_embedding"],
-        [block(f"transformer.resblocks.{i}") for i in range(12)],
+        [block(f"transformer.resblocks.{i}") for i in range(layers)],
         norm("ln_final"),
         p["text_projection"],
     )
