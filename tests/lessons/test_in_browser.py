@@ -107,6 +107,7 @@ def full_picture(tab, path):
         Path(folder).mkdir(parents=True, exist_ok=True)
         height = tab.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollHeight")
         tab.set_viewport_size({"width": 1200, "height": min(height + 150, 16_000)})
+        tab.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollTop = 0")
         tab.wait_for_timeout(1000)
         tab.screenshot(path=Path(folder) / path)
 
