@@ -31,8 +31,6 @@ from tests.lessons.refresh import (
 )
 from tests.lessons.wrong_answers import WRONG
 
-# Lessons whose second edition is still to come. Remove a number when its lesson passes.
-ANSWERS_FIRST = {"04"}
 each_lesson = pytest.mark.parametrize("path", lessons(), ids=lambda path: path.stem)
 TWO_AT_A_TIME = ThreadPoolExecutor(2)
 
@@ -159,13 +157,12 @@ def test_lessons_follow_the_template(path):
     assert "getsource(" in code, "the package's code is shown from its source"
     assert "agree(" in code, "and shown equal to what was done by hand"
     assert len(prose(notebook)) <= 1400, f"{len(prose(notebook))} words"
-    if path.name[:2] not in ANSWERS_FIRST:
-        assert whole.count("<summary>Warm-up ") == (0 if path == lessons()[0] else 3)
-        assert any(cell.id == "own" for cell in notebook.cells), "a cell for the reader's own sentence"
-        asked = re.findall(r"^\*\*(\d)\. .*$", whole, re.MULTILINE)
-        assert asked == [cell.id[-1] for cell in exercises(notebook)], "a line **1. Title** for each exercise"
-        for line in re.findall(r"^\*\*\d\. .*$", whole, re.MULTILINE):
-            assert re.search(r"\([^)]*\b(easy|medium|hard|capstone)\b[^)]*\b\d+ minutes\)", line), line
+    assert whole.count("<summary>Warm-up ") == (0 if path == lessons()[0] else 3)
+    assert any(cell.id == "own" for cell in notebook.cells), "a cell for the reader's own sentence"
+    asked = re.findall(r"^\*\*(\d)\. .*$", whole, re.MULTILINE)
+    assert asked == [cell.id[-1] for cell in exercises(notebook)], "a line **1. Title** for each exercise"
+    for line in re.findall(r"^\*\*\d\. .*$", whole, re.MULTILINE):
+        assert re.search(r"\([^)]*\b(easy|medium|hard|capstone)\b[^)]*\b\d+ minutes\)", line), line
 
 
 def test_there_are_enough_exercises():
