@@ -23,7 +23,7 @@ Tap = Callable[[str, Floats], Floats]
 
 
 class Params(dict[str, Floats]):
-    """A text tower: a dict from OpenAI's parameter names to arrays, and what shapes cannot tell.
+    """A text tower: a dict from OpenAI's parameter names to arrays, with facts that shapes do not show.
 
     activation   "quick_gelu" (OpenAI's own) or "gelu" (exact, as in most OpenCLIP models)
     heads        the number of attention heads

@@ -72,7 +72,7 @@ def trace(
     """Run the encoder and keep every stage: a `Trace`, from stage name to array, in order.
 
     params, tokens   as `encode_text` takes them; without a text_projection the last stage is "pooled"
-    tap              as `encode_text` takes it; the trace holds what the tap returned
+    tap              as `encode_text` takes it; the trace holds the arrays that the tap returned
     stages           "blocks" keeps no stage inside a block but its output, which takes a fraction of the
                      memory. `minclip.backward` then computes each block a second time
 

@@ -52,7 +52,7 @@ OTHER_TOWERS = {
 
 
 def of_hugging_face(config: dict[str, Any], chosen: dict[str, Any] | None = None) -> Config:
-    """Return what a config.json of Hugging Face says of a text tower.
+    """Return the text tower's config in a config.json of Hugging Face.
 
     chosen   the activation or heads that the user gives, which count in place of the config's
     Raises ValueError for a tower that is not CLIP's, and where two blocks contradict each other.
@@ -60,7 +60,7 @@ def of_hugging_face(config: dict[str, Any], chosen: dict[str, Any] | None = None
     kind = config.get("model_type", "clip")
     if kind not in (*SAME_TOWER, *AT_LARGEST_ID):
         reason = OTHER_TOWERS.get(kind, "its text tower is not CLIP's") if type(kind) is str else "not a name"
-        raise ValueError(f"config.json: model_type {kind!r:.80} is no CLIP text tower: {reason}")
+        raise ValueError(f"config.json: model_type {kind!r:.80} is not a CLIP text tower: {reason}")
     blocks = [config[name] for name in ("text_config", "text_config_dict") if config.get(name)]
     found = [of_text_config(block, kind)._replace(**chosen or {}) for block in blocks or [config]]
     # CLIPModel completes text_config_dict with the defaults and then prefers it. The classes for text alone
@@ -80,7 +80,7 @@ def of_hugging_face(config: dict[str, Any], chosen: dict[str, Any] | None = None
 def of_text_config(text: dict[str, Any], kind: str) -> Config:
     text_kind = text.get("model_type", "clip_text_model")
     if text_kind not in (*SAME_TOWER, *AT_LARGEST_ID):
-        raise ValueError(f"config.json: model_type {text_kind!r:.80} is no CLIP text tower")
+        raise ValueError(f"config.json: model_type {text_kind!r:.80} is not a CLIP text tower")
     text = HUGGING_FACE | ({"max_position_embeddings": 16} if kind in AT_LARGEST_ID else {}) | text
     activation = text["hidden_act"]
     if activation not in ACTIVATIONS:
@@ -137,7 +137,7 @@ OPEN_CLIP_DEFAULTS = {"context_length": 77, "vocab_size": 49408, "width": 512, "
 
 
 def of_open_clip(config: dict[str, Any], name: str = "") -> Config:
-    """Return what an open_clip_config.json says of a text tower.
+    """Return the text tower's config in an open_clip_config.json.
 
     name   the model's name, which tells the activation where the config has no quick_gelu
     Raises ValueError, with the key, for a tower that is not CLIP's.
@@ -183,7 +183,7 @@ def config_beside(
     hugging_face   whether the weights have Hugging Face's names: then config.json counts first
     sizes          the tower's own, which the config must have too
     chosen         the activation or heads that the user gives, which count in place of the config's
-    Raises ValueError where the config is no CLIP text tower's, or contradicts the tensors or another config.
+    Raises ValueError where the config is another architecture's, or contradicts the tensors or a config.
     """
     first, second = NAMES if hugging_face else NAMES[::-1]
     config = read_config(weights, first, chosen)
@@ -225,4 +225,4 @@ def read_config(weights: Path, name: str, chosen: dict[str, Any]) -> Config | No
         json.JSONDecodeError,
         UnicodeDecodeError,
     ) as error:
-        raise ValueError(f"{name} beside it is no model's config: {error!s:.200}") from None
+        raise ValueError(f"{name} beside it is not a model's config: {error!s:.200}") from None

@@ -231,7 +231,9 @@ class Tower:
                     )
         if spare:
             name = shown(self.prefix + spare[0])
-            raise ValueError(f"{name} is no parameter of CLIP's text tower{self.nearest(spare[0], expected)}")
+            raise ValueError(
+                f"{name} is not a parameter of CLIP's text tower{self.nearest(spare[0], expected)}"
+            )
 
     def nearest(self, name: str, names: Iterable[str]) -> str:
         """Return words that suggest the nearest name. Long names and lists are cut, to bound the time."""
@@ -347,7 +349,7 @@ def choose_prefix(prefixes: list[str], wanted: str | None) -> str:
     if wanted is None:
         if len(prefixes) == 1:
             return prefixes[0]
-        which = "say which, as FILE#PREFIX (of a state_dict, keep one)"
+        which = "choose one, as FILE#PREFIX (in a state_dict, keep only one)"
         raise ValueError(f"{len(prefixes)} text towers: {which}; {listed(prefixes)}")
     wanted = wanted.strip(".")
     for fits in (

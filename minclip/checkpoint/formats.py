@@ -1,4 +1,4 @@
-"""Formats that minclip does not read: what a file is, told by its first bytes, and the next step."""
+"""Formats that minclip does not read: recognize a file by its first bytes, and name the next step."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def what_it_is(head: bytes) -> str:
         return f"it is {graph}: {ELSE}"
     if not any(head):
         return "its first bytes are zeros: the download or copy is damaged, fetch it again"
-    return "its first bytes are those of no format that minclip knows: it may be damaged, or not a model"
+    return "its first bytes match no format that minclip knows: it is damaged, or it is not a model"
 
 
 def protobuf(head: bytes) -> str | None:

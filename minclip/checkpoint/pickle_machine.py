@@ -106,7 +106,7 @@ class PickleMachine:
         except IndexError:
             raise ValueError("the pickle takes from an empty stack") from None
         except KeyError:
-            raise ValueError("the pickle takes what it never kept") from None
+            raise ValueError("the pickle reads a memo entry that it never wrote") from None
         except (TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"the pickle is malformed: {error!s:.200}") from None
 

@@ -216,7 +216,7 @@ def download_from_hub(source: str, *, cache: str | os.PathLike[str] | None = Non
     """
     name = source.removeprefix("hf:")
     if not re.fullmatch(r"[\w.-]*\w/[\w.-]*\w", name):
-        raise ValueError(f"{source!r:.80} is no model of the Hugging Face hub, which is hf:OWNER/NAME")
+        raise ValueError(f"{source!r:.80} is not a model of the Hugging Face hub: write hf:OWNER/NAME")
     folder = cache_folder(cache) / name.replace("/", "--")
     base = f"{os.environ.get('HF_ENDPOINT') or 'https://huggingface.co'}/{name}/resolve/main"
     for config, weights in HUB_FILES:

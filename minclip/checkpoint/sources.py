@@ -1,4 +1,4 @@
-"""Sources: which file a name, path or folder means, and what kind of file it is.
+"""Sources: find the file that a name, path or folder means, and its kind.
 
 `open_tower` finds the text tower of a source, and its config. No number is read yet.
 """
@@ -220,7 +220,7 @@ def weights_in(folder: Path) -> Path:
             return found[0]
         if found:
             few = ", ".join(path.name for path in found[:6])
-            raise ValueError(f"{len(found)} files of weights: say which, as FOLDER/FILE; there are {few}")
+            raise ValueError(f"{len(found)} files of weights: choose one, as FOLDER/FILE, from {few}")
     kind = formats.what_folder_it_is(names)
     if kind:
         raise ValueError(f"the folder holds {kind}")
@@ -295,12 +295,12 @@ def read_shards(index: Path) -> Contents:
     try:
         files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{index.name} is no index of shards: {error!s:.200}") from None
+        raise ValueError(f"{index.name} is not an index of shards: {error!s:.200}") from None
     tensors: dict[str, Any] = {}
     room = 0
     for name in files:
         if type(name) is not str or not re.fullmatch(r"[^/\\:]+\.(safetensors|bin)", name):
-            raise ValueError(f"{index.name} lists a shard that is no file beside it")
+            raise ValueError(f"{index.name} lists a shard that is not a file beside it")
         shard = index.with_name(name)
         if not shard.is_file():
             raise FileNotFoundError(f"the shard {dialects.shown(name)} is missing beside {index}")
@@ -324,7 +324,7 @@ def openai_activation(classes: Mapping[str, str]) -> dict[str, Any]:
 
 
 def saved_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return what `minclip.save` wrote beside the tensors, or {} for another program's file."""
+    """Return the metadata that `minclip.save` wrote, or {} for another program's file."""
     if metadata.get("format") != "minclip":
         return {}
     heads, eot = metadata.get("heads", ""), metadata.get("eot")
@@ -342,7 +342,7 @@ def saved_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def gguf_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what clip.cpp wrote beside the tensors of a GGUF file."""
+    """Return the metadata that clip.cpp wrote to a GGUF file."""
     config: dict[str, Any] = {}
     if type(metadata.get("clip.use_gelu")) is bool:
         config["activation"] = "gelu" if metadata["clip.use_gelu"] else "quick_gelu"

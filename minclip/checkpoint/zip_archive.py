@@ -209,12 +209,12 @@ def npy_entry(archive: ZipArchive, name: str) -> Stored:
         shape, fortran, dtype = npy_header(head)
     except NPY_DAMAGE as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{name!r:.80} is no array of numpy.save: {reason:.200}") from None
+        raise ValueError(f"{name!r:.80} is not an array of numpy.save: {reason:.200}") from None
     start, size = head.tell(), archive.entries[name].size
     if dtype.hasobject:
         raise ValueError(f"{name!r:.80} holds Python objects, which would have to be unpickled")
     if min(shape, default=0) < 0 or start + math.prod(shape) * dtype.itemsize != size:
-        raise ValueError(f"{name!r:.80} does not hold what its header says")
+        raise ValueError(f"{name!r:.80} does not match its header")
 
     def read() -> np.ndarray:
         flat = np.frombuffer(archive.read(name), dtype, offset=start)

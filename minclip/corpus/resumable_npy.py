@@ -143,7 +143,7 @@ class ResumableNpy:
     def finish(self) -> None:
         """Rename the partial file to the output, delete the journal; raise ValueError if rows are missing."""
         if self.done != self.total:
-            raise ValueError(f"{self.done} of {self.total} rows came")
+            raise ValueError(f"{self.done} of {self.total} rows were written")
         if self.rows is not None:
             self.rows.close()
             os.replace(self.partial, self.output)

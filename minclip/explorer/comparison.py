@@ -38,7 +38,7 @@ def compare_page(comparison: Comparison) -> Page:
 
 
 def facts(comparison: Comparison, name: str, stage: Stage) -> dict[str, Any]:
-    """Return what the page shows of a stage."""
+    """Return the numbers of a stage that the page shows."""
     found = {key: value for key, value in stage.to_dict().items() if value is not None}
     found = {key: printable(value) for key, value in found.items()}
     if name in comparison.pairs:

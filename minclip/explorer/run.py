@@ -82,7 +82,7 @@ def show(params: Mapping[str, Any], tokens: Any, *, model: str = "") -> Page:
 
 
 def describe(params: Any, name: str) -> dict[str, Any]:
-    """Return what the page says of the model."""
+    """Return the page's facts about the model."""
     layers, heads, activation = architecture(params)
     V, D = params["token_embedding.weight"].shape
     return {

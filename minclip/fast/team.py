@@ -14,7 +14,7 @@ class Team:
     def run(self, function):
         """Return function(0), while the other threads run function(1), function(2), ...
 
-        Raises what any of them raises.
+        Raises the error of any of them.
         """
         if self.size == 1:
             return function(0)

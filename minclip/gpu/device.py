@@ -1,4 +1,4 @@
-"""Copy arrays to the GPU, or say in one line what is missing."""
+"""Copy arrays to the GPU, or name the missing library in one line."""
 
 from collections.abc import Mapping
 from typing import Any

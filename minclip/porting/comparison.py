@@ -101,13 +101,13 @@ def compare(
     dtype      the precision that the port computes in, such as "bfloat16" or "tf32", where its numbers do
                not show it
 
-    The tolerance of a stage is a multiple of what rounding does to the reference at the port's precision,
+    The tolerance of a stage is a multiple of the reference's own rounding error at the port's precision,
     see `minclip.porting.rounding`. That precision is the coarsest that the numbers of this stage and of
     earlier stages show: float32 arrays that hold only float16 numbers count as float16. A port may also
     compute in a coarser precision than it shows.
 
     Where the port's last stages agree, the verdict is that it agrees. An earlier array that does not fit
-    is then a stray, and a note says what it probably is.
+    is then a stray, and a note guesses its content.
 
     Where the reference carries its params, each stage is also *shadowed*: compared with the result of
     the reference, in float64, from the port's own earlier stages. Inherited error drops out, and `new` is
@@ -140,8 +140,8 @@ def compare(
     )
     if not alignment.matches and not alignment.misfits:
         raise ValueError(
-            f"no array can be recognized as a stage, such as {listed(list(arrays))}: neither names nor "
-            "numbers fit; minclip.porting.names.rename gives stages their names"
+            f"no array was recognized as a stage, by its name or by its numbers ({listed(list(arrays))}): "
+            "give them the stages' names with minclip.porting.names.rename"
         )
     return Comparer(reference, alignment, rtol, dtype).compare()
 
@@ -351,7 +351,7 @@ class Comparison:
     new        the names of all stages that diverge with an error of their own, as far as shadowing tells
     missing    the names of the stages that the port does not show
     verdict    one sentence
-    notes      further sentences: where in the arrays, how they were read, what was left out
+    notes      further sentences: where in the arrays, how they were read, which were left out
     agrees     whether the port agrees with the reference
     faults     the known bugs that explain every difference, each a `Fault`: of gradients, and of a port whose
                last hidden states are other ones

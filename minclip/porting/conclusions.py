@@ -25,7 +25,7 @@ def agrees(search: Search, agreement: Agreement) -> Diagnosis:
     told = {"float16": "float16 or TF32"}.get(precision, precision)
     if precision != target.precisions[0]:
         notes.append(
-            f"That is what a port does that computes in {told}, or stores its weights so. If yours is "
+            f"A port that computes in {told}, or stores its weights in it, has this error. If yours is "
             f"{target.precisions[0]} throughout, this difference is unexplained."
         )
     return Diagnosis("agrees", [], notes + notes_on_faults(agreement), target.error)
@@ -79,8 +79,8 @@ def known(
     notes = notes_on_rows(search.target)
     if precision != search.target.precisions[0]:
         notes.append(
-            f"The error that remains, {first.error:.2g}, is what {precision} rounding does. If the port "
-            f"computes in {search.target.precisions[0]} throughout, another bug is left."
+            f"The remaining error, {first.error:.2g}, is that of {precision} rounding. If the port "
+            f"computes in {search.target.precisions[0]} throughout, another bug remains."
         )
     return Diagnosis("known", explained, notes, search.target.error)
 

@@ -79,7 +79,9 @@ def diagnose(
             "A dump of the port's stages (trace=) would show where it leaves the reference."
         )
     if diagnosis.verdict == "unknown" and search.expired:
-        diagnosis.notes.append(f"The search stopped after {budget:g} seconds; budget= lets it go on.")
+        diagnosis.notes.append(
+            f"The search stopped after {budget:g} seconds; a larger budget= extends the search."
+        )
     return diagnosis
 
 

@@ -23,7 +23,7 @@ class Fault:
     id        its id in the catalogue, with a suffix where one entry holds several variants
     summary   a sentence that says what the port does
     source    the project and thread, or file, where it happened; `#n` is an issue or pull request
-    remedy    what to do instead
+    remedy    the fix
     change    change(port) makes the mistake in a fresh `Port`; for a bug of gradients, see `gradients.Pass`
     fits      fits(port) tells whether a port of this model and these tokens can make the mistake
     needs     "padding" if positions after the end of text matter, "batch" if other rows do

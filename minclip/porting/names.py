@@ -1,4 +1,4 @@
-"""What other implementations call the stages."""
+"""The names that other implementations give the stages."""
 
 from __future__ import annotations
 

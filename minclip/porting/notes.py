@@ -159,13 +159,13 @@ def notes_on_reading(comparison, compared):
 
 
 def notes_on_gaps(comparison, compared):
-    """Return sentences on what was not compared."""
+    """Return sentences on arrays and stages that were not compared."""
     reference, unknown = compared.reference, compared.alignment.unknown
     for name, stage in comparison.stages.items():
         if stage.state == "shape" and name != comparison.first:
             yield f"not compared: {stage.name} is {stage.layout}, no layout of {list(reference[name].shape)}"
     if unknown:
-        yield f"{len(unknown)} of the port's arrays are no stage of ours: {listed(unknown)}"
+        yield f"{len(unknown)} of the port's arrays are not stages of the encoder: {listed(unknown)}"
     if comparison.missing:
         yield f"{len(comparison.missing)} of {len(reference)} stages are not shown by the port"
     if compared.rtol is None and reference.params is None and not reference.roundings:

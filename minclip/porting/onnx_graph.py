@@ -50,7 +50,7 @@ def trace_onnx(path: str | os.PathLike[str], tokens: Any) -> dict[str, Any]:
     except OSError:
         raise
     except Exception as error:  # protobuf raises its own kinds of error
-        raise ValueError(f"{path} is no ONNX graph: {error}") from None
+        raise ValueError(f"{path} is not an ONNX graph: {error}") from None
     tokens = np.asarray(tokens)
     names = tensors_of(model.graph)
     outputs = {output.name for output in model.graph.output}

@@ -65,4 +65,4 @@ def read_gguf(path: str | os.PathLike[str]) -> dict[str, Any]:
     except OSError:
         raise
     except Exception as error:  # the reader checks little, so a broken file raises errors of any kind
-        raise ValueError(f"{path} is no GGUF file of float tensors: {error}") from None
+        raise ValueError(f"{path} is not a GGUF file of float tensors: {error}") from None

@@ -105,11 +105,11 @@ def read_probe(path: str | os.PathLike[str]) -> Trace:
     """Return the `Trace` that `write_probe` wrote. Raises OSError or ValueError where it cannot be read."""
     dump = read_dump(path)
     if "tokens" not in dump or not {"text_features", "pooled", "known"} & set(dump):
-        raise ValueError(f"{path} is no probe: it has no tokens or no stages; `minclip probe` writes one")
+        raise ValueError(f"{path} is not a probe: it has no tokens or no stages; `minclip probe` writes one")
     try:
         return as_trace(dump)
     except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{path} is no complete probe: {error!r}; `minclip probe` writes one") from None
+        raise ValueError(f"{path} is not a complete probe: {error!r}; `minclip probe` writes one") from None
 
 
 def as_trace(dump: Mapping[str, Any]) -> Trace:

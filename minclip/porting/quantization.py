@@ -21,7 +21,7 @@ class Format:
     """One way to store weights.
 
     id         a short name, "int8-row"
-    summary    the sentence's subject: "int8 weights, one scale a row"
+    summary    the sentence's subject: "int8 weights, one scale per row"
     quantize   quantize(matrix [..., in]) returns the rounded matrix; rows must be a multiple of `multiple`
     multiple   the length that a row must be a multiple of
     """
@@ -147,13 +147,13 @@ def affine_groups(bits, group=GROUP):
 
 FORMATS = (
     Format("fp8-e4m3", "fp8 (e4m3) weights", e4m3),
-    Format("fp8-e4m3-scaled", "fp8 (e4m3) weights, one scale a matrix", scaled(e4m3, 448)),
+    Format("fp8-e4m3-scaled", "fp8 (e4m3) weights, one scale per matrix", scaled(e4m3, 448)),
     Format("fp8-e5m2", "fp8 (e5m2) weights", e5m2),
-    Format("fp8-e5m2-scaled", "fp8 (e5m2) weights, one scale a matrix", scaled(e5m2, 57344)),
-    Format("int8-row", "int8 weights, one scale a row", int8_rows),
-    Format("int8-tensor", "int8 weights, one scale a matrix", int8_tensor),
-    Format("int7-tensor", "7-bit weights (reduce_range), one scale a matrix", int7_tensor),
-    Format("uint8-tensor", "uint8 weights, one scale and zero point a matrix", uint8_tensor),
+    Format("fp8-e5m2-scaled", "fp8 (e5m2) weights, one scale per matrix", scaled(e5m2, 57344)),
+    Format("int8-row", "int8 weights, one scale per row", int8_rows),
+    Format("int8-tensor", "int8 weights, one scale per matrix", int8_tensor),
+    Format("int7-tensor", "7-bit weights (reduce_range), one scale per matrix", int7_tensor),
+    Format("uint8-tensor", "uint8 weights, one scale and zero point per matrix", uint8_tensor),
     Format("q8_0", "q8_0 weights (GGUF: int8 in blocks of 32)", q8_0, BLOCK),
     Format("mlx-8", "8-bit weights in groups of 64 (MLX)", affine_groups(8), GROUP),
     Format("q5_0", "q5_0 weights (GGUF: 5 bits in blocks of 32)", signed_blocks(5), BLOCK),

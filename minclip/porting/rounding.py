@@ -27,7 +27,7 @@ ROWS_AT_ONCE = 8  # texts that a float64 run takes at a time, and that rounding 
 
 
 def allowed(rounding: float, precision: str) -> float:
-    """Return the largest relative L2 error of a correct port, given what rounding does to the reference."""
+    """Return the largest relative L2 error of a correct port, given the reference's own rounding error."""
     return ALLOWANCE * max(rounding, UNIT[precision])
 
 

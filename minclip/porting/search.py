@@ -45,7 +45,7 @@ class Judgment:
 
     finding    the faults with those that the transform adds, and the error that they leave
     error      the relative L2 error of the worst text
-    rounding   what rounding does to the same model, on its worst text
+    rounding   the error of rounding alone, on the model's worst text
     allowed    the largest error of a correct port of that model
     """
 
@@ -61,7 +61,7 @@ class Judgment:
 
 
 class Search:
-    """What has been tried on a target so far."""
+    """The faults tried on a target so far."""
 
     def __init__(self, target: Target, runs: Runs, budget: float = math.inf):
         self.target, self.runs = target, runs
@@ -114,7 +114,7 @@ class Search:
         return Judgment(finding, float(relative_l2(target.features, exact).max()), rounding, limit)
 
     def rounding(self, precision: str) -> float:
-        """Return what rounding does to the reference itself, on its worst text."""
+        """Return the reference's own rounding error, on its worst text."""
         return self.judge((), "", precision).rounding
 
     def is_near(self, trial: Trial, precision: str | None = None) -> bool:

@@ -20,7 +20,7 @@ NEAREST = 3  # bugs that nearly explain the text tried, judged on all texts
 
 
 class StatesDiagnosis(Diagnosis):
-    """What `diagnose` found for hidden states."""
+    """The result of `diagnose` for hidden states."""
 
     subject = "hidden states"
 
@@ -45,7 +45,7 @@ def diagnose_states(
     trace            the port's own stages: the first one that diverges becomes a note
 
     If the port gives other states than these, that is its first finding: N7 where it
-    leaves out other blocks, N5 where it norms what should not be normed or the reverse.
+    leaves out other blocks, N5 where it norms states that should not be normed, or the reverse.
     Raises ValueError where the states do not fit the tokens and the model.
     """
     wanted = Which(skip, norm)
@@ -86,7 +86,7 @@ def explained(search: StatesSearch, found: Sequence[Judgment], precision: str) -
     notes = [f"These are {first.which}: minclip.{first.which.call}.", *notes_on_reading(target)]
     if precision != target.precisions[0]:
         notes.append(
-            f"That is what a port does that computes in {precision} inside. If yours is "
+            f"A port that computes in {precision} inside has this error. If yours is "
             f"{target.precisions[0]} throughout, this small difference is unexplained."
         )
     if verdict == "agrees":
@@ -110,7 +110,7 @@ def unexplained(search: StatesSearch) -> StatesDiagnosis:
         *notes_on_reading(target),
     ]
     if search.expired:
-        notes.append("The search stopped at its budget; budget= lets it go on.")
+        notes.append("The search stopped at its budget; a larger budget= extends the search.")
     notes += nearest_bug(search, clean)
     return StatesDiagnosis("unknown", [], notes, target.error)
 

@@ -45,7 +45,7 @@ class Judgment:
 
     finding    the faults, those of the choice of states among them, and the error that they leave
     which      the choice of states
-    rounding   what rounding does to the same states
+    rounding   the rounding error of the same states
     fits       whether the faults explain the port to rounding
     """
 
@@ -156,7 +156,7 @@ def cheapest(off: Any, length: Any) -> int:
 
 
 class StatesSearch:
-    """What has been tried on a `StatesTarget` so far.
+    """The faults tried on a `StatesTarget` so far.
 
     catalogue   the faults that a port of this model and these texts can have, and that states can show
     expired     whether the budget ran out before every fault was tried
@@ -208,7 +208,7 @@ class StatesSearch:
         return bool((error > SPREAD * moved).mean() > 0.9)
 
     def rounding(self, which: Which, precision: str) -> float:
-        """Return what rounding does to the reference's own states."""
+        """Return the rounding error of the reference's own states."""
         return self.judge((), which, precision).rounding
 
     def run(self, faults: Faults, precision: str) -> dict[Which, Any]:

@@ -1,4 +1,4 @@
-"""`Finding` and `Diagnosis`: what `diagnose` returns, and how it reads."""
+"""`Finding` and `Diagnosis`: the result of `diagnose`, and its text."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Diagnosis:
-    """What `diagnose` found. Prints as text, and shows as a list in Jupyter.
+    """The result of `diagnose`. Prints as text, and shows as a list in Jupyter.
 
     verdict    "agrees", "known" (known bugs explain the port), "noise" (quantization does) or "unknown"
     findings   the explanations that fit, best first; empty unless the verdict is "known"

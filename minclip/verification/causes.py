@@ -26,7 +26,7 @@ CLEAR = 5  # times the allowance from which an error is clearly one, and not an 
 def explain(params: Params, failed: list[tuple[Vectors | Printed, np.ndarray]], cosine: float) -> str:
     """Return a sentence about why sources failed.
 
-    failed   pairs of a strong source and the errors of its vectors, at least one beyond what is allowed
+    failed   pairs of a strong source and the errors of its vectors, at least one beyond its tolerance
     cosine   mean cosine between the figures and those of the weights
     """
     if sentence := some_texts(failed) or rounding(params, failed) or untrained(params):
@@ -61,13 +61,13 @@ def some_texts(failed):
 
 
 def barely(failed):
-    """Return a sentence if every error is less than CLEAR times what is allowed."""
+    """Return a sentence if every error is less than CLEAR times its tolerance."""
     times = max(errors.max() / source.allowed for source, errors in failed)
     if times >= CLEAR:
         return ""
     return (
-        f"all errors are within {times:.1f} times what is allowed: the weights may be right and the "
-        "allowance too small, or they were rounded or trained very little"
+        f"all errors are within {times:.1f} times the tolerance: the weights may be right and the "
+        "tolerance too small, or they were rounded or trained very little"
     )
 
 

@@ -60,7 +60,7 @@ class Divergence:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class TokenDiagnosis(Diagnosis):
-    """What `diagnose_tokens` found: a `Diagnosis` whose error is the share of texts with other ids.
+    """The result of `diagnose_tokens`: a `Diagnosis` whose error is the share of texts with other ids.
 
     first      the first text and pieces that diverge, or None
     smallest   the smallest part of a text that no known mistake explains, or None
@@ -120,7 +120,7 @@ def without_texts(trace: Mapping[str, Any] | None, tokens: Any) -> tuple[Mapping
 
 
 class Search:
-    """A port's rows, the ways to read them, and what has been tried."""
+    """A port's rows, the ways to read them, and the mistakes tried so far."""
 
     def __init__(self, texts, rows, pad):
         self.texts, self.rows = texts, rows

@@ -771,7 +771,7 @@ CATALOGUE = (
     ),
     TokenFault(
         "D6-twice",
-        "start and end stand there twice",
+        "start and end are added twice",
         "Hugging Face, where special tokens are added to ids that have them",
         "add the special tokens once",
         {"start": (START_ID, START_ID), "end": (END_ID, END_ID)},
@@ -799,7 +799,7 @@ CATALOGUE = (
     ),
     TokenFault(
         "P10",
-        "the padding stands before the end id",
+        "the padding comes before the end id",
         "keras-hub#2018",
         "put the end id right after the text, then pad",
         {"side": "before the end"},

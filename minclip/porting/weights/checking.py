@@ -32,7 +32,7 @@ PRODUCTS_ONLY = (
 
 @dataclass(frozen=True)
 class WeightCheck:
-    """What `check_weights` found.
+    """The result of `check_weights`.
 
     verdict    "agrees", "wrong" or "incomplete": nothing is wrong, but tensors are missing
     findings   a `WeightFinding` for everything that is wrong or missing

@@ -166,7 +166,7 @@ def array_of(shape: tuple[int, ...], dtype: str, raw: bytes) -> np.ndarray:
     """Return packed bytes as an array; bfloat16 becomes float32."""
     size = FLOATS.get(dtype) or np.dtype(dtype).itemsize
     if not all(type(n) is int and n >= 0 for n in shape) or math.prod(shape) * size != len(raw):
-        raise ValueError("an array does not hold what its shape says")
+        raise ValueError("an array does not match its shape")
     return numbers(raw, dtype, 0, math.prod(shape)).reshape(shape)
 
 

@@ -165,7 +165,9 @@ class Findings:
             if place and piece.state:
                 self.add(piece, piece.state, f"{name} is {STATES[piece.state]}; {place} belongs there")
             elif place:
-                self.add(piece, "altered", f"{name} holds no tensor of the reference; {place} belongs there")
+                self.add(
+                    piece, "altered", f"{name} matches no tensor of the reference; {place} belongs there"
+                )
         elif place and best.unit != place:
             instead = f", not {place.part}" if place.name == best.unit.name else f"; {place} belongs there"
             self.add(piece, "tensor", f"{name} holds {best.unit}{instead}")
@@ -379,7 +381,7 @@ class Findings:
         notes += [f"{p.name} is padded to {p.rows} rows" for p in padded]
         spare = count - len({piece.name for piece in self.pieces if piece.best or piece.key in self.places})
         if spare > 0:
-            notes.append(f"{spare} of the port's {count} arrays are no tensor of the text encoder")
+            notes.append(f"{spare} of the port's {count} arrays are not tensors of the text encoder")
         return notes
 
 

@@ -134,7 +134,7 @@ def test_clipseg_and_owl_vit_have_clips_text_tower(kind, tmp_path):
     ],
 )
 def test_configs_of_other_models_are_refused_with_the_true_reason(kind, reason):
-    with pytest.raises(ValueError, match=f"model_type '{kind}' is no CLIP text tower: .*{reason}"):
+    with pytest.raises(ValueError, match=f"model_type '{kind}' is not a CLIP text tower: .*{reason}"):
         of_hugging_face({"model_type": kind, "text_config": TEXT})
 
 

@@ -82,7 +82,7 @@ def test_a_missing_shard_and_a_hostile_index_are_named(tmp_path):
     for bad in ("../elsewhere.safetensors", str(tmp_path / "elsewhere.safetensors"), index.name, "", 3):
         index.write_text(json.dumps({"weight_map": weight_map | {"extra": bad}}))
         with pytest.raises(
-            ValueError, match=r"index\.json (lists a shard that is no file beside it|is no index)"
+            ValueError, match=r"index\.json (lists a shard that is not a file beside it|is no index)"
         ):
             minclip.load(folder)
     index.write_text(json.dumps({"weight_map": weight_map}))

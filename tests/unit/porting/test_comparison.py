@@ -400,7 +400,7 @@ def test_what_cannot_be_matched_is_said():
     with pytest.raises(ValueError, match="mapping from stage name to array, not list"):
         minclip.compare(REFERENCE, [1])
     compared = minclip.compare(REFERENCE, {"bogus": TOKENS, "text_features": REFERENCE["text_features"]})
-    assert "1 of the port's arrays are no stage of ours: bogus" in compared.notes
+    assert "1 of the port's arrays are not stages of the encoder: bogus" in compared.notes
 
 
 def test_a_run_on_other_tokens_is_refused():
@@ -511,7 +511,7 @@ def test_correct_stages_of_a_coarse_port_are_not_called_wrong(coarse):
     compared = minclip.compare(REFERENCE, coarse_port(coarse()))
     assert compared.agrees, compared
     assert {stage.state for stage in compared.stages.values()} == {"agrees"}, compared
-    said = {in_bfloat16: "the rounding of bfloat16", with_int8_weights: "int8 weights, one scale a row"}
+    said = {in_bfloat16: "the rounding of bfloat16", with_int8_weights: "int8 weights, one scale per row"}
     assert said[coarse] in compared.verdict
 
 

@@ -147,7 +147,7 @@ def test_a_budget_ends_the_search(params, tokens):
     states = port_states(params, tokens) + 0.1
     diagnosis = minclip.diagnose(params, tokens, states, budget=0)
     assert diagnosis.verdict == "unknown"
-    assert "The search stopped at its budget; budget= lets it go on." in diagnosis.notes
+    assert "The search stopped at its budget; a larger budget= extends the search." in diagnosis.notes
 
 
 def test_every_fault_that_only_states_show_changes_them(params, tokens):

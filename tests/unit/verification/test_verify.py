@@ -271,7 +271,7 @@ def test_errors_just_above_the_allowance_are_told_from_clear_ones(publish, tower
     publish(coarse=slightly_off)
     certificate = minclip.verify(tower)
     assert certificate.verdict == "differs"
-    assert re.match(r"all errors are within 2\.\d times what is allowed", certificate.cause)
+    assert re.match(r"all errors are within 2\.\d times the tolerance", certificate.cause)
 
 
 def test_names_and_shapes_that_do_not_fit_are_refused(publish, tower):
