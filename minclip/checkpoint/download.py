@@ -1,14 +1,13 @@
-"""Download OpenAI's files: resume interrupted downloads, check the sha256, leave no half-written file."""
+"""Download OpenAI's files: resume interrupted downloads, check the sha256, leave no half-written file.
+
+Functions that use the network import http.client and urllib themselves, because these take time to import.
+"""
 
 from __future__ import annotations
 
 import difflib
-import hashlib
-import http.client
 import os
 import sys
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,6 +52,8 @@ def download(name: str, *, cache: str | os.PathLike[str] | None = None) -> Path:
     An interrupted download stays beside the file as FILE.part, and the next call resumes from there.
     Raises ValueError for an unknown name or a wrong sha256, OSError if the file cannot be downloaded.
     """
+    import http.client
+
     digest, filename = find_model(name)
     folder = cache_folder(cache)
     path, part = folder / filename, folder / f"{filename}.part"
@@ -108,6 +109,9 @@ def fetch(url: str, part: Path) -> None:
 
 def fetch_rest(url: str, part: Path, have: int, bar: tqdm) -> bool:
     """Append the missing bytes to part. Return whether part is complete."""
+    import urllib.error
+    import urllib.request
+
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         response = urllib.request.urlopen(request, timeout=TIMEOUT)
@@ -134,6 +138,8 @@ def fetch_rest(url: str, part: Path, have: int, bar: tqdm) -> bool:
 
 def copy(response, file, bar):
     """Write the bytes of the response to file until it ends or the connection breaks."""
+    import http.client
+
     while True:
         try:
             chunk = response.read(CHUNK)
@@ -154,5 +160,7 @@ def progress_bar(name: str) -> tqdm:
 
 def sha256(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file."""
+    import hashlib  # here, because it takes time to import
+
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

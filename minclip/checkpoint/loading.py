@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import os
 import warnings
 from collections.abc import Mapping
@@ -145,7 +144,9 @@ def to_params(
 
         return name, tower.array(name, convert)
 
-    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+    from concurrent.futures import ThreadPoolExecutor  # here, because it takes time to import
+
+    with ThreadPoolExecutor(READERS) as pool:
         arrays = dict(pool.map(read, tower.sources))
     params = Params(arrays, activation=activation, heads=heads, eot=config.get("eot"))
     return params, notes_on(spoiled, dtype)

@@ -11,7 +11,6 @@ zipfile reads the directory through the `RemoteFile` below just as well.
 from __future__ import annotations
 
 import bisect
-import http.client
 import io
 import itertools
 import json
@@ -19,14 +18,12 @@ import mmap
 import os
 import re
 import struct
-import urllib.error
-import urllib.request
 import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import safetensors.numpy
@@ -46,6 +43,9 @@ from minclip.checkpoint.pickle_machine import PickleMachine, Storage
 from minclip.checkpoint.tensor_files import DTYPES, Stored, map_file, only_when_whole, without_duplicates
 from minclip.checkpoint.torch_archive import check_size, flatten, refusing
 from minclip.checkpoint.zip_archive import MOST_ENTRIES, check_crc, read_entry
+
+if TYPE_CHECKING:
+    import http.client
 
 GAP = 2**16  # ranges nearer to each other than this are requested as one
 BUFFER = 2**16  # bytes of a directory that are requested at once
@@ -75,6 +75,9 @@ class RemoteFile(io.RawIOBase):
 
     def request(self, start: int, end: int) -> http.client.HTTPResponse:
         """Return the server's response to a request for the bytes from start to end."""
+        import urllib.error
+        import urllib.request
+
         headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
         try:
             response = urllib.request.urlopen(
@@ -130,6 +133,8 @@ class RemoteFile(io.RawIOBase):
 
 def read_some(response: http.client.HTTPResponse, most: int) -> bytes:
     """Return the next bytes of a response, none where the connection broke."""
+    import http.client
+
     try:
         return response.read(min(CHUNK, most))
     except (OSError, http.client.HTTPException):
@@ -235,6 +240,10 @@ def download_from_hub(source: str, *, cache: str | os.PathLike[str] | None = Non
 
 def fetch_config(url: str) -> bytes | None:
     """Return a config of the hub, None where there is none. Raises OSError if the download fails."""
+    import http.client
+    import urllib.error
+    import urllib.request
+
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
             return response.read(LARGEST_DIRECTORY)
@@ -263,6 +272,8 @@ def fetch_text_tower(url: str, path: Path, *, activation: str | None = None) -> 
     Raises NoRangesError where the server takes no ranges, other OSErrors where the download fails, ValueError
     where the file has no text tower or is damaged.
     """
+    import http.client
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remote = RemoteFile(url)

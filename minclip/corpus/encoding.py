@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -220,6 +219,8 @@ def fingerprint(params: Mapping[str, Any]) -> str:
 
     This is the architecture, the end-of-text id where there is one, and every array of the text tower.
     """
+    import hashlib  # here, because it takes time to import
+
     eot = getattr(params, "eot", None)
     digest = hashlib.sha256(repr(architecture(params) + (() if eot is None else (eot,))).encode())
     for name in sorted(name for name in params if name.startswith(TEXT_TOWER)):

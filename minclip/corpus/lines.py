@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -40,6 +38,8 @@ def readable_twice(
             )
         file: Any = source
         if not file.seekable():
+            import tempfile  # here, because it takes time to import
+
             try:
                 copy = stack.enter_context(tempfile.TemporaryFile(dir=folder))  # it leaves no trace
                 shutil.copyfileobj(file, copy)
@@ -77,6 +77,8 @@ def check_lines(file: BinaryIO, context: int, truncate: bool, progress: bool) ->
                 advance(file.tell() - place)
                 place = file.tell()
     file.seek(start)
+    import hashlib  # here, because it takes time to import
+
     digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
     file.seek(start)
     return count, digest

@@ -14,7 +14,6 @@ Axes: those of minclip.model, and  N nodes   T texts   C known nodes   G M W as 
       d = D / threads columns of attention   f = F / threads columns of the MLP
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
@@ -75,6 +74,8 @@ def encode_corpus(params, tokens, dtype, progress=False, nodes=None, prefixes=No
             done(encode_chunk(slice(0, len(texts.rows)), threads))
         else:
             parts = chunks(texts.new_nodes, threads, nodes or NODES)
+            from concurrent.futures import ThreadPoolExecutor  # here, because it takes time to import
+
             with ThreadPoolExecutor(threads) as pool:
                 for count in pool.map(encode_chunk, parts):
                     done(count)

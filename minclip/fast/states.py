@@ -13,7 +13,6 @@ Axes: those of minclip.model, and  N nodes   T different texts
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -121,6 +120,8 @@ def compute_trees(params, tokens, skip, norm, results, nodes):
             members = slice(first + part.start, first + part.stop)
             copy_rows(found, texts.group[members] - chunk.start, results, texts.order[members])
         return last - first
+
+    from concurrent.futures import ThreadPoolExecutor  # here, because it takes time to import
 
     with one_blas_thread() as threads, ThreadPoolExecutor(threads) as pool:
         yield from pool.map(compute, chunks(texts.new_nodes, threads, nodes or NODES))

@@ -1,6 +1,5 @@
 """A team of threads that compute one thing together and exchange arrays on the way."""
 
-from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 
 
@@ -18,6 +17,8 @@ class Team:
         """
         if self.size == 1:
             return function(0)
+        from concurrent.futures import ThreadPoolExecutor  # here, because it takes time to import
+
         with ThreadPoolExecutor(self.size - 1) as pool:
             others = [pool.submit(self.member, function, number) for number in range(1, self.size)]
             try:

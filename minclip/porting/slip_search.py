@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from minclip.params import BLOCK, count_layers, trim
 from minclip.porting.agreement import Agreement, project
@@ -161,6 +160,8 @@ def slips_of_features(search: Search, precision: str, seconds: float = SECONDS) 
 
 def slip_features(search: Search, seconds: float) -> Iterator[tuple[Slip, Any]]:
     """Yield each slip with the features that it gives to the texts of the search, for some seconds."""
+    from tqdm import tqdm  # here, because it takes time to import
+
     target = search.target
     if not target.aligned or not target.has_width_of(target.reference):
         return
