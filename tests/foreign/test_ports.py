@@ -58,9 +58,8 @@ def test_the_recipes_are_short_and_printed(capsys):
 
     for name in recipes.TITLES:
         assert len(recipes.read(name).splitlines()) <= 15, name
-    with pytest.raises(SystemExit):
-        main(["probe", "--help"])
-    out = capsys.readouterr().out
+    assert main(["probe", "--help"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
     assert all(title in out for title in recipes.TITLES.values())
 
 

@@ -18,7 +18,7 @@ BANNED = {
     "only when whole": r"\bonly when whole\b",
     "one a matrix": r"\bone (\w+ ){0,2}an? (GPU|core|row|matrix|process|machine)\b",
     "British spelling": r"\b(colour|behaviour|neighbour|favour|centre|grey|modelled|labelled)"
-    r"|\b(normal|initial|recogn|quant|optim|summar|serial|organ|token)is(e|ed|es|ing|ation)\b",
+    r"|\b(normal|initial|recogn|quant|optim|serial|organ|token)is(e|ed|es|ing|ation)\b",
 }
 
 

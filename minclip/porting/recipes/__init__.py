@@ -6,7 +6,7 @@
 from importlib.resources import files
 
 TITLES = {
-    "jax": "JAX with Flax: `module` and `variables` are the port's, and `call` how its features are had",
+    "jax": "JAX with Flax: `module` and `variables` are the port's; calling the module returns the features",
     "keras": "Keras and KerasHub: `model` takes the tokens and returns the features",
     "mlx": "MLX, as mlx-examples: `model` takes the tokens and returns the features",
     "tinygrad": "tinygrad: `model` takes the tokens and returns the features",

@@ -82,7 +82,7 @@ def test_a_missing_shard_and_a_hostile_index_are_named(tmp_path):
     for bad in ("../elsewhere.safetensors", str(tmp_path / "elsewhere.safetensors"), index.name, "", 3):
         index.write_text(json.dumps({"weight_map": weight_map | {"extra": bad}}))
         with pytest.raises(
-            ValueError, match=r"index\.json (lists a shard that is not a file beside it|is no index)"
+            ValueError, match=r"index\.json (lists a shard that is not a file beside it|is not an index)"
         ):
             minclip.load(folder)
     index.write_text(json.dumps({"weight_map": weight_map}))
@@ -126,7 +126,7 @@ def test_a_folder_without_a_config_loads_once_the_activation_is_given(tmp_path):
     assert_same(minclip.load(folder, activation="gelu"), PARAMS)  # model.safetensors is the usual name
     (folder / "model.safetensors").rename(folder / "one.safetensors")
     with pytest.raises(
-        ValueError, match=r"2 files of weights: say which.*one\.safetensors, other\.safetensors"
+        ValueError, match=r"2 files of weights: choose one.*one\.safetensors, other\.safetensors"
     ):
         minclip.load(folder)
 

@@ -397,7 +397,7 @@ def test_names_no_dialect_knows_are_given_by_the_user():
 def test_what_cannot_be_matched_is_said():
     with pytest.raises(ValueError, match=r"no array was recognized .*bogus.*rename"):
         minclip.compare(REFERENCE, {"bogus": TOKENS, "visual.ln_post": TOKENS})
-    with pytest.raises(ValueError, match="mapping from stage name to array, not list"):
+    with pytest.raises(TypeError, match=r"must be a mapping from stages to arrays .*not list"):
         minclip.compare(REFERENCE, [1])
     compared = minclip.compare(REFERENCE, {"bogus": TOKENS, "text_features": REFERENCE["text_features"]})
     assert "1 of the port's arrays are not stages of the encoder: bogus" in compared.notes

@@ -92,7 +92,7 @@ def test_the_command_line_takes_a_graph(graph, tmp_path, capsys):
 def test_what_is_no_graph_is_an_error_of_one_line(tmp_path):
     path = tmp_path / "no.onnx"
     path.write_bytes(b"no graph")
-    with pytest.raises(ValueError, match="is no ONNX graph"):
+    with pytest.raises(ValueError, match="is not an ONNX graph"):
         minclip.trace_onnx(path, TOKENS)
     with pytest.raises(FileNotFoundError):
         minclip.trace_onnx(tmp_path / "none.onnx", TOKENS)

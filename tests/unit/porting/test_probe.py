@@ -236,7 +236,7 @@ def test_a_file_that_is_no_probe_or_another_models_is_an_error_of_one_line(files
     minclip.save({name: array * 2 for name, array in params.items()}, other)
     capsys.readouterr()
     for command, said in (
-        (["compare", model, probe], "is no probe"),
+        (["compare", model, probe], "is not a probe"),
         (["compare", str(folder / "none.npz"), probe], "none.npz"),
         (["compare", probe, probe, "--model", other], "was written with another model"),
     ):
