@@ -10,7 +10,7 @@ from minclip import corpus, fast
 from minclip.arrays import normalize
 from minclip.attribution import attribute
 from minclip.backward import backward
-from minclip.builtin import pictures
+from minclip.builtin import pictures, scenes
 from minclip.checkpoint import apply_lora, available_models, from_state_dict, load, save
 from minclip.explorer import show
 from minclip.losses import contrastive_loss, normalize_backward
@@ -56,6 +56,7 @@ __all__ = [
     "probe_texts",
     "probe_tokens",
     "save",
+    "scenes",
     "show",
     "tokenize",
     "trace",

@@ -11,14 +11,15 @@ import numpy as np
 from safetensors import safe_open
 
 MODEL = Path(__file__).with_name("model.safetensors")
-PICTURES = "pictures"
+PICTURES, SCENES = "pictures", "scenes"
 TOKENS = "token_embedding."
 
 
 def load_builtin():
     """The text tower as a dict of float32 arrays under the names of OpenAI's state_dict."""
     with safe_open(MODEL, framework="np") as file:
-        names = [n for n in file.keys() if not n.endswith(".scale") and not n.startswith((TOKENS, PICTURES))]
+        apart = (TOKENS, PICTURES, SCENES)
+        names = [n for n in file.keys() if not n.endswith(".scale") and not n.startswith(apart)]
         params = {name: _read(file, name) for name in names}
         params[TOKENS + "weight"] = _token_table(file)
     return params
@@ -31,10 +32,7 @@ def pictures():
     >>> emoji[names.index("cat face")], features.shape
     ('🐱', (1744, 128))
     """
-    with safe_open(MODEL, framework="np") as file:
-        metadata = file.metadata()
-        features = _read(file, PICTURES)
-    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    metadata, features = _table(PICTURES)
     return json.loads(metadata["emoji"]), json.loads(metadata["names"]), features
 
 
@@ -42,6 +40,27 @@ def common_ids():
     """The ids with a row of their own in the token table, as a frozenset: those that training saw often."""
     with safe_open(MODEL, framework="np") as file:
         return frozenset(file.get_tensor(TOKENS + "full_ids").tolist())
+
+
+def scenes():
+    """Return (descriptions, features): N scenes of emoji and shapes, and unit float32 rows [N, E].
+
+    A description is a dict: "picture" (the scene in emoji), "sentence", "relation", "first" and "second".
+    A scene's features come from a small network over the pictures' features, not from pixels.
+
+    >>> descriptions, features = scenes()
+    >>> descriptions[0].keys() == {"picture", "sentence", "relation", "first", "second"}
+    True
+    """
+    metadata, features = _table(SCENES)
+    return json.loads(metadata["scenes"]), features
+
+
+def _table(name):
+    """Return the file's metadata, and one of its tables as unit rows."""
+    with safe_open(MODEL, framework="np") as file:
+        metadata, rows = file.metadata(), _read(file, name)
+    return metadata, rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 def _read(file, name):

@@ -1,10 +1,13 @@
-"""Train the built-in model on order: scenes, swapped scenes, shuffled words and typed emoji, besides meaning.
+r"""Train the built-in model on order: scenes, swapped scenes, shuffled words and typed emoji, and meaning.
 
-    python -m tests.train_builtin.order --work DIR --clip-vectors F --start model.safetensors --out order.pt
+    python -m tests.train_builtin.order train --work DIR --start FIRST --out order.pt --clip-vectors F
+    python -m tests.train_builtin.order rows --work DIR --start FIRST --out typed.pt --state order.pt
+    python -m tests.train_builtin.order pack --work DIR --start FIRST --out model.safetensors --state typed.pt
 
-It starts from an int8 file of `train`, puts new blocks in front of its blocks, and goes on with all losses of
-`train` but the pictures: their features are the table in the file. It writes --out every 50 steps; the same
-command resumes. --rows is the last phase: only the rows of emoji tokens learn. --pack writes the int8 file.
+`train` starts from FIRST, an int8 file of `train.py`. It puts new blocks in front of the blocks there, and
+uses all losses of `train.py` but the pictures: their features are the table in FIRST. It writes --out every
+50 steps, and the same command resumes. `rows` trains the rows of emoji tokens alone. `pack` writes the int8
+file with its scenes, and beside it the held-out scenes that `evaluate.py` reads.
 """
 
 import argparse
@@ -19,20 +22,24 @@ from safetensors.numpy import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from minclip.builtin import pictures
+from minclip import builtin
+from tests.train_builtin import evaluate
 from tests.train_builtin import scenes as grammar
 from tests.train_builtin import train as base
 from tests.train_builtin.scene_tower import SceneTower
 
 WIDTH, EMBED, CONTEXT, VOCABULARY = base.WIDTH, base.EMBED, base.CONTEXT, base.VOCABULARY
-KNOWN = 48  # scenes a step, and as many swapped fellows
+PLAIN = 600  # texts of the teacher a step
+KNOWN = 64  # scenes a step, and as many swapped fellows
 
 
-class Tower(nn.Module):
+class Tower(base.TextTower):
     """The text tower of an int8 file, with new blocks in front that change nothing yet."""
 
+    PARTS = (0.35, 0.6, 0.8, 0.93, 0.985)
+
     def __init__(self, file, records, new_blocks=2, waves=0.05):
-        super().__init__()
+        nn.Module.__init__(self)  # nothing of the parent's random start
         stored = load_file(file)
 
         def read(name):
@@ -42,8 +49,7 @@ class Tower(nn.Module):
         self.read_table(stored, read, records)
         self.positional_embedding = nn.Parameter(read("positional_embedding"))
         old = len({name.split(".")[2] for name in stored if name.startswith("transformer.")})
-        self.transformer = nn.Module()
-        self.transformer.resblocks = nn.ModuleList(base.Block() for _ in range(new_blocks + old))
+        self.transformer = base.Transformer(new_blocks + old)
         for i, block in enumerate(self.transformer.resblocks):
             if i < new_blocks:
                 self.start_new(block)
@@ -112,21 +118,6 @@ class Tower(nn.Module):
             weight[query : query + 2 * pairs] = sharpness**0.5 * back @ axes.T
             weight[key : key + 2 * pairs] = sharpness**0.5 * axes.T
 
-    rows = base.TextTower.rows
-    parameters_by_name = base.TextTower.parameters_by_name
-
-    def features(self, ids, drop=0.0):
-        """Return unit features [B, EMBED] of padded token ids [B, L]."""
-        x = self.rows(ids, drop) + self.positional_embedding[: ids.shape[1]]
-        for block in self.transformer.resblocks:
-            x = block(x)
-        x = self.ln_final(x[torch.arange(len(ids)), ids.argmax(1)])
-        return F.normalize(x @ self.text_projection, dim=-1)
-
-    def forward(self, texts, drop=0.0):
-        """Return unit features [n, EMBED] of ragged texts, computed in groups of similar length."""
-        return base.in_groups(texts, (0.35, 0.6, 0.8, 0.93, 0.985), lambda ids: self.features(ids, drop))
-
 
 def scene_losses(said, mixed, disorder, shown, scale):
     """Return (contrast, swap, hinge) of scenes: said and shown [2 K, E], the fellows second.
@@ -148,10 +139,18 @@ def scene_losses(said, mixed, disorder, shown, scale):
     return contrast, swap, hinge, (right > wrong).float().mean().item()
 
 
+def picture_table(start, records):
+    """Return the unit features [all emoji, EMBED] of the pictures in an int8 file."""
+    builtin.MODEL = start
+    emoji, _, table = builtin.pictures()
+    assert emoji == [r["emoji"] for r in records], "the picture table is of other emoji"
+    return torch.from_numpy(table)
+
+
 class Data:
     """Everything that a step draws from."""
 
-    def __init__(self, work, clip_vectors):
+    def __init__(self, work, start, clip_vectors):
         data = json.loads((work / "texts.json").read_text(encoding="utf-8"))
         self.records = data["emoji"]
         self.texts = base.Texts(data, np.load(work / "teacher.npy"))
@@ -160,11 +159,13 @@ class Data:
         self.typed = base.ragged([r["emoji"] for r in self.records])
         self.world = grammar.World(self.records)
         with np.load(clip_vectors) as file:
-            self.clip_texts = base.ragged(file["prompts"].tolist())
-            self.clip_features = torch.from_numpy(file["fp16"]).float()
-        emoji, _, table = pictures()
-        assert emoji == [r["emoji"] for r in self.records], "the picture table is of other emoji"
-        self.table = torch.from_numpy(table)
+            prompts, features = file["prompts"].tolist(), torch.from_numpy(file["fp16"]).float()
+        known = [i for i, prompt in enumerate(prompts) if grammar.share_of(prompt) >= 15]
+        held = sorted({*range(len(prompts))} - {*known})
+        self.clip_texts, self.clip_features = base.ragged([prompts[i] for i in known]), features[known]
+        self.held_clip = [prompts[i] for i in held], features[held].numpy()  # for development
+        self.held_texts = evaluate.teacher_targets(data, np.load(work / "teacher.npy"), "held_composites")
+        self.table = picture_table(start, self.records)
 
     def scenes(self, rng):
         """Return (scenes, fellows, their sentences, the first ones' words shuffled)."""
@@ -187,7 +188,7 @@ class Data:
 def step_loss(text, scene_tower, head, temperature, warmth, data, rng, numpy_rng, weights):
     """Return (loss, figures) of one step."""
     texts, captions = data.texts, data.captions
-    rows, target = texts.draw(numpy_rng)
+    rows, target = texts.draw(numpy_rng, PLAIN)
     emoji = numpy_rng.permutation(len(data.table))[:64].tolist()
     caption_rows, caption_goals = captions.draw(numpy_rng, emoji)
     pair_texts, pair_goals = captions.pairs(numpy_rng, emoji[:32])
@@ -229,7 +230,9 @@ def step_loss(text, scene_tower, head, temperature, warmth, data, rng, numpy_rng
         "hinge": hinge,
     }
     loss = sum(weights[name] * value for name, value in parts.items())
-    return loss, {name: round(float(value), 3) for name, value in parts.items()} | {"told": round(told, 3)}
+    return loss, {name: round(float(value.detach()), 3) for name, value in parts.items()} | {
+        "told": round(told, 3)
+    }
 
 
 WEIGHTS = {"teach": 1.0, "find": 0.5, "typed": 0.3, "geometry": 3.0, "scene": 1.0, "swap": 1.0, "hinge": 1.0}
@@ -239,7 +242,7 @@ def train(options):
     """Train, or go on from options.out, until options.steps."""
     torch.manual_seed(options.seed)
     rng, numpy_rng = random.Random(options.seed), np.random.default_rng(options.seed)
-    data = Data(options.work, options.clip_vectors)
+    data = Data(options.work, options.start, options.clip_vectors)
     text = Tower(options.start, data.records, options.new_blocks, options.waves)
     scene_tower = SceneTower(EMBED)
     head = base.fit_head(text, data.texts, numpy_rng)
@@ -313,6 +316,10 @@ def told_apart(text, scene_tower, data, part, count):
     fresh = grammar.fresh_sentences(data.world, part, 2 * count)
     first, second = (encode(text, [pair[k] for pair in fresh]) for k in (0, 1))
     nearest = (said @ torch.cat([shown, fellows]).T).argmax(1)
+    similar = {}
+    for name, (texts, reference) in {"CLIP names": data.held_clip, "composites": data.held_texts}.items():
+        mine = evaluate.cosines(encode(text, texts).numpy())
+        similar[name] = round(evaluate.spearman(mine, evaluate.cosines(reference)), 3)
     keys = encode(text, [r["emoji"] for r in data.records])
     names = encode(text, [f"a picture of a {r['name']}" for r in data.records])
     every = torch.arange(len(data.records))
@@ -323,32 +330,118 @@ def told_apart(text, scene_tower, data, part, count):
         "shuffled, median cosine": round(mixed.median().item(), 3),
         "new verbs, median cosine": round((first * second).sum(1).median().item(), 3),
         f"scene R@1 of {2 * len(rows)}": round((nearest == torch.arange(len(rows))).float().mean().item(), 3),
+        "held out, Spearman": similar,
         "typed emoji R@1": round(((keys @ data.table.T).argmax(1) == every).float().mean().item(), 3),
         "names R@1": round(((names @ data.table.T).argmax(1) == every).float().mean().item(), 3),
     }
+
+
+def load(options, records):
+    """Return (the state of a finished phase, its text tower, its scene tower)."""
+    state = torch.load(options.state, weights_only=False)
+    text = Tower(options.start, records, state["new_blocks"])
+    text.load_state_dict(state["text"])
+    scene_tower = SceneTower(EMBED)
+    scene_tower.load_state_dict(state["scenes"])
+    return state, text.eval(), scene_tower.eval()
+
+
+def train_rows(options):
+    """Train the rows of the tokens that only emoji are made of; all other numbers stay as they are."""
+    records = json.loads((options.work / "texts.json").read_text(encoding="utf-8"))["emoji"]
+    state, text, _ = load(options, records)
+    table, world, rng = picture_table(options.start, records), grammar.World(records), random.Random(0)
+    typed = base.ragged([r["emoji"] for r in records])
+    ids = torch.unique(torch.cat(typed))
+    words = torch.unique(torch.cat(base.ragged([n for r in records for n in r["names"] + r["keywords"]])))
+    rows = text.slots[ids[~torch.isin(ids, words)]]
+    text.requires_grad_(False)
+    begun, free = text.residual.data.clone(), nn.Parameter(text.residual.data[rows].clone())
+    optimizer = torch.optim.Adam([free], lr=options.rate)
+    goal = F.normalize(table + encode(text, [r["name"] for r in records]), dim=-1)
+    del text.residual
+    for step in range(options.steps):
+        optimizer.param_groups[0]["lr"] = options.rate * (1 - step / options.steps)
+        text.residual = begun.index_copy(0, rows, free)
+        some = rng.sample(range(len(records)), 192)
+        said, meant = typed_scenes(world, rng, 48)
+        found = text([typed[i] for i in some] + base.ragged(said))
+        alone, scenes = found[: len(some)], found[len(some) :]
+        loss = F.cross_entropy(30 * alone @ goal.T, torch.tensor(some))
+        loss = loss + (1 - (alone * goal[some]).sum(1)).mean()
+        loss = loss + 2 * (1 - (scenes * encode(text, meant)).sum(1)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 20 == 0:
+            print(f"rows {len(rows)} step {step} loss {loss.item():.3f}", flush=True)
+    state["text"]["residual"] = begun.index_copy(0, rows, free.detach())
+    torch.save(state, options.out)
+
+
+def typed_scenes(world, rng, count):
+    """Return (sentences with both nouns typed as emoji, the same sentences in words)."""
+    said, meant = [], []
+    for _ in range(count):
+        scene, _ = world.draw(rng, rng.choice([f for f in grammar.FAMILIES if f != "colors of shapes"]))
+        form, seed = rng.choice(grammar.forms_of(scene.relation)), rng.random()
+        for texts, share in ((said, 1.0), (meant, 0.0)):
+            texts.append(grammar.say(scene, random.Random(seed), world, form, share, around=False))
+    return said, meant
+
+
+def pack_file(options):
+    """Write the int8 file, and beside it NAME-scenes.npz, the held-out scenes of the final figures."""
+    records = json.loads((options.work / "texts.json").read_text(encoding="utf-8"))["emoji"]
+    _, text, scene_tower = load(options, records)
+    table, world = picture_table(options.start, records), grammar.World(records)
+    with torch.no_grad():
+        shipped = [
+            {"scene": grammar.plain(scene, world), "features": scene_tower([scene], world, table)[0].numpy()}
+            for scene in grammar.shown(world)
+        ]
+        base.save(options.out, text, table, records, shipped)
+        rows = grammar.examples(world, "final", 100) + grammar.examples(world, "final", 30, seed=2, typed=1.0)
+        shown, fellows = (scene_tower([r[k] for r in rows], world, table).half().numpy() for k in (1, 2))
+    families = [r[0] if i < 100 * len(grammar.FAMILIES) else f"typed: {r[0]}" for i, r in enumerate(rows)]
+    np.savez_compressed(
+        options.out.with_name(options.out.stem + "-scenes.npz"),
+        family=families,
+        said=[r[3] for r in rows],
+        other=[r[4] for r in rows],
+        shown=shown,
+        fellows=fellows,
+    )
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("action", choices=["train", "rows", "pack"])
     parser.add_argument(
         "--work", type=Path, required=True, help="the folder that `train fetch` and `prepare` filled"
     )
-    parser.add_argument(
-        "--clip-vectors", type=Path, required=True, help="real ViT-B/32 vectors, see train.py"
-    )
     parser.add_argument("--start", type=Path, required=True, help="an int8 file of `train`")
-    parser.add_argument("--out", type=Path, required=True, help="the state to write, and to resume from")
+    parser.add_argument("--state", type=Path, help="rows, pack: the --out of the phase before")
+    parser.add_argument("--out", type=Path, required=True, help="the file to write, and to resume from")
+    parser.add_argument("--clip-vectors", type=Path, help="real ViT-B/32 vectors, see train.py")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--rate", type=float)
     parser.add_argument("--new-blocks", type=int, default=2)
     parser.add_argument("--waves", type=float, default=0.05, help="rms of the waves added to the positions")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    train(options)
+    if options.action == "train":
+        options.steps, options.rate = options.steps or 1500, options.rate or 1.5e-3
+        train(options)
+    elif options.action == "rows":
+        options.steps, options.rate = options.steps or 260, options.rate or 0.03
+        train_rows(options)
+    else:
+        pack_file(options)
 
 
 if __name__ == "__main__":

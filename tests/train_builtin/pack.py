@@ -15,7 +15,7 @@ def rows_as_int8(matrix):
     return whole.astype(np.int8), scale
 
 
-def write(path, params, full_ids, coordinates, basis, emoji, names, features):
+def write(path, params, full_ids, coordinates, basis, emoji, names, features, scenes=()):
     """Write the file.
 
     params: float32 arrays by OpenAI's names, the token table among them. Of the table the rows `full_ids`
@@ -26,6 +26,8 @@ def write(path, params, full_ids, coordinates, basis, emoji, names, features):
     matrices["token_embedding.full"] = matrices.pop("token_embedding.weight")[full_ids]
     matrices["token_embedding.coordinates"] = coordinates
     matrices["pictures"] = features
+    if scenes:
+        matrices["scenes"] = np.stack([scene["features"] for scene in scenes])
     for name, array in matrices.items():
         if array.ndim == 1:
             tensors[name] = array.astype(np.float32)
@@ -34,6 +36,7 @@ def write(path, params, full_ids, coordinates, basis, emoji, names, features):
     metadata = {
         "emoji": json.dumps(emoji, ensure_ascii=False),
         "names": json.dumps(names, ensure_ascii=False),
+        "scenes": json.dumps([scene["scene"] for scene in scenes], ensure_ascii=False),
         "about": "a small CLIP-style model trained for minclip; MODEL_CARD.md beside this file tells more",
     }
     save_file({name: np.ascontiguousarray(a) for name, a in tensors.items()}, path, metadata)

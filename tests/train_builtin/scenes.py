@@ -22,6 +22,9 @@ llama giraffe elephant mouse rat rabbit hamster hedgehog bat bear koala panda ot
 chicken penguin dove eagle duck swan owl flamingo peacock parrot frog crocodile turtle lizard snake
 dragon whale dolphin seal shark octopus crab lobster squid snail butterfly ant beetle spider baby boy
 girl man woman child farmer cook teacher artist pilot astronaut firefighter detective guard ninja""".split()
+PEOPLE = BEINGS[BEINGS.index("baby") :]  # they get no color
+CHILDREN = ("baby", "boy", "girl", "child")
+ROUGH = ("hit", "kick", "kiss", "lick", "eat", "attack", "love")  # not said of children
 OBJECTS = """bouquet rose sunflower tulip cactus mushroom melon lemon banana pineapple mango pear
 coconut avocado potato carrot cucumber onion bagel waffle hamburger pizza sandwich taco egg doughnut
 cookie cupcake pie candy teapot spoon jar compass tent castle fountain bus taxi tractor motorcycle
@@ -153,7 +156,11 @@ class World:
 
     def __init__(self, records):
         self.row = {record["name"]: i for i, record in enumerate(records)}
-        self.emoji = {record["name"]: record["emoji"] for record in records}
+        self.emoji = {record["name"]: [record["emoji"]] for record in records}
+        for record in records:  # people type 🐱, the face, for a cat
+            noun = record["name"].removesuffix(" face")
+            if noun != record["name"] and noun in self.emoji:
+                self.emoji[noun].append(record["emoji"])
         self.beings = [noun for noun in BEINGS if noun in self.row]
         self.objects = [noun for noun in OBJECTS if noun in self.row]
         self.nouns = self.beings + self.objects
@@ -193,8 +200,10 @@ class World:
         if family == "who does what":
             relation = rng.choice(list(VERBS))
             first, second = rng.sample(self.beings, 2)
+            if relation in ROUGH and {first, second} & {*CHILDREN}:
+                return self.propose(rng, family)
             if relation in ("hold", "carry", "push", "pull", "lift", "wash", "eat", "paint", "ride"):
-                second = rng.choice(self.nouns)
+                second = rng.choice([noun for noun in self.nouns if noun not in CHILDREN])
         elif family == "in":
             second = rng.choice(self.containers + self.nouns)
         elif family == "with and without":
@@ -210,6 +219,8 @@ class World:
         pool = list(SHAPES) if family == "colors of shapes" else self.nouns
         if family in ("sizes", "counts"):
             pool = pool + list(SHAPES)
+        else:
+            pool = [noun for noun in pool if noun not in PEOPLE]
         nouns = rng.sample(pool, 2)
         values = rng.sample(range(1, 1 + len((COLORS, SIZES, COUNTS)[kind])), 2)
         things = [
@@ -221,7 +232,7 @@ class World:
 
     def attributes(self, rng, noun, how_many):
         values = [0, 0, 0]
-        for kind in rng.sample([0, 0, 1, 2], how_many):
+        for kind in rng.sample([1, 2] if noun in PEOPLE else [0, 0, 1, 2], how_many):
             values[kind] = rng.randrange(1, 1 + len((COLORS, SIZES, COUNTS)[kind]))
         return Thing(noun, *values)
 
@@ -237,7 +248,8 @@ def swapped(scene, family, rng):
         return Scene("alone", Thing(first.noun, *values))
     if family == "with and without" and rng.random() < 0.6:
         return Scene({"with": "without", "without": "with"}[scene.relation], first, second)
-    if first.values != second.values and (scene.relation == "and" or rng.random() < 0.4):
+    people = {first.noun, second.noun} & {*PEOPLE} and (first.color or second.color)
+    if first.values != second.values and not people and (scene.relation == "and" or rng.random() < 0.4):
         return Scene(scene.relation, Thing(first.noun, *second.values), Thing(second.noun, *first.values))
     return Scene(scene.relation, second, first)
 
@@ -253,7 +265,7 @@ def plural(noun):
 
 def say_thing(thing, rng, world, typed, article=True):
     """Return a thing in words: "two big red cats"; with probability typed its noun as an emoji."""
-    emoji = world.emoji.get(thing.noun)
+    emoji = rng.choice(world.emoji[thing.noun]) if thing.noun in world.emoji else None
     noun = emoji if emoji and rng.random() < typed else plural(thing.noun) if thing.count > 1 else thing.noun
     if thing.color and not thing.size and thing.count < 2 and article and rng.random() < 0.1:
         return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun} that is {COLORS[thing.color - 1]}"
@@ -337,3 +349,63 @@ def fresh_sentences(world, part, count, seed=1):
         if pair[0] != pair[1]:
             found.append(pair)
     return found
+
+
+def shown(world, count=27, seed=5):
+    """Return the scenes that ship in the built-in file, each before its swapped fellow.
+
+    Of each family, half of the pairs are held out for the final figures.
+    """
+    rng, found = random.Random(seed), []
+    cat, dog, man = Thing("cat"), Thing("dog"), Thing("man")
+    pairs = [
+        (Scene("above", cat, dog), Scene("above", dog, cat)),
+        (Scene("left", cat, dog), Scene("left", dog, cat)),
+        (Scene("chase", dog, cat), Scene("chase", cat, dog)),
+        (Scene("bite", dog, man), Scene("bite", man, dog)),
+        (Scene("on", cat, Thing("chair")), Scene("on", Thing("chair"), cat)),
+        (Scene("with", cat, dog), Scene("without", cat, dog)),
+        tuple(Scene("and", Thing("cube", a), Thing("sphere", b)) for a, b in ((1, 2), (2, 1))),
+    ]
+    for family in FAMILIES:
+        for i in range(count):
+            why = "attribute" if family == "alone" else "pair"
+            part, why = ("final", why) if i % 2 else ("train", None)
+            pairs.append(world.draw(rng, family, part, why))
+    for pair in pairs:
+        found += [scene for scene in pair if scene not in found]
+    return found
+
+
+def plain(scene, world):
+    """Return a scene as its structure, a sentence and a picture of emoji: a dict of strings."""
+    verb = VERBS.get(scene.relation)
+    words = [plainly(thing) for thing in scene.things]
+    relation = verb[1] if verb else {"left": "left of"}.get(scene.relation, scene.relation)
+    join = f" {relation} → " if verb else " + " if relation == "and" else f" {relation} "
+    return {
+        "picture": join.join(picture_of(thing, world) for thing in scene.things),
+        "sentence": f" {relation} ".join(words),
+        "relation": relation,
+        "first": words[0],
+        "second": words[1] if scene.second else "",
+    }
+
+
+def plainly(thing):
+    """Return a thing in words, always the same ones: "a big red cat", "two cats"."""
+    size, color = (
+        kind[value - 1] if value else "" for kind, value in ((SIZES, thing.size), (COLORS, thing.color))
+    )
+    words = [word for word in (size, color, plural(thing.noun) if thing.count > 1 else thing.noun) if word]
+    article = COUNTS[thing.count - 1] if thing.count else "an" if words[0][0] in "aeiou" else "a"
+    return " ".join([article, *words])
+
+
+def picture_of(thing, world):
+    """Return a thing as emoji: its color as a dot, itself as often as it is counted, its size as a word."""
+    dots = dict(zip(COLORS, "🔴🔵🟢🟡⚫⚪🟣🟠🩷🟤", strict=True))
+    dot = dots[COLORS[thing.color - 1]] if thing.color else ""
+    body = world.emoji[thing.noun][-1] if thing.noun in world.emoji else thing.noun
+    size = f"{SIZES[thing.size - 1]} " if thing.size else ""
+    return size + dot + body * max(1, thing.count)

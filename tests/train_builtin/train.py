@@ -58,9 +58,9 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self):
+    def __init__(self, layers=LAYERS):
         super().__init__()
-        self.resblocks = nn.ModuleList(Block() for _ in range(LAYERS))
+        self.resblocks = nn.ModuleList(Block() for _ in range(layers))
 
 
 class TextTower(nn.Module):
@@ -69,6 +69,8 @@ class TextTower(nn.Module):
     Every token has `coordinates` in a shared `basis`; the `full_ids` have a full-width `residual` besides.
     In training some residuals are dropped at random, so that rows without one are understood as well.
     """
+
+    PARTS = (0.5, 0.8, 0.92, 0.98)  # where a batch, sorted by length, is cut into groups
 
     def __init__(self, table, full_ids):
         super().__init__()
@@ -117,7 +119,7 @@ class TextTower(nn.Module):
 
     def forward(self, texts, drop=0.0):
         """Unit features [n, EMBED] of ragged texts."""
-        return in_groups(texts, (0.5, 0.8, 0.92, 0.98), lambda ids: self.features(ids, drop))
+        return in_groups(texts, self.PARTS, lambda ids: self.features(ids, drop))
 
     def parameters_by_name(self):
         """float32 arrays by OpenAI's names."""
@@ -262,9 +264,9 @@ class Texts:
         counts[[START, END]] = counts.max() + 1
         return counts.argsort(descending=True, stable=True)[:FULL].sort().values
 
-    def draw(self, rng):
+    def draw(self, rng, plain=340):
         """(rows of texts, the teacher's targets); a composite's joins the whole and its parts."""
-        rows = [*rng.choice(self.plain, 340, p=self.weights), *rng.choice(self.long, 6)]
+        rows = [*rng.choice(self.plain, plain, p=self.weights), *rng.choice(self.long, 6)]
         joined = [self.joined[i] for i in rng.integers(len(self.joined), size=80)]
         wholes = [row for row, _ in joined]
         parts = torch.stack([self.vectors[parts].float().mean(0) for _, parts in joined])
@@ -423,8 +425,8 @@ def picture_table(text, seer, captions, pictures, texts, rng):
     return F.normalize(0.3 * seen + F.normalize(said, dim=-1) + F.normalize(fitted, dim=-1), dim=-1)
 
 
-def save(out, text, table, records):
-    """Write the int8 file."""
+def save(out, text, table, records, scenes=()):
+    """Write the int8 file. Each of the scenes holds its structure and its features."""
     full_ids = text.full_ids.numpy()
     rest = np.delete(np.arange(VOCABULARY), full_ids)
     pack.write(
@@ -436,6 +438,7 @@ def save(out, text, table, records):
         [r["emoji"] for r in records],
         [r["name"] for r in records],
         table.numpy(),
+        scenes,
     )
     print(out, Path(out).stat().st_size, "bytes")
 
