@@ -170,7 +170,7 @@ def print_written(path, written):
 
 
 def show(args, params, texts, where="text"):
-    """Print texts, their similarities, and the built-in pictures nearest to each."""
+    """Print texts, their similarities, and the built-in pictures and scenes nearest to each."""
     tokens = tokenized(params, texts, where, args.truncate)
     features = as_array(arrays.normalize(fast.encode_text(params, tokens)))
     layers, _, _ = architecture(params)
@@ -192,12 +192,18 @@ def show(args, params, texts, where="text"):
 
 
 def show_nearest(texts, features):
-    """Print the pictures of the built-in table whose features are nearest to each text's."""
+    """Print the pictures and scenes of the built-in model whose features are nearest to each text's."""
     emoji, names, pictures = builtin.pictures()
-    print_wrapped(f"\nnearest of the built-in model's {len(emoji)} pictures")
-    for i, (text, similarity) in enumerate(zip(texts, features @ pictures.T, strict=True), 1):
+    descriptions, scenes = builtin.scenes()
+    labels = [
+        *zip(emoji, names, strict=True),
+        *((scene["picture"], scene["sentence"]) for scene in descriptions),
+    ]
+    print_wrapped(f"\nnearest of the built-in model's {len(emoji)} pictures and {len(scenes)} scenes")
+    similarities = features @ np.concatenate([pictures, scenes]).T
+    for i, (text, similarity) in enumerate(zip(texts, similarities, strict=True), 1):
         print(f"{i:3}  {fitted(text, columns() - 6)}")
         for j in similarity.argsort()[::-1][:NEAREST]:
-            print(f"       {similarity[j]:5.2f}  {emoji[j]}  {fitted(names[j], columns() - 18)}")
+            print(f"       {similarity[j]:5.2f}  {fitted('  '.join(labels[j]), columns() - 14)}")
     if note := note_on_rare_words(texts):
         print_wrapped(f"\n{note}")

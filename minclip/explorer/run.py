@@ -151,14 +151,16 @@ def read_out(params: Any, stages: Trace) -> Floats:
 def candidates_for(params: Any, texts: list[str], features: Floats) -> tuple[list[list[str]], Floats]:
     """Return labels [mark, name] and unit features [N, E] to compare a read-out with.
 
-    They are the pictures for the built-in model, and the texts themselves for any other.
+    They are the pictures and scenes for the built-in model, and the texts themselves for any other.
     """
     emoji, names, pictures = builtin.pictures()
     P = params.get("text_projection")
     if P is not None and P.shape == (pictures.shape[1],) * 2:
         ours = builtin.load_builtin()["text_projection"]
         if np.allclose(as_array(P).astype(np.float32), ours, atol=1e-3):
-            return [list(label) for label in zip(emoji, names, strict=True)], pictures
+            descriptions, scenes = builtin.scenes()
+            labels = [*zip(emoji, names, strict=True), *(("", scene["sentence"]) for scene in descriptions)]
+            return [list(label) for label in labels], np.concatenate([pictures, scenes])
     return [["", text] for text in texts], features
 
 

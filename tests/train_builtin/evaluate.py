@@ -1,6 +1,7 @@
 """Print the built-in model's held-out figures against their bars, from an int8 file.
 
     python -m tests.train_builtin.evaluate --work DIR [--model FILE] [--clip-refs FILE] [--sample FILE]
+    python -m tests.train_builtin.evaluate --work DIR [--model FILE] --heads
 
 Needs what `train.py fetch` and `train.py prepare` left under DIR; neither torch nor the teacher.
 The scenes are in FILE-scenes.npz, which `order.py pack` writes beside the model FILE.
@@ -202,6 +203,39 @@ def measure_order(params, table, data, held):
     return figures
 
 
+def print_heads(params, data):
+    """Print where each head looks, and how much each block adds, on sentences "a C N and a C N"."""
+    world, rng = grammar.World(data["emoji"]), random.Random(11)
+    said = []
+    while len(said) < 200:
+        scene, _ = world.draw(rng, "colors of nouns", "final", "pair")
+        words = [f"a {grammar.COLORS[t.color - 1]} {t.noun}" for t in (scene.first, scene.second)]
+        if (minclip.tokenize(f"{words[0]} and {words[1]}") != 0).sum() == 9:
+            said.append(f"{words[0]} and {words[1]}")  # start a C N and a C N end: positions 0 to 8
+    trace = minclip.trace(params, minclip.tokenize(said)[:, :9])
+    pairs = {
+        "noun: its color": (7, 6),
+        "the other color": (7, 2),
+        "itself": (7, 7),
+        "start": (7, 0),
+        "end: noun 1": (8, 3),
+        "noun 2": (8, 7),
+        "colors": (8, [2, 6]),
+        "end's start": (8, 0),
+        "end's itself": (8, 8),
+    }
+    print("block.head  " + "  ".join(pairs) + "  block's change of the end row")
+    x = trace["embedding"]
+    for block in range(sum(name.endswith("ln_1.weight") for name in params)):
+        prefix = f"transformer.resblocks.{block}"
+        weights, after = trace[f"{prefix}.attn.weights"].mean(0), trace[prefix]
+        change = np.linalg.norm((after - x)[:, 8], axis=1) / np.linalg.norm(x[:, 8], axis=1)
+        for head, share in enumerate(weights):
+            shown = "  ".join(f"{share[i, j].sum():{len(name)}.2f}" for name, (i, j) in pairs.items())
+            print(f"{block}.{head}         {shown}  {np.median(change):.2f}")
+        x = after
+
+
 def told_apart(said, scenes):
     """Return bool [n]: is each sentence nearer to its scene than to the swapped one?"""
     shown, fellows = (scenes[name].astype(np.float32) for name in ("shown", "fellows"))
@@ -224,7 +258,7 @@ def even_attention(blocks, at_end):
         chosen = (np.arange(L) == tokens.argmax(1)[:, None]) == at_end  # (B, L)
 
         def tap(name, array):
-            return np.where(chosen[:, None, :, None], shares, array) if name in names else None
+            return np.where(chosen[:, None, :, None], shares, array) if name in names else array
 
         return tap
 
@@ -265,12 +299,17 @@ def main():
     )
     parser.add_argument("--clip-refs", type=Path)
     parser.add_argument("--sample", type=Path)
+    parser.add_argument("--heads", action="store_true", help="print where each head looks")
     options = parser.parse_args()
     data = json.loads((options.work / "texts.json").read_text(encoding="utf-8"))
     vectors = np.load(options.work / "teacher.npy")
     refs = np.load(options.clip_refs) if options.clip_refs else None
     if options.sample:
         write_sample(options.sample, data, vectors, np.random.default_rng(0))
+    if options.heads:
+        builtin.MODEL = options.model[0]
+        print_heads(builtin.load_builtin(), data)
+        return
     runs = []
     for path in options.model:
         builtin.MODEL = path

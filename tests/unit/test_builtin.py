@@ -26,6 +26,11 @@ def table():
 
 
 @pytest.fixture(scope="module")
+def scenes():
+    return minclip.scenes()
+
+
+@pytest.fixture(scope="module")
 def held_out():
     return json.loads((TESTS / "train_builtin" / "held_out.json").read_text(encoding="utf-8"))
 
@@ -46,8 +51,8 @@ def test_the_card_names_this_very_file():
     assert digest in builtin.MODEL.with_name("MODEL_CARD.md").read_text(encoding="utf-8")
 
 
-def test_the_file_is_at_most_5_mb():
-    assert builtin.MODEL.stat().st_size <= 5_000_000
+def test_the_file_is_at_most_6_mb():
+    assert builtin.MODEL.stat().st_size <= 6_000_000
 
 
 def test_names_shapes_and_dtypes_are_openais(params):
@@ -59,7 +64,7 @@ def test_names_shapes_and_dtypes_are_openais(params):
         "ln_final.weight": (D,),
         "ln_final.bias": (D,),
     }
-    for i in range(4):
+    for i in range(6):
         block = f"transformer.resblocks.{i}."
         shapes |= {
             block + "ln_1.weight": (D,),
@@ -149,6 +154,48 @@ def test_held_out_phrases_are_ordered_as_by_the_teacher(params, held_out):
 def test_two_things_in_one_sentence_both_count(params, table, text, first, second):
     assert rank(params, table, text, first) < 15
     assert rank(params, table, text, second) < 15
+
+
+def test_the_scene_table_is_unit_rows_with_structure(scenes):
+    descriptions, features = scenes
+    assert len(descriptions) == len(features) >= 500
+    assert all(
+        scene.keys() == {"picture", "sentence", "relation", "first", "second"} for scene in descriptions
+    )
+    assert len({scene["sentence"] for scene in descriptions}) == len(descriptions)
+    assert features.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-5)
+
+
+def test_the_sentence_of_a_scene_finds_the_scene(params, scenes):
+    descriptions, features = scenes
+    said = encode(params, [scene["sentence"] for scene in descriptions])
+    assert ((said @ features.T).argmax(axis=1) == np.arange(len(said))).mean() > 0.85
+
+
+@pytest.mark.parametrize(
+    ("text", "other"),
+    [
+        ("🐱 above 🐶", "🐶 above 🐱"),
+        ("a red cube and a blue sphere", "a blue cube and a red sphere"),
+        ("a dog bites a man", "a man bites a dog"),
+        ("a cat with a dog", "a cat without a dog"),
+    ],
+)
+def test_two_sentences_of_the_same_words_find_their_own_scenes(params, scenes, text, other):
+    descriptions, features = scenes
+    nearest = (encode(params, [text, other]) @ features.T).argmax(axis=1)
+    found = [descriptions[i] for i in nearest]
+    words = [{*text.replace("🐱", "a cat").replace("🐶", "a dog").split()} for text in (text, other)]
+    assert found[0] != found[1]
+    for scene, said in zip(found, words, strict=True):
+        assert said <= {*scene["sentence"].split()}, (scene, said)
+
+
+def test_an_emoji_typed_alone_finds_its_own_picture(params, table):
+    emoji, _, features = table
+    said = encode(params, emoji)
+    assert ((said @ features.T).argmax(axis=1) == np.arange(len(emoji))).mean() > 0.9
 
 
 def test_a_long_text_does_not_drift(params):
