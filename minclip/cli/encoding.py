@@ -25,6 +25,7 @@ from minclip.corpus.lines import name_of, read_texts
 from minclip.params import architecture
 
 SHOWN = 12  # texts whose similarities fit an 80-column terminal side by side
+SCENE_SHARE = 0.75  # a scene is shown if its similarity is at least this part of the nearest picture's
 NEAREST = 3
 OTHER_FORMATS = {".csv", ".h5", ".json", ".npz", ".parquet", ".pkl", ".pt", ".safetensors", ".tsv", ".txt"}
 
@@ -195,15 +196,15 @@ def show_nearest(texts, features):
     """Print the pictures and scenes of the built-in model whose features are nearest to each text's."""
     emoji, names, pictures = builtin.pictures()
     descriptions, scenes = builtin.scenes()
-    labels = [
-        *zip(emoji, names, strict=True),
-        *((scene["picture"], scene["sentence"]) for scene in descriptions),
-    ]
     print_wrapped(f"\nnearest of the built-in model's {len(emoji)} pictures and {len(scenes)} scenes")
-    similarities = features @ np.concatenate([pictures, scenes]).T
-    for i, (text, similarity) in enumerate(zip(texts, similarities, strict=True), 1):
+    pairs = zip(texts, features @ pictures.T, features @ scenes.T, strict=True)
+    for i, (text, similarity, to_scenes) in enumerate(pairs, 1):
         print(f"{i:3}  {fitted(text, columns() - 6)}")
         for j in similarity.argsort()[::-1][:NEAREST]:
-            print(f"       {similarity[j]:5.2f}  {fitted('  '.join(labels[j]), columns() - 14)}")
+            print(f"       {similarity[j]:5.2f}  {emoji[j]}  {fitted(names[j], columns() - 18)}")
+        best = to_scenes.argmax()
+        if to_scenes[best] >= SCENE_SHARE * similarity.max():
+            label = f"{descriptions[best]['picture']}: {descriptions[best]['sentence']}"
+            print(f"       {to_scenes[best]:5.2f}  {fitted(label, columns() - 14)}")
     if note := note_on_rare_words(texts):
         print_wrapped(f"\n{note}")

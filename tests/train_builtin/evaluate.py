@@ -173,9 +173,10 @@ def measure_order(params, table, data, held):
         Figure("verbs not in the grammar, cosine", "median", np.median((first * second).sum(1)), 0.85, True)
     )
     figures.append(Figure(f"scenes among {2 * count}", "R@1", found_first(said, words), 0.85))
-    keys = encode(params, [r["emoji"] for r in data["emoji"]])
-    every = np.arange(len(keys))
-    figures.append(Figure("typed emoji", "R@1", ((keys @ table.T).argmax(1) == every).mean(), 0.95))
+    every = np.arange(len(table))
+    for place, label in ((0, "typed emoji"), (-1, "  without variation selectors")):
+        keys = encode(params, [grammar.typed_as(r["emoji"])[place] for r in data["emoji"]])
+        figures.append(Figure(label, "R@1", ((keys @ table.T).argmax(1) == every).mean(), 0.95))
     two = typed & ~np.isin(held["family"], ["typed: alone", "typed: colors of shapes"])
     typed_rows = {name: held[name][two] for name in words}
     both = encode(params, typed_rows["said"].tolist())

@@ -72,11 +72,13 @@ class Tower(base.TextTower):
         coordinates[rest], table[kept] = read("token_embedding.coordinates"), read("token_embedding.full")
         coordinates[kept] = torch.linalg.lstsq(basis.T, table[kept].T).solution.T
         table[rest] = coordinates[rest] @ basis
-        typed = base.ragged([r["emoji"] for r in records])
-        for record, ids in zip(records, typed, strict=True):
-            if len(ids) == 3:  # an emoji of one token starts from its name
-                table[ids[1]] = table[base.ragged([record["name"]])[0][1:-1]].mean(0)
-        full = torch.unique(torch.cat([kept, *(ids[1:-1] for ids in typed)]))
+        full = [kept]
+        for record in records:
+            for ids in base.ragged(grammar.typed_as(record["emoji"])):
+                full.append(ids[1:-1])
+                if len(ids) == 3:  # an emoji of one token starts from its name
+                    table[ids[1]] = table[base.ragged([record["name"]])[0][1:-1]].mean(0)
+        full = torch.unique(torch.cat(full))
         slots = torch.full((VOCABULARY,), len(full))
         slots[full] = torch.arange(len(full))
         self.register_buffer("full_ids", full)
@@ -157,7 +159,7 @@ class Data:
         self.texts = base.Texts(data, np.load(work / "teacher.npy"))
         self.captions = base.Captions(self.records, self.texts.row_of)
         self.sentences = [p for p in data["phrases"] if 5 <= len(p.split()) <= 14 and len(p) < 80]
-        self.typed = base.ragged([r["emoji"] for r in self.records])
+        self.typed = [base.ragged(grammar.typed_as(r["emoji"])) for r in self.records]
         self.world = grammar.World(self.records)
         with np.load(clip_vectors) as file:
             prompts, features = file["prompts"].tolist(), torch.from_numpy(file["fp16"]).float()
@@ -203,7 +205,7 @@ def step_loss(text, scene_tower, head, temperature, warmth, data, rng, numpy_rng
     groups = [
         [texts.tokens[i] for i in rows + caption_rows],
         pair_texts,
-        [data.typed[i] for i in keyed],
+        [rng.choice(data.typed[i]) for i in keyed],
         [data.clip_texts[i] for i in some],
         [data.words[i] for i in words],
         base.ragged(said_texts + mixed_texts + ordinary + disorder),
@@ -360,8 +362,8 @@ def train_rows(options):
     records = json.loads((options.work / "texts.json").read_text(encoding="utf-8"))["emoji"]
     state, text, _ = load(options, records)
     table, world, rng = picture_table(options.start, records), grammar.World(records), random.Random(0)
-    typed = base.ragged([r["emoji"] for r in records])
-    ids = torch.unique(torch.cat(typed))
+    typed = [base.ragged(grammar.typed_as(r["emoji"])) for r in records]
+    ids = torch.unique(torch.cat([ids for spellings in typed for ids in spellings]))
     words = torch.unique(torch.cat(base.ragged([n for r in records for n in r["names"] + r["keywords"]])))
     rows = text.slots[ids[~torch.isin(ids, words)]]
     text.requires_grad_(False)
@@ -373,12 +375,12 @@ def train_rows(options):
         optimizer.param_groups[0]["lr"] = options.rate * (1 - step / options.steps)
         text.residual = begun.index_copy(0, rows, free)
         some = rng.sample(range(len(records)), 192)
-        said, meant = typed_scenes(world, rng, 48)
-        found = text([typed[i] for i in some] + base.ragged(said))
+        said, meant = typed_scenes(world, rng, 96)
+        found = text([rng.choice(typed[i]) for i in some] + base.ragged(said))
         alone, scenes = found[: len(some)], found[len(some) :]
         loss = F.cross_entropy(30 * alone @ goal.T, torch.tensor(some))
         loss = loss + (1 - (alone * goal[some]).sum(1)).mean()
-        loss = loss + 2 * (1 - (scenes * encode(text, meant)).sum(1)).mean()
+        loss = loss + 4 * (1 - (scenes * encode(text, meant)).sum(1)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -447,7 +449,7 @@ def main():
         options.steps, options.rate = options.steps or 1500, options.rate or 1.5e-3
         train(options)
     elif options.action == "rows":
-        options.steps, options.rate = options.steps or 260, options.rate or 0.03
+        options.steps, options.rate = options.steps or 600, options.rate or 0.03
         train_rows(options)
     else:
         pack_file(options)

@@ -142,6 +142,11 @@ class Scene:
         return tuple(thing for thing in (self.first, self.second) if thing)
 
 
+def typed_as(emoji):
+    """Return an emoji as people type it: with the variation selector that asks for a picture, and without."""
+    return list(dict.fromkeys([emoji, emoji.replace("\ufe0f", "")]))
+
+
 def share_of(*words):
     """Return a number from 0 to 99 that depends on the words alone and not on their order."""
     return zlib.crc32("|".join(sorted(words)).encode()) % 100
@@ -156,7 +161,7 @@ class World:
 
     def __init__(self, records):
         self.row = {record["name"]: i for i, record in enumerate(records)}
-        self.emoji = {record["name"]: [record["emoji"]] for record in records}
+        self.emoji = {record["name"]: typed_as(record["emoji"]) for record in records}
         for record in records:  # people type 🐱, the face, for a cat
             noun = record["name"].removesuffix(" face")
             if noun != record["name"] and noun in self.emoji:
@@ -381,7 +386,9 @@ def plain(scene, world):
     """Return a scene as its structure, a sentence and a picture of emoji: a dict of strings."""
     verb = VERBS.get(scene.relation)
     words = [plainly(thing) for thing in scene.things]
-    relation = verb[1] if verb else {"left": "left of"}.get(scene.relation, scene.relation)
+    relation = {"left": "left of"}.get(scene.relation, scene.relation)
+    if verb and scene.first.count < 2:
+        relation = verb[1]  # "a dog chases"; "two dogs chase" is the infinitive
     join = f" {relation} → " if verb else " + " if relation == "and" else f" {relation} "
     return {
         "picture": join.join(picture_of(thing, world) for thing in scene.things),
