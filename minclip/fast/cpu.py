@@ -30,12 +30,11 @@ NODES = 4096  # nodes of a chunk: enough to share their beginnings, few enough f
 TEAM_NODES = 512  # up to here the texts are one tree for all threads
 TILE = 2048  # nodes that go through an MLP together: enough for BLAS at its best
 CACHED = 2**17  # numbers of an element-wise step, few enough to stay in the cache from one line to the next
-SMALL_ROWS = 192  # up to here, small products are faster than one, where BLAS has kernels for them
+SMALL_ROWS = 256  # up to here, small products are faster than one, where BLAS has kernels for them
 STRIP = 64  # rows of a small product
 SMALL = 1200  # numbers in the result of a small product: the most that OpenBLAS gives to those kernels
 SMALL_MULTIPLICATIONS = 10**6  # the most of a small product, likewise
 FEW_ROWS = 7  # up to here, one product per row is faster than a product of matrices
-TRANSPOSED_ROWS = 64  # up to here, the transposed product is faster
 GEMV = 2**16  # numbers of a weight that stay in the cache from one row to the next
 
 
@@ -231,8 +230,6 @@ def multiply(x, weight, out):
     elif N <= FEW_ROWS:
         blocks, parts = by_columns(weight, out, GEMV // m)
         np.matmul(blocks[..., None, :, :], x[:, :, None], out=parts[..., None])
-    elif N <= TRANSPOSED_ROWS:
-        out[...] = (weight @ x.T).swapaxes(-1, -2)
     else:
         np.matmul(x, weight.swapaxes(-1, -2), out=out)
 
