@@ -11,6 +11,7 @@ from itertools import combinations
 import checks
 import drawing
 import export
+import nbformat
 import numpy as np
 import pytest
 from PIL import Image
@@ -214,6 +215,20 @@ def test_exercises_follow_the_protocol(path):
 @each_lesson
 def test_no_answer_stands_above_its_exercise(path):
     assert early_answers(read(path)) == []
+
+
+def test_an_answer_above_its_exercise_is_found_in_a_source_and_in_an_output():
+    """Other names and other spacing hide nothing."""
+    path = next(path for path in lessons() if path.name[:2] == "03")
+    for place in ("source", "output"):
+        notebook = read(path)
+        first = notebook.cells[1]
+        planted = "rows = [1]\nmean=rows - rows.mean(-1,  keepdims = True)  # subtract"
+        if place == "source":
+            first.source += f"\n{planted}"
+        else:
+            first.outputs.append(nbformat.v4.new_output("stream", text=planted))
+        assert {cell for _, cell, _ in early_answers(notebook)} == {first.id}, place
 
 
 def all_checks():
