@@ -8,7 +8,6 @@ called; a "call" of a placeholder gives another placeholder. Time and memory gro
 
 from __future__ import annotations
 
-import pickletools
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -97,6 +96,8 @@ class PickleMachine:
 
     def run(self, file: Any) -> Any:
         """Return the object that the next pickle of a binary file describes."""
+        import pickletools  # here, because it takes time to import
+
         self.stack, self.marks, self.memo = [], [], {}
         try:
             with warnings.catch_warnings():

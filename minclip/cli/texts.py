@@ -77,7 +77,7 @@ def tokenized(params, texts, where, truncate=False, pad=0):
 
 
 def note_on_rare_words(texts):
-    """Return a line that names the words that the built-in model has seldom seen, or None if it saw all."""
+    """Return a line that names the words that were rare in the built-in model's training, or None."""
     common = builtin.common_ids()
     words = (word for text in texts for word in tokenizer.PIECES.findall(tokenizer.clean(text)))
     rare = list(dict.fromkeys(word for word in words if not common.issuperset(tokenizer.word_ids(word))))
@@ -85,7 +85,7 @@ def note_on_rare_words(texts):
         return None
     more = f" and {len(rare) - MOST_WORDS} more" if len(rare) > MOST_WORDS else ""
     shown = ", ".join(fitted(word, 20) for word in rare[:MOST_WORDS])
-    return f"note: the built-in model hardly knows {shown}{more}: its training had too few of them"
+    return f"note: rare or absent in the built-in model's training: {shown}{more}"
 
 
 def fitted(text, width):

@@ -138,7 +138,10 @@ def read_dump(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         if str(path).endswith(".safetensors"):
             return {name: np.asarray(tensor) for name, tensor in read_safetensors(path)[0].items()}
-        with np.load(path) as file:
+        loaded = np.load(path)
+        if isinstance(loaded, np.ndarray):
+            raise ValueError("it is one array without a name, so write it with numpy.savez")
+        with loaded as file:
             return {name: file[name] for name in file.files}
     except (ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not an .npz or .safetensors file of plain arrays: {error}") from None

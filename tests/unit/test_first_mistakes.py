@@ -177,3 +177,11 @@ def test_a_port_before_its_probe_is_pointed_out(tmp_path):
     minclip.porting.probe.write_probe(tmp_path / "probe.npz", PARAMS, stages="blocks")
     with pytest.raises(ValueError, match=r"probe\.npz is a probe: give it first, and then the port"):
         minclip.porting.comparison.compare_files(tmp_path / "port.npz", tmp_path / "probe.npz")
+
+
+def test_a_dump_without_names_is_answered_with_the_remedy(tmp_path):
+    np.save(tmp_path / "features.npy", FEATURES)
+    with pytest.raises(
+        ValueError, match=r"features\.npy .*one array without a name, so write it with numpy\.savez"
+    ):
+        minclip.porting.port_files.read_port(tmp_path / "features.npy", TOKENS)
