@@ -211,13 +211,13 @@ def check_tokens(
 
 def as_ids(tokens: Any) -> Tokens:
     """Return tokens as a NumPy array of integers. Raise ValueError, with the remedy, where they are none."""
-    if isinstance(tokens, list) and not tokens:
-        return np.empty(0, np.int32)
     wanted = "tokens must be integers, such as minclip.tokenize returns"
     try:
         ids = tokens.get() if type(tokens).__module__.startswith("cupy") else np.asarray(tokens)
     except ValueError:
         raise ValueError(f"{wanted}, not rows of different lengths: pad them") from None
+    if isinstance(tokens, list) and not ids.size:  # [] has no dtype: NumPy makes it float64
+        ids = ids.astype(np.int32)
     if ids.dtype.kind not in "iu":
         kinds = {"U": "text: give minclip.tokenize(texts)", "O": type(tokens).__name__}
         raise ValueError(f"{wanted}, not {kinds.get(ids.dtype.kind, ids.dtype)}")

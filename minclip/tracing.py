@@ -73,7 +73,7 @@ def trace(
 
     params, tokens   as `encode_text` takes them; without a text_projection the last stage is "pooled"
     tap              as `encode_text` takes it; the trace holds the arrays that the tap returned
-    stages           "blocks" keeps no stage inside a block but its output, which takes a fraction of the
+    stages           "blocks" keeps only the output of each block, which takes a fraction of the
                      memory. `minclip.backward` then computes each block a second time
 
     Every position of tokens [..., L] is computed at every stage, those after the end of text too. B is

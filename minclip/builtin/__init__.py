@@ -16,7 +16,7 @@ TOKENS = "token_embedding."
 
 
 def load_builtin():
-    """The text tower as a dict of float32 arrays under the names of OpenAI's state_dict."""
+    """Return the text tower as a dict of float32 arrays under the names of OpenAI's state_dict."""
     with safe_open(MODEL, framework="np") as file:
         apart = (TOKENS, PICTURES, SCENES)
         names = [n for n in file.keys() if not n.endswith(".scale") and not n.startswith(apart)]
@@ -26,7 +26,7 @@ def load_builtin():
 
 
 def pictures():
-    """(emoji, names, features): N emoji and their names, and unit float32 rows [N, E].
+    """Return (emoji, names, features): N emoji and their names, and unit float32 rows [N, E].
 
     >>> emoji, names, features = pictures()
     >>> emoji[names.index("cat face")], features.shape
@@ -37,7 +37,7 @@ def pictures():
 
 
 def common_ids():
-    """The ids with a row of their own in the token table, as a frozenset: those that training saw often."""
+    """Return the ids that training saw often, as a frozenset: they have a row of their own in the file."""
     with safe_open(MODEL, framework="np") as file:
         return frozenset(file.get_tensor(TOKENS + "full_ids").tolist())
 
@@ -64,13 +64,13 @@ def _table(name):
 
 
 def _read(file, name):
-    """One tensor in float32: int8 rows times their scales, or as it is stored."""
+    """Return one tensor in float32: int8 rows times their scales, or as it is stored."""
     array = file.get_tensor(name).astype(np.float32)
     return array * file.get_tensor(name + ".scale").astype(np.float32) if array.ndim == 2 else array
 
 
 def _token_table(file):
-    """All V rows [V, D]: the full ones where they belong, coordinates @ basis everywhere else."""
+    """Return all V rows [V, D]: the full ones where they belong, coordinates @ basis everywhere else."""
     ids = file.get_tensor(TOKENS + "full_ids")
     full, coordinates = _read(file, TOKENS + "full"), _read(file, TOKENS + "coordinates")
     table = np.empty((len(full) + len(coordinates), full.shape[1]), np.float32)

@@ -64,7 +64,7 @@ def apply_lora(params: Mapping[str, Any], path: Source, scale: float = 1.0) -> P
     scale    the strength; 0 changes nothing
 
     The sums are computed in float32 and rounded once to the dtype of params.
-    Raises ValueError where the file is no LoRA of a CLIP text tower, or does not fit params.
+    Raises ValueError where the file is not a LoRA of a CLIP text tower, or does not fit params.
 
     >>> import minclip
     >>> params = minclip.load()

@@ -273,6 +273,7 @@ def run_diagnose_tokens(args):
     """Name the known mistakes that explain a tokenizer's ids. Exit status 1 unless they are OpenAI's.
 
     The file is JSON: a list with the ids of each text that `minclip probe --texts` wrote, or null where the
-    tokenizer refused the text. Or it is an object with the lists "texts" and "ids". Rows may be padded.
+    tokenizer refused the text. Or it is an object with the lists "texts" and "ids". Rows may be padded. The
+    output counts texts from 0, as the list does.
     """
     return report(args, tokens.diagnose_tokens(*token_probe.read_ids(args.ids)))

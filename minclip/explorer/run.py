@@ -39,7 +39,7 @@ def show(params: Mapping[str, Any], tokens: Any, *, model: str = "") -> Page:
     model    the model's name, for the title
 
     The read-out compares with the pictures of the built-in model, or with the texts for any other model.
-    Stages that would make the page larger than about 8 MB are left out, which it says.
+    Stages that would make the page larger than about 8 MB are left out, and the page says so.
     Raises ValueError as `encode_text` does, and where there is no text.
 
     >>> import minclip

@@ -27,8 +27,8 @@ class Encoder:
     and the Encoder itself those of the start of text.
 
     params   as `minclip.encode_text` takes them, on the CPU. float32 and float64 arrays are shared, not
-             copied: do not change them. Of float16 parameters an Encoder keeps a float32 copy and the token
-             embedding, so that the others may be deleted
+             copied: do not change them. For float16 parameters, an Encoder keeps a float32 copy and the token
+             embedding: the originals may be deleted
 
     Several threads may call an Encoder at once. It keeps no threads and no locks between calls, so it can
     be forked and pickled, and there is nothing to close. A pickle holds the parameters.

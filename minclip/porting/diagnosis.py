@@ -39,14 +39,15 @@ def diagnose(
     tokens    integers [..., L] that the port was given
     output    the port's features, floats [..., E]. Fewer rows, another order, normalized rows and float16
               are recognized. Or the port's hidden states of all positions, [..., L, D] in any layout
-    trace     the port's own stages where there is a dump: a dict from names to arrays, as `compare` reads
-              them, as many as there are. Several bugs are then found one after the other. Where it also
-              holds "texts", and their "ids" or in tokens, these ids are checked first
+    trace     a dump of the port's own stages, if there is one: a dict from names to arrays, as `compare`
+              reads it. With a dump, several bugs are found one after the other. If the dump holds "texts",
+              their ids (its "ids", or tokens) are checked first
     dtype     the precision that the port computes in, such as "bfloat16" or "tf32", where its numbers do
               not show it
     budget    seconds after which no new candidates are tried
-    skip      for hidden states, which ones the port should give, as `minclip.hidden_states` takes skip
-    norm      and norm. Other states are a finding, N5 or N7: SDXL and SD 3 want skip=1, norm=False
+    skip      for hidden states: the blocks that the port should leave out, as in `minclip.hidden_states`
+    norm      and whether it should apply ln_final. SDXL and SD 3 use skip=1, norm=False. A port that gives
+              other states has the finding N5 or N7
 
     Returns a `Diagnosis`. A long search shows a progress bar on a terminal.
     Raises ValueError where tokens or features do not fit the model or each other.

@@ -24,10 +24,10 @@ def trace_onnx(path: str | os.PathLike[str], tokens: Any) -> dict[str, Any]:
 
     The names are the graph's own, in its order. Its features are also there as "text_features". The graph is
     run unchanged, a few tensors at a time. The input for the tokens is found by name and type; an
-    attention mask, position ids and an image are filled in where the graph wants them.
+    attention mask, position ids and an image are filled in if the graph has such inputs.
 
     Raises ImportError without onnx and onnxruntime, OSError where the file cannot be read, and ValueError
-    where it is no graph or does not take these tokens.
+    where it is not a graph or does not take these tokens.
 
     >>> import tempfile
     >>> from onnx import TensorProto, helper, numpy_helper, save

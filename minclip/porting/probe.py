@@ -22,7 +22,7 @@ def probe_tokens(context_length: int = 77, vocabulary: int = 49408) -> Tokens:
     """Return tokens that tell a wrong port from a right one: int32 [7, context_length].
 
     Many bugs show only where texts are padded with the end-of-text id, hold id 0, or are longer than
-    41 tokens; a single short text, which many ports are checked with, sees few. The rows:
+    41 tokens. A single short text, which is all that many ports are checked with, shows few. The rows:
 
         0  one ordinary id, padded with 0, as clip.tokenize pads
         1  the ids at the edges of the vocabulary, padded with 0
@@ -32,7 +32,7 @@ def probe_tokens(context_length: int = 77, vocabulary: int = 49408) -> Tokens:
         5  more than 41 tokens, but not full
         6  full: the end of text is the last position
 
-    Seven rows: a mask that only fits one row, or as many rows as there are heads, shows then.
+    Seven rows expose a mask that only fits one row, or as many rows as there are heads.
     Raises ValueError for a context or a vocabulary too small to hold them.
 
     >>> probe_tokens().shape

@@ -200,7 +200,7 @@ def test_missing_extra_and_misshaped_tensors_are_named(dialect, name):
 
     if not marker:
         extra = {**state, name + "x": state[name]}
-        with pytest.raises(ValueError, match=f"^{name}x is no parameter .* nearest name is "):
+        with pytest.raises(ValueError, match=f"^{name}x is not a parameter .* nearest name is "):
             minclip.from_state_dict(extra, activation="gelu")
         with pytest.raises(ValueError, match=f"{name}, .* is missing; the nearest name is {name}x"):
             minclip.from_state_dict({**missing, name + "x": state[name]}, activation="gelu")

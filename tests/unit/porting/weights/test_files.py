@@ -127,7 +127,7 @@ def test_matrices_of_onnxruntimes_quantizer_are_recognized(params, tmp_path, per
     check = minclip.check_weights(params, read_weights(tmp_path / "int8.onnx"))
     assert {finding.kind for finding in check.findings} == {"missing"}  # it drops tensors without a product
     assert len(check.matches) == 24
-    scale = "a row" if per_channel else "a matrix"
+    scale = "per row" if per_channel else "per matrix"
     assert any(f"int8 weights, one scale {scale}" in note for note in check.notes), check
 
 
