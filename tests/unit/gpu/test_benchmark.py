@@ -10,7 +10,6 @@ import types
 
 import numpy as np
 import pytest
-from distributed import LocalCluster
 
 from minclip.corpus import cluster
 from tests.support.oracles import random_tokens
@@ -55,11 +54,10 @@ def test_speed_and_knobs_run_to_their_end(benchmark, tmp_path):
         assert figure in text
 
 
-class InProcess(LocalCluster):
-    """dask-cuda's cluster: here a worker in this process, which has the stand-in."""
-
-    def __init__(self, **options):
-        super().__init__(processes=False, protocol="inproc", **options)
+def in_process(**options):
+    """Stand in for dask-cuda's cluster: the worker is in this process, which has the stand-in."""
+    distributed = pytest.importorskip("distributed")
+    return distributed.LocalCluster(processes=False, protocol="inproc", **options)
 
 
 @needs_compiler
@@ -67,7 +65,7 @@ def test_every_use_agrees_with_the_cpu(benchmark, monkeypatch):
     uses = benchmark.gpu_uses
     monkeypatch.setattr(uses, "SIZE", SIZE)
     monkeypatch.setattr(uses, "LENGTHS", [2, 9, 20])
-    monkeypatch.setitem(sys.modules, "dask_cuda", types.SimpleNamespace(LocalCUDACluster=InProcess))
+    monkeypatch.setitem(sys.modules, "dask_cuda", types.SimpleNamespace(LocalCUDACluster=in_process))
     text = "\n".join(uses.lines())
     cluster.parameters.cache_clear()  # it holds arrays of the stand-in
     assert text.count("\n| ") == 1 + len(uses.USES)
