@@ -472,8 +472,9 @@ def check_one_hot_lookup(one_hot_lookup):
     }
     equal(rows, table[[3, 0, 3, 7]], misses)
     like(rows, (4, 4), np.float32, "make the one-hot matrix float32, or the product is float64")
-    table[9] = np.inf  # no token picks this row, but a product multiplies it by 0, and 0 times inf is NaN
-    rows = call(one_hot_lookup, table, tokens)
+    table = np.tile(table, (2, 1))
+    table[19] = np.inf  # no token picks this row, but a product multiplies it by 0, and 0 times inf is NaN
+    rows = call(one_hot_lookup, table, tokens, slips=slips)
     expect(np.isnan(rows).all(), "that is an indexed lookup: write the one-hot matrix, and multiply")
     return "a lookup is a product with a one-hot matrix"
 
@@ -610,6 +611,9 @@ def check_layer_norm(layer_norm):
     }  # fmt: skip
     equal(y, truth, misses, 3e-4)
     like(y, x.shape, np.float32, "float32 in, float32 out")
+    short = x[0, :, :5].astype(np.float32)
+    wanted = normed(short, weight[:5], bias[:5])
+    equal(call(layer_norm, short, weight[:5], bias[:5]), wanted, tolerance=3e-4)
     flat = call(layer_norm, np.full((1, 8), 3, dtype=np.float32), weight, bias)
     expect(not np.isnan(flat).any(), "a row of equal numbers gives NaN: eps keeps the root above 0")
     equal(flat, bias[None])
@@ -749,6 +753,10 @@ def check_attend(attend):
         "masked scores must be -inf: 0 still gets a share": shares(np.tril(scores)) @ v,
     }  # fmt: skip
     equal(context, truth, misses)
+    q, k, v = rng.standard_normal((3, 3, 9)).astype(np.float32)
+    scores, mask = q @ k.T, np.triu(np.full((3, 3), -np.inf), 1)
+    halved = {"divide by the root of K for any K: K is q.shape[-1]": shares(scores / 2 + mask) @ v}
+    equal(call(attend, q, k, v, slips=slips), shares(scores / 3 + mask) @ v, halved)
     large = call(attend, 100 * q, 100 * k, v)
     expect(not np.isnan(large).any(), "NaN for large scores: subtract the row maximum before exp")
     like(context, (5, 4), np.float32, "a float64 mask or np.sqrt(4) makes the result float64")

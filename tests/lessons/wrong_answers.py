@@ -205,6 +205,7 @@ WRONG["check_one_hot_lookup"] = [
     (lambda table, tokens: table[tokens[0]], "one row of the table for each token"),
     (lambda table, tokens: one_hot(tokens, len(table)).T @ table, "does not fit"),
     (lambda table, tokens: one_hot(tokens, len(tokens)) @ table, "does not fit"),
+    (lambda table, tokens: one_hot(tokens, 10) @ table, "does not fit"),
 ]
 WRONG["check_embed"] = [
     (lambda table, positions, ids: table[ids] + positions, "slice"),
@@ -251,6 +252,11 @@ def layer_norm_without_keepdims(x, weight, bias):
     return (x - x.mean(axis=-1)) / np.sqrt(x.var(axis=-1) + 1e-5) * weight + bias
 
 
+def layer_norm_of_eight(x, weight, bias):
+    centered = x - x.mean(axis=-1, keepdims=True)
+    return centered / np.sqrt((centered * centered).sum(axis=-1, keepdims=True) / 8 + 1e-5) * weight + bias
+
+
 def layer_norm_of_squares(x, weight, bias):
     centered = x - x.mean(axis=-1, keepdims=True)
     return centered / np.sqrt((x * x).mean(axis=-1, keepdims=True) + 1e-5) * weight + bias
@@ -280,6 +286,7 @@ WRONG["check_layer_norm"] = [
     (lambda x, weight, bias: normed(x[0], weight, bias), "shape"),
     (layer_norm_in_place, "writes into its input"),
     (layer_norm_without_keepdims, "keepdims=True"),
+    (layer_norm_of_eight, "first difference"),
     (layer_norm_of_squares, "only after centering"),
     (lambda x, weight, bias: (normed(x.astype(float)) + bias) * weight, "before the weight"),
 ]
@@ -328,7 +335,7 @@ def attend_without_keepdims(q, k, v):
 
 
 def attend_without_maximum(q, k, v):
-    e = np.exp(q @ k.T / 2 + triangle(5))
+    e = np.exp(q @ k.T / q.shape[-1] ** 0.5 + triangle(len(q)))
     return e / e.sum(axis=-1, keepdims=True) @ v
 
 
@@ -363,7 +370,7 @@ WRONG["check_attend"] = [
     (lambda q, k, v: shares(k @ q.T / 2 + triangle(5)) @ v, "exchanged"),
     (lambda q, k, v: shares(q @ k.T / 2 + triangle(5), 0) @ v, "down the columns"),
     (lambda q, k, v: shares(q @ k.T / 2 + triangle(5).T) @ v, "wrong triangle"),
-    (lambda q, k, v: shares(q @ k.T / 2 + triangle(5, float)) @ v, "float64"),
+    (lambda q, k, v: shares(q @ k.T / q.shape[-1] ** 0.5 + triangle(len(q), float)) @ v, "float64"),
     (lambda q, k, v: shares(q @ k.T / 2 + triangle(5)), "weights @ (L, K) values"),
     (lambda q, k, v: shares(q @ k.T / 2 + np.triu(np.ones((5, 5), "f"), 1) * -np.inf) @ v, "0 times inf"),
     (lambda q, k, v: shares(q @ k.T / 2 + np.triu(np.full((5, 5), -np.inf, "f"))) @ v, "row of "),
@@ -372,6 +379,7 @@ WRONG["check_attend"] = [
     (lambda q, k, v: shares(np.tril(q @ k.T / 2)) @ v, "0 still gets a share"),
     (lambda q, k, v: shares(q @ k / 2) @ v, "q @ k.T"),
     (attend_without_keepdims, "keepdims"),
+    (lambda q, k, v: shares(q @ k.T / 2 + triangle(len(q))) @ v, "for any K"),
     (attend_without_maximum, "large scores"),
 ]
 WRONG["check_rows_changed"] = [
