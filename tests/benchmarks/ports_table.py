@@ -1,14 +1,16 @@
 """Try compare and diagnose on ports of others' making, and write the table of the results.
 
-    python -m tests.benchmarks.ports_table [-o tests/benchmarks/ports.md] [--model 3,64 ...]
+    python -m tests.benchmarks.ports_table [-o tests/benchmarks/ports.md] [--layers 3] [--width 64] [--quick]
+    python -m tests.benchmarks.ports_table --frameworks [-o FILE]    only the last section
 
 Correct ports: Hugging Face's model through hooks, both of torch's ONNX exporters, open_clip where it is
 installed, and tests/support/broken_port.py without a bug, in several precisions, layouts and partial dumps.
-Broken ports: every bug of broken_port.py, from its features and from its dump, and pairs of bugs. Other
-frameworks are tried by `pytest -m foreign tests/foreign/test_ports.py`.
+Broken ports: every bug of broken_port.py, from its features and from its dump, and pairs of bugs. The last
+section holds the ports of tests/foreign/test_ports.py, in the frameworks that are installed.
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import tempfile
 import time
@@ -16,14 +18,19 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 import minclip
+from minclip.porting.probe import write_probe
 from minclip.porting.rounding import round_to
 from tests.benchmarks import diagnosis_table as table
+from tests.foreign import test_ports
 from tests.support.broken_port import HARMLESS, SINGLES, BrokenPort
 from tests.support.oracles import transformers_model
 
+HEADING = "## Ports in other frameworks"
+DISTRIBUTIONS = {"open_clip": "open_clip_torch"}
 PACKAGES = ("numpy", "torch", "transformers", "onnx", "onnxruntime", "open_clip_torch")
 
 
@@ -161,6 +168,40 @@ def broken(params, tokens, cases):
     return rows
 
 
+def frameworks():
+    """Yield the lines of the section on ports in other frameworks, each through its recipe."""
+    yield HEADING
+    yield ""
+    yield "Made by `python -m tests.benchmarks.ports_table --frameworks`, for 2 layers of width 64."
+    yield ""
+    yield "| correct port | compare | stages | diagnose: features | with dump |"
+    yield "|---|---|---|---|---|"
+    ports = {name: port[:2] for name, port in test_ports.PORTS.items()}
+    ports["keras-hub"] = test_ports.keras_hub_port, "keras"
+    for name, (make, recipe) in ports.items():
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+            reference = write_probe("probe.npz", test_ports.PARAMS)
+            try:
+                dump = test_ports.dump_of(make, recipe)
+            except pytest.skip.Exception as reason:
+                yield f"| {name} | not run: {' '.join(str(reason).split())} | | | |"
+                continue
+        yield framework_row(f"{name} {installed(DISTRIBUTIONS.get(name, name.split()[0]))}", reference, dump)
+
+
+def framework_row(label, reference, dump):
+    """Return a line of the section."""
+    features, tokens = dump["text_features"], reference.tokens
+    compared = minclip.compare(reference, dump)
+    said = "agrees" if compared.agrees else f"diverges at {compared.first}"
+    verdicts = []
+    for trace in (None, dump):
+        diagnosis = minclip.diagnose(test_ports.PARAMS, tokens, features, trace=trace)
+        ids = " + ".join(fault.id for finding in diagnosis.findings[:1] for fault in finding.faults)
+        verdicts.append(ids or diagnosis.verdict)
+    return f"| {label} | {said} | {len(compared.stages)} of {len(reference)} | {' | '.join(verdicts)} |"
+
+
 def share(rows, column):
     return f"{sum(row[column] for row in rows)} of {len(rows)}"
 
@@ -202,13 +243,21 @@ def main():
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--quick", action="store_true", help="no pairs")
+    parser.add_argument("--frameworks", action="store_true", help="only the ports in other frameworks")
     args = parser.parse_args()
+    others = "\n".join(frameworks()) + "\n"
+    if args.frameworks:
+        if args.output:
+            before = args.output.read_text().partition(HEADING)[0].rstrip("\n")
+            args.output.write_text(f"{before}\n\n{others}")
+        print(others)
+        return
     params = table.random_model(5, args.width, args.width // 32, args.layers, args.width)
     tokens = table.tokens_for(params, end_padded=(2, 4))
     right = correct(params, minclip.probe_tokens())
     singles = broken(params, tokens, [(bug,) for bug in SINGLES])
     pairs = [] if args.quick else broken(params, tokens, table.PAIRS)
-    text = report(f"{args.layers} layers, width {args.width}", right, singles, pairs)
+    text = report(f"{args.layers} layers, width {args.width}", right, singles, pairs) + f"\n{others}"
     if args.output:
         args.output.write_text(text)
     print(text)

@@ -13,7 +13,7 @@ from minclip.porting.port_files import read_port
 from tests.support.oracles import random_params, transformers_model
 
 onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
+onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 PARAMS = minclip.from_state_dict(
@@ -77,6 +77,39 @@ def test_a_graph_of_one_text_at_a_time_with_its_weights_beside_it_agrees(tmp_pat
     compared = minclip.compare(REFERENCE, dump)
     assert compared.agrees, compared
     assert len(compared.stages) >= 0.9 * len(REFERENCE)
+
+
+def optimized(graph, path, level):
+    """Write the graph as onnxruntime optimizes it, and return its path."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+    options.optimized_model_filepath = path
+    onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    return path
+
+
+@pytest.mark.parametrize("level", ["ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL"])
+def test_an_optimized_graph_agrees_at_the_stages_that_it_still_has(graph, level, tmp_path):
+    dump = minclip.trace_onnx(optimized(graph, str(tmp_path / "optimized.onnx"), level), TOKENS)
+    compared = minclip.compare(REFERENCE, dump)
+    assert compared.agrees, compared
+    assert len(compared.stages) >= 0.6 * len(REFERENCE)  # fused nodes hide the others
+    assert minclip.diagnose(PARAMS, TOKENS, dump["text_features"], trace=dump).verdict == "agrees"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_graph_converted_to_float16_agrees(tmp_path):
+    float16 = pytest.importorskip("onnxruntime.transformers.float16")
+    graph = onnx.load(export(str(tmp_path / "float.onnx"), dynamo=False))
+    path = str(tmp_path / "half.onnx")
+    onnx.save(float16.convert_float_to_float16(graph, keep_io_types=False), path)
+    dump = minclip.trace_onnx(path, TOKENS)
+    assert dump["text_features"].dtype == np.float16
+    compared = minclip.compare(REFERENCE, dump)
+    assert compared.agrees, compared
+    assert len(compared.stages) >= 0.8 * len(REFERENCE)
+    assert minclip.diagnose(PARAMS, TOKENS, dump["text_features"], trace=dump).verdict == "agrees"
 
 
 def test_the_command_line_takes_a_graph(graph, tmp_path, capsys):
