@@ -29,7 +29,7 @@ def verify(params: Mapping[str, Any], name: str | None = None) -> Certificate:
 
     >>> import minclip
     >>> print(verify(minclip.load()))
-    unknown: no model with published figures has 4 layers, width 128 and embedding 128
+    unknown: no model with published figures has 6 layers, width 128 and embedding 128
     """
     params = as_params(params)
     layers, _, _ = architecture(params)

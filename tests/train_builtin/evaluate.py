@@ -134,10 +134,10 @@ def measure_words(params, table, data, vectors, refs=None):
         figures.append(Figure(label, "Spearman", value, bar))
     if refs is not None:
         mine = encode(params, refs["coco_prompts"].tolist())
-        for centre in (False, True):
+        for center in (False, True):
             value = spearman(cosines(mine, centre), cosines(refs["coco_fp16"].astype(np.float32), centre))
             label = "80 COCO names against ViT-B/32"
-            figures.append(Figure(label, "centred" if centre else "raw", value, None if centre else 0.55))
+            figures.append(Figure(label, "centered" if center else "raw", value, None if centre else 0.55))
     names = [r["name"] for r in data["emoji"]]
     for part, asked in FRESH.items():
         right = [[names.index(name) for name in found] for found in asked.values()]

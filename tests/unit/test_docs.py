@@ -1,4 +1,4 @@
-"""What the documentation shows is what happens: docstring examples, and the README from top to bottom."""
+"""What the documentation shows is what happens: docstring examples, and every page from top to bottom."""
 
 import doctest
 import importlib
@@ -19,8 +19,12 @@ from minclip.porting.probe import read_probe
 from tests.support.oracles import random_params
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+ROOMS = ("minclip", *(f"minclip/{room}" for room in ("fast", "corpus", "checkpoint", "porting", "verification")))
+PAGES = {
+    page: (ROOT / page).read_text(encoding="utf-8")
+    for page in ("README.md", *(f"{room}/README.md" for room in ROOMS), "tests/benchmarks/README.md")
+}
+README = PAGES["README.md"]
 MODULES = [
     "minclip",
     *(m.name for m in pkgutil.walk_packages(minclip.__path__, "minclip.") if m.name != "minclip.__main__"),
@@ -29,9 +33,10 @@ FUNCTIONS = {*minclip.__all__} - {"corpus", "fast"}
 FUNCTIONS |= {f"corpus.{name}" for name in minclip.corpus.__all__ if name != "cluster"}
 FUNCTIONS |= {f"fast.{name}" for name in minclip.fast.__all__ if name[0].islower()}
 PROGRAMS = ("minclip ", "pip ", "pytest", "python ", "dask ")
+HEADING = re.compile(r"^#+ (.*)$", flags=re.MULTILINE)
 END = "\n--- end of a block of Python ---\n"
 
-# What of the README's commands the walk leaves out, and why.
+# Commands of the pages that the walk leaves out, and why.
 LEFT_OUT = {
     "pip install .": "installs; test_a_newcomer_gets_this_far does it, in the deeper mode",
     'pip install -e ".[test]"': "fetches torch; .ci/run does it",
@@ -79,10 +84,15 @@ def test_every_public_function_has_an_example(name):
     assert doctest.DocTestFinder(recurse=False).find(public, name)[0].examples
 
 
-def commands():
-    """Every command of the README in its order: those of blocks, line by line, and those in a sentence."""
+def blocks_of(page):
+    """Return the [(language, content)] of a page's blocks."""
+    return re.findall(r"^```(\w*)\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(page):
+    """Yield every command of a page in its order: those of blocks, line by line, and those in a sentence."""
     places = r"^```\w*\n(.*?)^```|`((?:minclip|python|pytest|pip|dask) [^`]*)`"
-    for block, sentence in re.findall(places, README, flags=re.DOTALL | re.MULTILINE):
+    for block, sentence in re.findall(places, page, flags=re.DOTALL | re.MULTILINE):
         lines = (block or sentence).splitlines()
         if lines[0].startswith(PROGRAMS):
             for line in lines:
@@ -101,8 +111,11 @@ def write_sdxl(folder):
         )
 
 
-def walk(folder, environment, skip=()):
-    """What the README's commands and its Python print, run in a folder: {index of the block: its output}."""
+def walk(page, folder, environment, skip=()):
+    """Return what the commands and the Python of a page print, run in a folder: {index of the block: its output}.
+
+    The output of the first command is that of block 1.
+    """
 
     def run(*command):
         done = subprocess.run(
@@ -119,7 +132,7 @@ def walk(folder, environment, skip=()):
     (folder / "captions.txt").write_text("a photo of a cat\ntwo dogs\n", encoding="utf-8")
     write_sdxl(folder / "sdxl")
     printed = {}
-    for command in commands():
+    for command in commands(page):
         if command in LEFT_OUT:
             continue
         for shown, used in STAND_INS.items():
@@ -135,7 +148,7 @@ def walk(folder, environment, skip=()):
             stages = read_probe(folder / "probe.npz")
             np.savez(folder / "port.npz", tokens=stages.tokens, **stages)
     if "python" not in skip:
-        code = [(i, block) for i, (language, block) in enumerate(BLOCKS) if language == "python"]
+        code = [(i, block) for i, (language, block) in enumerate(blocks_of(page)) if language == "python"]
         outputs = run("python", "-c", f"print({END!r})\n".join(block for _, block in code)).split(f"{END}\n")
         printed |= {i: output for (i, _), output in zip(code, outputs, strict=True)}
     return printed
@@ -148,12 +161,12 @@ def shown_lines(block):
         yield re.sub(r"\d\\\.\de(\\[-+]|\+)\d\d", r"(\\d\\.\\de[-+]\\d\\d)", line)
 
 
-def assert_shown(index, printed):
+def assert_shown(block, printed):
     """Each line that the block shows is printed, in this order; rounding may differ fourfold."""
     lines = iter(printed.splitlines())
-    for shown, pattern in zip(BLOCKS[index][1].splitlines(), shown_lines(BLOCKS[index][1]), strict=True):
+    for shown, pattern in zip(block.splitlines(), shown_lines(block), strict=True):
         found = next((match for line in lines if (match := re.fullmatch(pattern, line.rstrip()))), None)
-        assert found, f"README shows {shown!r}, which is not printed there:\n{printed}"
+        assert found, f"the page shows {shown!r}, which is not printed there:\n{printed}"
         for ours, theirs in zip(re.fullmatch(pattern, shown.rstrip()).groups(), found.groups(), strict=True):
             assert 1 / 4 < float(ours) / float(theirs) < 4, (shown, found.group())
 
@@ -167,27 +180,35 @@ def environment(folder):
     return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
 
 
-@pytest.mark.skipif(not shutil.which("bash"), reason="the README's commands are bash's")
-def test_the_readme_from_top_to_bottom_prints_what_it_shows(tmp_path):
+@pytest.mark.skipif(not shutil.which("bash"), reason="the pages' commands are bash's")
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_from_top_to_bottom_prints_what_it_shows(name, tmp_path):
     """In a fresh folder, each command and all the Python in a process of its own."""
     for folder in ("bin", "here"):
         (tmp_path / folder).mkdir()
-    printed = walk(tmp_path / "here", environment(tmp_path / "bin"))
-    assert printed[1] == BLOCKS[1][1]
-    checked = {1}
-    for i, (language, block) in enumerate(BLOCKS):
-        if not language and not block.startswith(PROGRAMS) and i > 1:
-            source = max(python for python in printed if python < i)
-            assert_shown(i, printed[source])
-            checked.add(i)
-    assert len(checked) >= 3
-    array = np.load(tmp_path / "here" / "features.npy")
-    assert (array.shape, array.dtype) == ((2, 128), np.float16)
+    blocks = blocks_of(PAGES[name])
+    printed = walk(PAGES[name], tmp_path / "here", environment(tmp_path / "bin"))
+    first = 0
+    if name == "README.md":
+        first = 1
+        assert printed[1] == blocks[1][1]
+    for i, (language, block) in enumerate(blocks):
+        if not language and not block.startswith((*PROGRAMS, "export ")) and i > first:
+            source = max(python for python in printed if python < i and blocks[python][0] == "python")
+            assert_shown(block, printed[source])
+    if name == "minclip/corpus/README.md":
+        array = np.load(tmp_path / "here" / "features.npy")
+        assert (array.shape, array.dtype) == ((2, 128), np.float16)
 
 
-def test_what_the_walk_leaves_out_is_still_in_the_readme():
-    assert set(LEFT_OUT) <= set(commands())
-    assert all(any(shown in command for command in commands()) for shown in STAND_INS)
+def test_what_the_walk_leaves_out_is_still_in_a_page():
+    shown = [command for page in PAGES.values() for command in commands(page)]
+    assert set(LEFT_OUT) <= set(shown)
+    assert all(any(stand_in in command for command in shown) for stand_in in STAND_INS)
+
+
+def test_the_readme_is_read_in_five_minutes():
+    assert len(README.split()) <= 1300
 
 
 @pytest.mark.deep
@@ -202,15 +223,19 @@ def test_a_newcomer_gets_this_far(tmp_path):
     subprocess.run([*pip, "install", "."], cwd=clone, check=True, env=clean)
     clean["PYTHONWARNINGS"] = "error"
     (tmp_path / "here").mkdir()
-    assert walk(tmp_path / "here", clean, skip=["python"])[1] == BLOCKS[1][1]
-    code = "".join(block for language, block in BLOCKS if language == "python" and "torch" not in block)
+    assert walk(README, tmp_path / "here", clean, skip=["python"])[1] == blocks_of(README)[1][1]
+    code = "".join(block for language, block in blocks_of(README) if language == "python" and "torch" not in block)
     subprocess.run([venv / "bin" / "python", "-c", code], cwd=tmp_path / "here", check=True, env=clean)
     count = "from importlib.metadata import distributions; print(*sorted(d.name for d in distributions()))"
     run = subprocess.run([venv / "bin" / "python", "-c", count], check=True, env=clean, capture_output=True)
     assert len({*run.stdout.decode().split()} - {"pip", "setuptools"}) == 9  # as the README says
 
 
-def test_the_readmes_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("name", PAGES)
+def test_the_links_of_a_page_lead_somewhere(name):
+    headings = {re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in HEADING.findall(PAGES[name])}
+    for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", PAGES[name]):
+        if not target:
+            assert anchor in headings, anchor
+        elif not target.startswith("http"):
+            assert (ROOT / name).parent.joinpath(target).exists(), target

@@ -18,7 +18,7 @@ from tests.support.oracles import random_params, renamed
 
 PARAMS = random_params(width=64, layers=2, embed=48, context=16, vocabulary=100)
 HF = renamed(PARAMS)
-README = Path(__file__).parents[3] / "README.md"
+README = Path(__file__).parents[3] / "minclip/checkpoint/README.md"
 
 
 def onnx_graph():
@@ -129,7 +129,7 @@ def zip_of(**entries):
         (b"\x08\x03:\x80\x01" + bytes(128), "an ONNX graph"),
         (b"\x89PNG\r\n", "a picture"),
         (bytes(64), "first bytes are zeros"),
-        (b"x", "first bytes are those of no format that minclip knows"),
+        (b"x", "its first bytes match no format that minclip knows"),
         (zip_of(config_dot_json="{}", model_dot_weights_dot_h5=""), "a Keras model"),
         (zip_of(folder__model_dot_safetensors="", folder__config_dot_json="{}"), "a zip archive of a folder"),
         (zip_of(a__archive_format="pt2"), "a program of torch.export"),
