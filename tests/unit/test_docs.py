@@ -114,7 +114,7 @@ def write_sdxl(folder):
 def walk(page, folder, environment, skip=()):
     """Return what the commands and the Python of a page print, run in a folder: {index of the block: its output}.
 
-    The output of the first command is that of block 1.
+    The output of the first command stands under -1.
     """
 
     def run(*command):
@@ -138,8 +138,7 @@ def walk(page, folder, environment, skip=()):
         for shown, used in STAND_INS.items():
             command = command.replace(shown, used)
         output = run("bash", "-ec", command)
-        if not printed:
-            printed[1] = output
+        printed.setdefault(-1, output)
         if command.startswith("minclip probe --texts"):  # the reader's part: a tokenizer, run on the texts
             texts = json.loads((folder / "texts.json").read_text(encoding="utf-8"))["texts"]
             ids = minclip.tokenize(texts, truncate=True).tolist()
@@ -147,8 +146,8 @@ def walk(page, folder, environment, skip=()):
         elif command.startswith("minclip probe"):  # the reader's part: a port, run on the probe
             stages = read_probe(folder / "probe.npz")
             np.savez(folder / "port.npz", tokens=stages.tokens, **stages)
-    if "python" not in skip:
-        code = [(i, block) for i, (language, block) in enumerate(blocks_of(page)) if language == "python"]
+    code = [(i, block) for i, (language, block) in enumerate(blocks_of(page)) if language == "python"]
+    if code and "python" not in skip:
         outputs = run("python", "-c", f"print({END!r})\n".join(block for _, block in code)).split(f"{END}\n")
         printed |= {i: output for (i, _), output in zip(code, outputs, strict=True)}
     return printed
@@ -191,10 +190,10 @@ def test_a_page_from_top_to_bottom_prints_what_it_shows(name, tmp_path):
     first = 0
     if name == "README.md":
         first = 1
-        assert printed[1] == blocks[1][1]
+        assert printed[-1] == blocks[1][1]
     for i, (language, block) in enumerate(blocks):
         if not language and not block.startswith((*PROGRAMS, "export ")) and i > first:
-            source = max(python for python in printed if python < i and blocks[python][0] == "python")
+            source = max(python for python in printed if python < i)
             assert_shown(block, printed[source])
     if name == "minclip/corpus/README.md":
         array = np.load(tmp_path / "here" / "features.npy")
@@ -223,7 +222,7 @@ def test_a_newcomer_gets_this_far(tmp_path):
     subprocess.run([*pip, "install", "."], cwd=clone, check=True, env=clean)
     clean["PYTHONWARNINGS"] = "error"
     (tmp_path / "here").mkdir()
-    assert walk(README, tmp_path / "here", clean, skip=["python"])[1] == blocks_of(README)[1][1]
+    assert walk(README, tmp_path / "here", clean, skip=["python"])[-1] == blocks_of(README)[1][1]
     code = "".join(block for language, block in blocks_of(README) if language == "python" and "torch" not in block)
     subprocess.run([venv / "bin" / "python", "-c", code], cwd=tmp_path / "here", check=True, env=clean)
     count = "from importlib.metadata import distributions; print(*sorted(d.name for d in distributions()))"
