@@ -72,9 +72,9 @@ def spearman(a, b):
     return float(np.corrcoef(np.argsort(np.argsort(a)), np.argsort(np.argsort(b)))[0, 1])
 
 
-def cosines(features, centre=False):
+def cosines(features, center=False):
     """The cosines of all pairs, as a vector."""
-    rows = minclip.normalize(features - features.mean(0) * centre)
+    rows = minclip.normalize(features - features.mean(0) * center)
     return (rows @ rows.T)[np.triu_indices(len(rows), 1)]
 
 
@@ -135,9 +135,9 @@ def measure_words(params, table, data, vectors, refs=None):
     if refs is not None:
         mine = encode(params, refs["coco_prompts"].tolist())
         for center in (False, True):
-            value = spearman(cosines(mine, centre), cosines(refs["coco_fp16"].astype(np.float32), centre))
+            value = spearman(cosines(mine, center), cosines(refs["coco_fp16"].astype(np.float32), center))
             label = "80 COCO names against ViT-B/32"
-            figures.append(Figure(label, "centered" if center else "raw", value, None if centre else 0.55))
+            figures.append(Figure(label, "centered" if center else "raw", value, None if center else 0.55))
     names = [r["name"] for r in data["emoji"]]
     for part, asked in FRESH.items():
         right = [[names.index(name) for name in found] for found in asked.values()]

@@ -172,9 +172,9 @@ def prepare(work):
 
 def principal_table(vectors, width):
     """(table [V, width], axes): the teacher's vectors [V, 384] of the token strings in principal axes."""
-    centred = vectors.float() - vectors.float().mean(0)
-    axes = torch.linalg.svd(centred.T @ centred)[0][:, :width]
-    table = centred @ axes
+    centered = vectors.float() - vectors.float().mean(0)
+    axes = torch.linalg.svd(centered.T @ centered)[0][:, :width]
+    table = centered @ axes
     return table * (0.1 / table.pow(2).mean().sqrt()), axes
 
 
@@ -194,11 +194,11 @@ def teaching_loss(features, target, head):
 
 
 def geometry_loss(features, reference):
-    """1 - Pearson of the pairwise cosines with real CLIP's, raw and centred."""
+    """1 - Pearson of the pairwise cosines with real CLIP's, raw and centered."""
     upper = torch.triu_indices(len(features), len(features), 1).unbind()
     total = 0
-    for centre in (False, True):
-        pair = [F.normalize(v - v.mean(0) * centre, dim=-1) for v in (features, reference)]
+    for center in (False, True):
+        pair = [F.normalize(v - v.mean(0) * center, dim=-1) for v in (features, reference)]
         mine, theirs = ((v @ v.T)[upper] for v in pair)
         total = total + 1 - torch.corrcoef(torch.stack([mine, theirs]))[0, 1]
     return total

@@ -19,7 +19,10 @@ from minclip.porting.probe import read_probe
 from tests.support.oracles import random_params
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("minclip", *(f"minclip/{room}" for room in ("fast", "corpus", "checkpoint", "porting", "verification")))
+ROOMS = (
+    "minclip",
+    *(f"minclip/{room}" for room in ("fast", "corpus", "checkpoint", "porting", "verification")),
+)
 PAGES = {
     page: (ROOT / page).read_text(encoding="utf-8")
     for page in ("README.md", *(f"{room}/README.md" for room in ROOMS), "tests/benchmarks/README.md")
@@ -112,7 +115,7 @@ def write_sdxl(folder):
 
 
 def walk(page, folder, environment, skip=()):
-    """Return what the commands and the Python of a page print, run in a folder: {index of the block: its output}.
+    """Run the commands and the Python of a page in a folder, and return {index of the block: its output}.
 
     The output of the first command stands under -1.
     """
@@ -223,7 +226,9 @@ def test_a_newcomer_gets_this_far(tmp_path):
     clean["PYTHONWARNINGS"] = "error"
     (tmp_path / "here").mkdir()
     assert walk(README, tmp_path / "here", clean, skip=["python"])[-1] == blocks_of(README)[1][1]
-    code = "".join(block for language, block in blocks_of(README) if language == "python" and "torch" not in block)
+    code = "".join(
+        block for language, block in blocks_of(README) if language == "python" and "torch" not in block
+    )
     subprocess.run([venv / "bin" / "python", "-c", code], cwd=tmp_path / "here", check=True, env=clean)
     count = "from importlib.metadata import distributions; print(*sorted(d.name for d in distributions()))"
     run = subprocess.run([venv / "bin" / "python", "-c", count], check=True, env=clean, capture_output=True)
@@ -232,7 +237,9 @@ def test_a_newcomer_gets_this_far(tmp_path):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_the_links_of_a_page_lead_somewhere(name):
-    headings = {re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in HEADING.findall(PAGES[name])}
+    headings = {
+        re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in HEADING.findall(PAGES[name])
+    }
     for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", PAGES[name]):
         if not target:
             assert anchor in headings, anchor
