@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message, known=()):
         """Exit with status 2 and one line: the message, and the nearest of the known names."""
-        command = re.search(r"COMMAND: invalid choice: '(.*?)' \(choose from (.*)\)", message, re.DOTALL)
+        command = re.search(r"COMMAND: invalid choice: '(.*?)'.*\(choose from (.*)\)", message, re.DOTALL)
         if command:
             message, known = f"unknown command {command[1]!r}", re.findall(r"[\w-]+", command[2])
         typed = command[1] if command else message.split()[-1].partition("=")[0]
