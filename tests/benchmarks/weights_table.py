@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.weights_table [-o tests/benchmarks/diagnosis.md] [--models NAME ...]
         [--formats ID ...]    the formats that every bug is tried beside; none leaves that out
+        [--slips]             only the table of slips is made again, in its place
 
 Everything after the heading HEADING is replaced; the rest of the file is diagnosis_table's. A bug counts
 beside int8 weights where it moves the features by at least twice as much as the weights do.
@@ -21,9 +22,10 @@ from tests.benchmarks import diagnosis_table as table
 from tests.support import foreign_weights, oracles, weight_slips
 from tests.support.broken_port import SINGLES
 from tests.unit.porting import test_slips
-from tests.unit.porting.test_weights import NAMELESS, coarse, not_named
+from tests.unit.porting.weights.test_checking import NAMELESS, coarse, not_named
 
 HEADING = "## Weights, slips in one layer, quantized ports"
+SLIPS = "| model | slip in one layer | full dump | block outputs | features alone |"
 FORMAT = {kind.id: kind for kind in FORMATS}
 
 
@@ -126,6 +128,14 @@ def beside(model, params, tokens, kind):
     )
 
 
+def slip_table(models):
+    """Return the lines of the table of slips."""
+    lines = [SLIPS, "|---|---|---|---|---|"]
+    for model in models:
+        lines += slip_rows(model)
+    return lines
+
+
 def section(models, formats):
     """Return the section of diagnosis.md."""
     lines = [
@@ -135,12 +145,9 @@ def section(models, formats):
         "",
         *check_rows(),
         "",
-        "| model | slip in one layer | full dump | block outputs | features alone |",
-        "|---|---|---|---|---|",
+        *slip_table(models),
+        "",
     ]
-    for model in models:
-        lines += slip_rows(model)
-    lines.append("")
     for model in models:
         lines += noise_rows(model, formats)
     return "\n".join(lines) + "\n"
@@ -151,7 +158,15 @@ def main():
     parser.add_argument("-o", dest="output", type=Path)
     parser.add_argument("--models", nargs="*", default=["built-in"])
     parser.add_argument("--formats", nargs="*", default=["int8-row", "q4_0"], choices=FORMAT)
+    parser.add_argument("--slips", action="store_true", help="make only the table of slips again")
     args = parser.parse_args()
+    if args.slips:
+        table_of_slips = "\n".join(slip_table(args.models))
+        if args.output:
+            before, _, rest = args.output.read_text().partition(SLIPS)
+            args.output.write_text(f"{before}{table_of_slips}\n\n{rest.partition(chr(10) * 2)[2]}")
+        print(table_of_slips)
+        return
     text = section(args.models, args.formats)
     if args.output:
         before = args.output.read_text().partition(HEADING)[0].rstrip("\n")
