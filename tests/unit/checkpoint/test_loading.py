@@ -181,7 +181,7 @@ def test_inspect_accepts_every_name_that_load_accepts(files, monkeypatch):
     monkeypatch.setattr(sources, "download", lambda name: files[0]["traced.pt"])
     assert checkpoint.inspect("ViT-B/32") == checkpoint.inspect(files[0]["traced.pt"])
     text, params = checkpoint.inspect("builtin"), minclip.load()
-    for line in ("builtin dialect OpenAI layers 4", "heads 2", "activation quick_gelu", "dtype float32"):
+    for line in ("builtin dialect OpenAI layers 6", "heads 2", "activation quick_gelu", "dtype float32"):
         assert line in " ".join(text.split())
     assert f"{sum(array.size for array in params.values()):,} in {len(params)} tensors" in text
 
