@@ -34,6 +34,7 @@ SMALL_ROWS = 256  # up to here, small products are faster than one, where BLAS h
 STRIP = 64  # rows of a small product
 SMALL = 1200  # numbers in the result of a small product: the most that OpenBLAS gives to those kernels
 SMALL_MULTIPLICATIONS = 10**6  # the most of a small product, likewise
+WIDE = 256  # a narrower tower spends its time in Python, where threads wait for each other
 FEW_ROWS = 7  # up to here, one product per row is faster than a product of matrices
 GEMV = 2**16  # numbers of a weight that stay in the cache from one row to the next
 
@@ -111,6 +112,8 @@ def encode_tree(params, tree, threads=1, prefixes=None, record=None):
     record, an array [layers, 2, N, D], is filled with the keys and values of the nodes.
     """
     _, heads, _ = architecture(params)
+    if params["ln_final.weight"].size < WIDE:
+        threads = 1
     team = Team(min(threads, heads))
     return team.run(lambda number: Share(params, tree, team, number).encode(prefixes, record))
 

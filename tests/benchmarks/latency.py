@@ -7,10 +7,10 @@
 Random float32 weights at ViT-B/32's text size, or that of --size. Every way runs in a process of its own. The
 processes take turns, a few calls each, so that other load on the machine falls on all of them, and none finds
 the cores held by another one's waiting threads. A figure is the best call of all rounds; no round starts
-after --minutes. Peers get their tokens trimmed to the longest text, and in batches sorted by length where
-that is faster. clippie is called with texts, which it tokenizes. NPCLIP pads every text to 77 tokens; it has
-no package, so PYTHONPATH must lead to a clone of 99991/NPCLIP. A peer that is not installed is left out, with
-its reason. --python names the interpreter of a peer, if that is another one.
+after --minutes. Peers and encode_text get their tokens trimmed to the longest text, and in batches sorted by
+length where that is faster. clippie is called with texts, which it tokenizes. NPCLIP pads every text to 77
+tokens; it has no package, so PYTHONPATH must lead to a clone of 99991/NPCLIP. A peer that is not installed is
+left out, with its reason. --python names the interpreter of a peer, if that is another one.
 
 sizes    1 text of 7 tokens, with a warm template too, and 8, 32 and 64 texts of mixed length
 start    from the start of the process to the first features: import, load ViT-B/32's size, encode one text
@@ -47,7 +47,7 @@ def encode_text(folder):
     import minclip
 
     params = minclip.load(folder / "text.safetensors")
-    return lambda tokens: minclip.encode_text(params, tokens)
+    return quicker_batches(lambda tokens: minclip.encode_text(params, tokens))
 
 
 def fast_encode_text(folder):

@@ -53,7 +53,7 @@ LEFT_OUT = {
     "jupyter lab lessons": "opens a browser",
     "python -m tests.benchmarks.gpu": "needs a GPU; test_benchmark.py rehearses it",
     "python -m tests.benchmarks.throughput prompts --open-clip WHEEL": "a benchmark, with a download",
-    "python -m tests.benchmarks.latency": "a benchmark",
+    "python -m tests.benchmarks.latency sizes": "a benchmark",
     "python -m tests.benchmarks.corpus --model NAME": "a benchmark",
     "python -m tests.benchmarks.peers": "a benchmark, with downloads",
     "python -m tests.benchmarks.backward parity": "minutes, for the same reason as the next",
