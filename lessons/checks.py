@@ -2548,7 +2548,7 @@ def check_next_token(attend_next):
         expect(context is not None, "your function returns None: does it end in return?")
         length = np.shape(cache["k"])[1]
         expect(length > 0, "the cache stays empty: put the new k and v into it")
-        expect(length == i + 1, f"after {i + 1} tokens the cache holds {length}: it grows by one a token")
+        expect(length == i + 1, f"after {i + 1} tokens the cache holds {length}: it grows by one per token")
         like(context, (H, K), np.float32, "one row for each head, float32 in, float32 out")
         truth, scores = np.zeros((H, K)), np.einsum("hk,jhk->hj", q[i], k[: i + 1])
         for h in range(H):
@@ -2657,7 +2657,7 @@ def check_four_products(ways):
     for b, i, e in np.ndindex(2, 3, 4):
         truth[b, i, e] = sum(float(x[b, i, d]) * float(W[e, d]) for d in range(4))
     kinds = (
-        ([("product", 1)] * 6, "6 products of a vector with W.T, one a row"),
+        ([("product", 1)] * 6, "6 products of a vector with W.T, one per row"),
         ([("product", 3)], "one @ on the array of three axes"),
         ([("product", 2)], "one @ on a matrix of all 6 rows"),
         ([("einsum", 0)], "one np.einsum"),

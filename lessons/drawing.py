@@ -886,7 +886,7 @@ def block_map(title, values, labels, numbers):
 
 
 def block_curves(lines, ylabel):
-    """One curve for each name in {name: one value a block}."""
+    """One curve for each name in {name: one value per block}."""
     count = len(next(iter(lines.values())))
     told = "; ".join(f"{name} {', '.join(f'{v:.2f}' for v in values)}" for name, values in lines.items())
     panel = (f"{ylabel} after each block", range(count), lines, "", ylabel)

@@ -41,7 +41,9 @@ def add_encode(commands):
     encode = add_command(commands, "encode", run_encode, "turn texts into features", EXAMPLES)
     add_texts(encode, "a text to encode")
     encode.add_argument(
-        "--file", metavar="captions.txt", help="read texts from a UTF-8 file, one a line; - is standard input"
+        "--file",
+        metavar="captions.txt",
+        help="read texts from a UTF-8 file, one per line; - is standard input",
     )
     encode.add_argument(
         "-o",

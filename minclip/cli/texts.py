@@ -29,7 +29,7 @@ def opened(path):
     """Yield the binary file at path, or standard input for "-". Raise ValueError where it is empty."""
     with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
         if not file.peek(1):
-            raise ValueError(f"{name_of(file)} is empty: give one text a line")
+            raise ValueError(f"{name_of(file)} is empty: give one text per line")
         yield file
 
 

@@ -45,7 +45,7 @@ def encode_file(
     r"""Write the features of a text file's lines to a .npy, resuming an earlier call that was interrupted.
 
     params         as `encode_text` takes them
-    source         path of a UTF-8 file, one text a line; an empty line is an empty text. Or an open binary
+    source         path of a UTF-8 file, one text per line; an empty line is an empty text. Or an open binary
                    file. A source that cannot be read twice, such as a pipe, is first copied to the output's
                    folder
     output         path of the features [texts, E]. It appears only once it is complete. If the call is

@@ -1394,7 +1394,7 @@ WRONG["check_four_products"] = [
     (four_with(lambda x, W: x.reshape(-1, 4) @ W.T), "put the rows back"),
     (four_with(lambda x, W: x.astype(float) @ W.T), "float64"),
     ([lambda x, W: x @ W.T], "four functions"),
-    ([lambda x, W: x @ W.T] * 4, "one a row"),
+    ([lambda x, W: x @ W.T] * 4, "one per row"),
     (four_with(lambda x, W: x @ W.T), "one @ on a matrix of all 6 rows"),
     ([*four_with(at_once)[:3], at_once], "one np.einsum"),
 ]

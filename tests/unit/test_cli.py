@@ -114,7 +114,7 @@ def test_encode_with_a_saved_model(tmp_path):
         (["encode", "a cat", "cat " * 99], 1, "text 2 is 101 tokens long"),
         (["encode", "--file", "nowhere.txt"], 1, "minclip: nowhere.txt: No such file or directory"),
         (["encode", "--file", "."], 1, "minclip: .: Is a directory"),
-        (["encode", "--file", os.devnull], 1, f"minclip: {os.devnull} is empty: give one text a line"),
+        (["encode", "--file", os.devnull], 1, f"minclip: {os.devnull} is empty: give one text per line"),
         (["encode", "--file", os.devnull, "-o", "f.npy"], 1, f"{os.devnull} is empty"),
         (["encode", "a", "-o", HERE], 1, f"minclip: {HERE}: Is a directory"),
         (["encode", "a", "-o", f"{__file__}/f.npy"], 1, f"minclip: {__file__}/f.npy: Not a directory"),
