@@ -148,43 +148,46 @@ def measure_words(params, table, data, vectors, refs=None):
     return figures
 
 
-def measure_order(params, table, data, held):
-    """Return the figures on scenes and order; held has the held-out scenes of `order.py pack`."""
-    typed = np.char.startswith(held["family"], "typed")
-    words = {name: held[name][~typed] for name in ("family", "said", "other", "shown", "fellows")}
-    said, other = (encode(params, words[name].tolist()) for name in ("said", "other"))
-    right = told_apart(said, words)
-    near = (said * other).sum(1)
-    count = len(said)
+def measure_scenes(encode, scenes, records, part):
+    """Return the figures on held-out scenes: swapped pairs told apart, by family, and cosines.
+
+    encode   a function from texts to unit features
+    scenes   arrays: each scene's family, its sentence and the swapped one, its features and the swapped ones
+    """
+    said, other = (encode(scenes[name].tolist()) for name in ("said", "other"))
+    right, near, count = told_apart(said, scenes), (said * other).sum(1), len(said)
     figures = [Figure(f"swapped scenes told apart ({count})", "all", right.mean(), 0.93)]
     medians = {}
     for family in grammar.FAMILIES:
-        mine = words["family"] == family
+        mine = scenes["family"] == family
         medians[family] = float(np.median(near[mine]))
         figures.append(Figure(f"  {family} ({mine.sum()})", "told apart", right[mine].mean(), 0.85))
     figures.append(Figure("cosine of swapped sentences", "median", float(np.median(near)), 0.6, True))
     figures += [Figure(f"  {family}", "median", value, 0.8, True) for family, value in medians.items()]
     rng = random.Random(3)
-    mixed = encode(params, [grammar.shuffled(text, rng) for text in words["said"].tolist()])
+    mixed = encode([grammar.shuffled(text, rng) for text in scenes["said"].tolist()])
     figures.append(Figure("cosine of shuffled words", "median", np.median((said * mixed).sum(1)), 0.6, True))
-    fresh = grammar.fresh_sentences(grammar.World(data["emoji"]), "final", 200)
-    first, second = (encode(params, [pair[k] for pair in fresh]) for k in (0, 1))
-    figures.append(
-        Figure("verbs not in the grammar, cosine", "median", np.median((first * second).sum(1)), 0.85, True)
-    )
-    figures.append(Figure(f"scenes among {2 * count}", "R@1", found_first(said, words), 0.85))
-    every = np.arange(len(table))
+    fresh = grammar.fresh_sentences(grammar.World(records), part, 200)
+    first, second = (encode([pair[k] for pair in fresh]) for k in (0, 1))
+    cosine = np.median((first * second).sum(1))
+    figures.append(Figure("verbs not in the grammar, cosine", "median", cosine, 0.85, True))
+    figures.append(Figure(f"scenes among {2 * count}", "R@1", found_first(said, scenes), 0.85))
+    return figures
+
+
+def measure_order(params, table, data, held):
+    """Return the figures on scenes and order; held has the held-out scenes of `order.py pack`."""
+    typed = np.char.startswith(held["family"], "typed")
+    words = {name: held[name][~typed] for name in ("family", "said", "other", "shown", "fellows")}
+    figures = measure_scenes(lambda texts: encode(params, texts), words, data["emoji"], "final")
     for place, label in ((0, "typed emoji"), (-1, "  without variation selectors")):
         keys = encode(params, [grammar.typed_as(r["emoji"])[place] for r in data["emoji"]])
-        figures.append(Figure(label, "R@1", ((keys @ table.T).argmax(1) == every).mean(), 0.95))
+        figures.append(Figure(label, "R@1", own_first(keys, table), 0.95))
     two = typed & ~np.isin(held["family"], ["typed: alone", "typed: colors of shapes"])
     typed_rows = {name: held[name][two] for name in words}
     both = encode(params, typed_rows["said"].tolist())
-    figures.append(
-        Figure(
-            f"typed emoji in scenes ({two.sum()})", "told apart", told_apart(both, typed_rows).mean(), 0.85
-        )
-    )
+    share = told_apart(both, typed_rows).mean()
+    figures.append(Figure(f"typed emoji in scenes ({two.sum()})", "told apart", share, 0.85))
     figures.append(Figure("  the same", "R@1", found_first(both, typed_rows)))
 
     names = [SEEN.format(r["name"]) for r in data["emoji"]]
@@ -200,7 +203,7 @@ def measure_order(params, table, data, held):
         figures.append(Figure("  the same", "scene R@1", found_first(cut, words), bar, True))
         cut = encode(params, names, tap_of=even_attention(where, at_end))
         bar = bar and 0.9
-        figures.append(Figure("  the same", "names R@1", ((cut @ table.T).argmax(1) == every).mean(), bar))
+        figures.append(Figure("  the same", "names R@1", own_first(cut, table), bar))
     return figures
 
 
@@ -235,6 +238,11 @@ def print_heads(params, data):
             shown = "  ".join(f"{share[i, j].sum():{len(name)}.2f}" for name, (i, j) in pairs.items())
             print(f"{block}.{head}         {shown}  {np.median(change):.2f}")
         x = after
+
+
+def own_first(features, table):
+    """Return how often the picture nearest to row i of the features is row i of the table."""
+    return ((features @ table.T).argmax(1) == np.arange(len(table))).mean()
 
 
 def told_apart(said, scenes):

@@ -141,8 +141,12 @@ def scene_losses(said, mixed, disorder, shown, scale):
     return contrast, swap, hinge, (right > wrong).float().mean().item()
 
 
+def read_texts(work):
+    return json.loads((work / "texts.json").read_text(encoding="utf-8"))
+
+
 def picture_table(start, records):
-    """Return the unit features [all emoji, EMBED] of the pictures in an int8 file."""
+    """Make an int8 file the built-in one, and return the unit features [all emoji, EMBED] of its pictures."""
     builtin.MODEL = start
     emoji, _, table = builtin.pictures()
     assert emoji == [r["emoji"] for r in records], "the picture table is of other emoji"
@@ -153,10 +157,10 @@ class Data:
     """Everything that a step draws from."""
 
     def __init__(self, work, start, clip_vectors):
-        data = json.loads((work / "texts.json").read_text(encoding="utf-8"))
-        builtin.MODEL = start
+        data, vectors = read_texts(work), np.load(work / "teacher.npy")
         self.records = data["emoji"]
-        self.texts = base.Texts(data, np.load(work / "teacher.npy"))
+        self.table = picture_table(start, self.records)
+        self.texts = base.Texts(data, vectors)
         self.captions = base.Captions(self.records, self.texts.row_of)
         self.sentences = [p for p in data["phrases"] if 5 <= len(p.split()) <= 14 and len(p) < 80]
         self.typed = [base.ragged(grammar.typed_as(r["emoji"])) for r in self.records]
@@ -171,8 +175,7 @@ class Data:
         words = [f"a {word}" for word in words if word.isascii() and word.isalpha()]
         self.words = base.ragged(words)
         self.kept = torch.from_numpy(evaluate.encode(builtin.load_builtin(), words))
-        self.held_texts = evaluate.teacher_targets(data, np.load(work / "teacher.npy"), "held_composites")
-        self.table = picture_table(start, self.records)
+        self.held_texts = evaluate.teacher_targets(data, vectors, "held_composites")
 
     def scenes(self, rng):
         """Return (scenes, fellows, their sentences, the first ones' words shuffled)."""
@@ -298,9 +301,7 @@ def train(options):
             options.out.with_suffix(".writing").replace(options.out)
         if (step + 1) % 200 == 0:
             text.eval()
-            print(
-                "development", json.dumps(told_apart(text, scene_tower, data, "development", 40)), flush=True
-            )
+            print("development", json.dumps(develop(text, scene_tower, data)), flush=True)
             text.train()
 
 
@@ -310,57 +311,47 @@ def encode(text, strings):
 
 
 @torch.no_grad()
-def told_apart(text, scene_tower, data, part, count):
-    """Return figures on held-out scenes: swapped pairs told apart, by family, and cosines."""
-    rows = grammar.examples(data.world, part, count)
-    said, other = encode(text, [r[3] for r in rows]), encode(text, [r[4] for r in rows])
-    shown, fellows = (scene_tower([r[k] for r in rows], data.world, data.table) for k in (1, 2))
-    right = ((said * shown).sum(1) > (said * fellows).sum(1)).float()
-    near = (said * other).sum(1)
-    family = [r[0] for r in rows]
-    found = {}
-    for name in grammar.FAMILIES:
-        mine = torch.tensor([f == name for f in family])
-        found[name] = [round(right[mine].mean().item(), 3), round(near[mine].median().item(), 3)]
-    rng = random.Random(3)
-    mixed = (said * encode(text, [grammar.shuffled(r[3], rng) for r in rows])).sum(1)
-    fresh = grammar.fresh_sentences(data.world, part, 2 * count)
-    first, second = (encode(text, [pair[k] for pair in fresh]) for k in (0, 1))
-    nearest = (said @ torch.cat([shown, fellows]).T).argmax(1)
-    similar = {}
+def scene_arrays(rows, scene_tower, world, table):
+    """Return what `evaluate.measure_scenes` takes, for rows of `scenes.examples`."""
+    shown, fellows = (scene_tower([row[k] for row in rows], world, table).half().numpy() for k in (1, 2))
+    family, said, other = (np.array([row[k] for row in rows]) for k in (0, 3, 4))
+    return {"family": family, "said": said, "other": other, "shown": shown, "fellows": fellows}
+
+
+def develop(text, scene_tower, data):
+    """Return the figures to look at during training, on what is held out for development."""
+
+    def encoded(texts):
+        return encode(text, texts).numpy()
+
+    rows = grammar.examples(data.world, "development", 40)
+    scenes = scene_arrays(rows, scene_tower, data.world, data.table)
+    figures = evaluate.measure_scenes(encoded, scenes, data.records, "development")
+    found = {f"{figure.test.strip()}, {figure.name}": figure.value for figure in figures}
     for name, (texts, reference) in {"CLIP names": data.held_clip, "composites": data.held_texts}.items():
-        mine = evaluate.cosines(encode(text, texts).numpy())
-        similar[name] = round(evaluate.spearman(mine, evaluate.cosines(reference)), 3)
-    keys = encode(text, [r["emoji"] for r in data.records])
-    names = encode(text, [f"a picture of a {r['name']}" for r in data.records])
-    every = torch.arange(len(data.records))
-    return {
-        "told apart": round(right.mean().item(), 3),
-        "families [told apart, median cosine]": found,
-        "swapped, median cosine": round(near.median().item(), 3),
-        "shuffled, median cosine": round(mixed.median().item(), 3),
-        "new verbs, median cosine": round((first * second).sum(1).median().item(), 3),
-        f"scene R@1 of {2 * len(rows)}": round((nearest == torch.arange(len(rows))).float().mean().item(), 3),
-        "held out, Spearman": similar,
-        "typed emoji R@1": round(((keys @ data.table.T).argmax(1) == every).float().mean().item(), 3),
-        "names R@1": round(((names @ data.table.T).argmax(1) == every).float().mean().item(), 3),
-    }
+        mine, theirs = evaluate.cosines(encoded(texts)), evaluate.cosines(reference)
+        found[f"{name}, Spearman"] = evaluate.spearman(mine, theirs)
+    table = data.table.numpy()
+    found["typed emoji, R@1"] = evaluate.own_first(encoded([r["emoji"] for r in data.records]), table)
+    names = [evaluate.SEEN.format(r["name"]) for r in data.records]
+    found["names, R@1"] = evaluate.own_first(encoded(names), table)
+    return {name: round(float(value), 3) for name, value in found.items()}
 
 
-def load(options, records):
-    """Return (the state of a finished phase, its text tower, its scene tower)."""
+def load(options):
+    """Return (the state of a finished phase, its text tower, its scene tower, the emoji's records)."""
+    records = read_texts(options.work)["emoji"]
     state = torch.load(options.state, weights_only=False)
     text = Tower(options.start, records, state["new_blocks"])
     text.load_state_dict(state["text"])
     scene_tower = SceneTower(EMBED)
     scene_tower.load_state_dict(state["scenes"])
-    return state, text.eval(), scene_tower.eval()
+    return state, text.eval(), scene_tower.eval(), records
 
 
 def train_rows(options):
     """Train the rows of the tokens that only emoji are made of; all other numbers stay as they are."""
-    records = json.loads((options.work / "texts.json").read_text(encoding="utf-8"))["emoji"]
-    state, text, _ = load(options, records)
+    state, text, _, records = load(options)
     table, world, rng = picture_table(options.start, records), grammar.World(records), random.Random(0)
     typed = [base.ragged(grammar.typed_as(r["emoji"])) for r in records]
     ids = torch.unique(torch.cat([ids for spellings in typed for ids in spellings]))
@@ -403,8 +394,7 @@ def typed_scenes(world, rng, count):
 
 def pack_file(options):
     """Write the int8 file, and beside it NAME-scenes.npz, the held-out scenes of the final figures."""
-    records = json.loads((options.work / "texts.json").read_text(encoding="utf-8"))["emoji"]
-    _, text, scene_tower = load(options, records)
+    _, text, scene_tower, records = load(options)
     table, world = picture_table(options.start, records), grammar.World(records)
     with torch.no_grad():
         shipped = [
@@ -412,17 +402,12 @@ def pack_file(options):
             for scene in grammar.shown(world)
         ]
         base.save(options.out, text, table, records, shipped)
-        rows = grammar.examples(world, "final", 100) + grammar.examples(world, "final", 30, seed=2, typed=1.0)
-        shown, fellows = (scene_tower([r[k] for r in rows], world, table).half().numpy() for k in (1, 2))
-    families = [r[0] if i < 100 * len(grammar.FAMILIES) else f"typed: {r[0]}" for i, r in enumerate(rows)]
-    np.savez_compressed(
-        options.out.with_name(options.out.stem + "-scenes.npz"),
-        family=families,
-        said=[r[3] for r in rows],
-        other=[r[4] for r in rows],
-        shown=shown,
-        fellows=fellows,
-    )
+    rows = grammar.examples(world, "final", 100)
+    rows += [
+        (f"typed: {row[0]}", *row[1:]) for row in grammar.examples(world, "final", 30, seed=2, typed=1.0)
+    ]
+    path = options.out.with_name(options.out.stem + "-scenes.npz")
+    np.savez_compressed(path, **scene_arrays(rows, scene_tower, world, table))
 
 
 def main():

@@ -268,12 +268,16 @@ def plural(noun):
     return noun + ("es" if noun[-1] in "sx" or noun[-2:] in ("ch", "sh") else "s")
 
 
+def article_before(word):
+    return "an" if word[0] in "aeiou" else "a"
+
+
 def say_thing(thing, rng, world, typed, article=True):
     """Return a thing in words: "two big red cats"; with probability typed its noun as an emoji."""
     emoji = rng.choice(world.emoji[thing.noun]) if thing.noun in world.emoji else None
     noun = emoji if emoji and rng.random() < typed else plural(thing.noun) if thing.count > 1 else thing.noun
     if thing.color and not thing.size and thing.count < 2 and article and rng.random() < 0.1:
-        return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun} that is {COLORS[thing.color - 1]}"
+        return f"{article_before(noun)} {noun} that is {COLORS[thing.color - 1]}"
     words = (
         [rng.choice(SIZE_WORDS[SIZES[thing.size - 1]])] * bool(thing.size)
         + [COLORS[thing.color - 1]] * bool(thing.color)
@@ -282,7 +286,7 @@ def say_thing(thing, rng, world, typed, article=True):
     if thing.count:
         words.insert(0, COUNTS[thing.count - 1])
     elif article and not (noun == emoji and rng.random() < 0.4):
-        words.insert(0, "the" if rng.random() < 0.2 else "an" if words[0][0] in "aeiou" else "a")
+        words.insert(0, "the" if rng.random() < 0.2 else article_before(words[0]))
     return " ".join(words)
 
 
@@ -405,8 +409,7 @@ def plainly(thing):
         kind[value - 1] if value else "" for kind, value in ((SIZES, thing.size), (COLORS, thing.color))
     )
     words = [word for word in (size, color, plural(thing.noun) if thing.count > 1 else thing.noun) if word]
-    article = COUNTS[thing.count - 1] if thing.count else "an" if words[0][0] in "aeiou" else "a"
-    return " ".join([article, *words])
+    return " ".join([COUNTS[thing.count - 1] if thing.count else article_before(words[0]), *words])
 
 
 def picture_of(thing, world):
