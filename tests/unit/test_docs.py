@@ -16,17 +16,11 @@ import pytest
 
 import minclip
 from minclip.porting.probe import read_probe
+from tests.support import documents
 from tests.support.oracles import random_params
 
 ROOT = Path(__file__).parents[2]
-ROOMS = (
-    "minclip",
-    *(f"minclip/{room}" for room in ("fast", "corpus", "checkpoint", "porting", "verification")),
-)
-PAGES = {
-    page: (ROOT / page).read_text(encoding="utf-8")
-    for page in ("README.md", *(f"{room}/README.md" for room in ROOMS), "tests/benchmarks/README.md")
-}
+PAGES = {page: (ROOT / page).read_text(encoding="utf-8") for page in documents.PAGES}
 README = PAGES["README.md"]
 MODULES = [
     "minclip",

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import documents
+
 ROOT = Path(__file__).parents[2]
-ROOMS = ["fast", "corpus", "checkpoint", "porting", "verification"]
 PAGES = [
-    *("README.md", "CONTRIBUTING.md", "lessons/README.md", "tests/README.md", "tests/benchmarks/README.md"),
-    *("minclip/README.md", *(f"minclip/{room}/README.md" for room in ROOMS), "minclip/builtin/MODEL_CARD.md"),
+    *documents.PAGES,
+    *("CONTRIBUTING.md", "lessons/README.md", "tests/README.md", "minclip/builtin/MODEL_CARD.md"),
 ]
 LONGEST = 30  # words
 BANNED = {
