@@ -45,17 +45,24 @@ def read(path):
     return nbformat.read(path, as_version=4)
 
 
-def execute(notebook):
-    """notebook as a clean kernel in lessons/ leaves it, with nothing in it that differs from run to run."""
-    notebook = tidy(notebook)
+def execute(*notebooks):
+    """Return notebooks as a clean kernel in lessons/ leaves them, without what differs from run to run.
+
+    One kernel runs them one after the other, because a kernel takes seconds to start and to import.
+    `%reset` deletes the variables of the notebook before.
+    """
+    notebooks = [tidy(notebook) for notebook in notebooks]
+    reset = nbformat.v4.new_code_cell("%reset -f")
+    whole = nbformat.from_dict(notebooks[0] | {"cells": []})
+    whole.cells = [cell for notebook in notebooks for cell in (reset.copy(), *notebook.cells)]
     package = Path(minclip.__file__).resolve().parent.parent
     path = os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     env |= {"OPENBLAS_NUM_THREADS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     place = {"metadata": {"path": str(LESSONS)}}
     options = {"timeout": 120, "kernel_name": "python3", "resources": place}
-    NotebookClient(notebook, coalesce_streams=True, **options).execute(env=env)
-    return tidy(notebook, outputs=True)
+    NotebookClient(whole, coalesce_streams=True, **options).execute(env=env)
+    return [tidy(notebook, outputs=True) for notebook in notebooks]
 
 
 def tidy(notebook, outputs=False):
@@ -131,7 +138,7 @@ def main():
     for path in lessons():
         if arguments.numbers and path.name[:2] not in arguments.numbers:
             continue
-        notebook = execute(read(path))
+        [notebook] = execute(read(path))
         nbformat.write(notebook, path)
         print(f"{path.name}: {len(notebook.cells)} cells, {path.stat().st_size / 1000:.0f} kB")
         if arguments.pictures:

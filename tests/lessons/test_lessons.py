@@ -4,7 +4,6 @@ import html.parser
 import io
 import json
 import re
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import combinations
 
@@ -33,22 +32,13 @@ from tests.lessons.refresh import (
 from tests.lessons.wrong_answers import WRONG
 
 each_lesson = pytest.mark.parametrize("path", lessons(), ids=lambda path: path.stem)
-TWO_AT_A_TIME = ThreadPoolExecutor(2)
 
 
-@cache
-def run(path, with_solutions):
-    """A future of the executed notebook."""
-    notebook = read(path)
-    return TWO_AT_A_TIME.submit(execute, solved(notebook) if with_solutions else notebook)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def started(request):
-    """Start every run that the selected tests will ask for, so that two are always going."""
-    for item in request.session.items:
-        if item.function in (test_committed_outputs_are_fresh, test_solutions_pass_their_checks):
-            run(item.callspec.params["path"], item.function is test_solutions_pass_their_checks)
+@pytest.fixture(scope="module", params=lessons(), ids=lambda path: path.stem)
+def run(request):
+    """A lesson, executed as shipped, and executed with its solutions."""
+    notebook = read(request.param)
+    return request.param, *execute(notebook, solved(notebook))
 
 
 def text_of(output):
@@ -69,9 +59,9 @@ def on_page(png, color):
     return Image.alpha_composite(Image.new("RGBA", figure.size, color), figure).convert("RGB")
 
 
-@each_lesson
-def test_committed_outputs_are_fresh(path):
-    committed, executed = read(path), run(path, False).result()
+def test_committed_outputs_are_fresh(run):
+    path, executed, _ = run
+    committed = read(path)
     for old, new in zip(committed.cells, executed.cells, strict=True):
         outputs = [text_of(output) for output in new.get("outputs", [])]
         remedy = f"{path.name}, cell {new.id}: run `python -m tests.lessons.refresh {path.name[:2]}`"
@@ -83,9 +73,9 @@ def test_committed_outputs_are_fresh(path):
         assert "not attempted yet" in said, f"{cell.id} as shipped says {said!r}"
 
 
-@each_lesson
-def test_solutions_pass_their_checks(path):
-    for cell in exercises(run(path, True).result()):
+def test_solutions_pass_their_checks(run):
+    _, _, executed = run
+    for cell in exercises(executed):
         said = "".join(output.get("text", "") for output in cell.outputs).strip().splitlines()
         assert said[-1].startswith("✓"), f"{cell.id}: {said}"
 
@@ -231,6 +221,12 @@ def test_an_answer_above_its_exercise_is_found_in_a_source_and_in_an_output():
         assert {cell for _, cell, _ in early_answers(notebook)} == {first.id}, place
 
 
+@cache
+def verdict_on_wrong(name, i):
+    """What a check says of its wrong answer number i."""
+    return all_checks()[name].verdict(WRONG[name][i][0])
+
+
 def all_checks():
     return {name: check for name, check in vars(checks).items() if name.startswith("check_")}
 
@@ -247,7 +243,7 @@ FORM = re.compile(r"raised|the (shape|dtype) is|wanted, (not|such)|a dict with|r
 
 @pytest.mark.parametrize("name", sorted(WRONG))
 def test_every_check_has_three_wrong_answers_and_one_of_them_is_nearly_right(name):
-    verdicts = [all_checks()[name].verdict(answer) for answer, _ in WRONG[name]]
+    verdicts = [verdict_on_wrong(name, i) for i in range(len(WRONG[name]))]
     assert len(verdicts) >= 3
     assert any(not FORM.search(verdict) for verdict in verdicts), verdicts
 
@@ -283,8 +279,8 @@ def test_every_check_answers_garbage_with_one_line_and_a_likely_cause(name):
     ("name", "i"), [(name, i) for name in sorted(WRONG) for i in range(len(WRONG[name]))], ids=str
 )
 def test_checks_turn_down_wrong_answers_and_name_the_cause(name, i):
-    answer, cause = WRONG[name][i]
-    said = all_checks()[name].verdict(answer)
+    _, cause = WRONG[name][i]
+    said = verdict_on_wrong(name, i)
     assert said.startswith("✗")
     assert cause in said
 
@@ -297,7 +293,7 @@ def test_checks_say_when_nothing_was_attempted(name):
     if callable(WRONG[name][0][0]):  # the others take a value
         assert all_checks()[name].verdict(stub).endswith("not attempted yet")
     assert all_checks()[name].verdict(...).endswith("not attempted yet")
-    assert len({all_checks()[name].verdict(answer) for answer, _ in WRONG[name]}) >= 2
+    assert len({verdict_on_wrong(name, i) for i in range(len(WRONG[name]))}) >= 2
 
 
 @each_lesson
