@@ -16,7 +16,7 @@ from minclip.params import text_dtype
 from minclip.porting import gradients
 from minclip.porting.agreement import Agreement, agree
 from minclip.porting.faults import port_with
-from minclip.porting.noise import Candidate, Noise, find_noise, is_sure
+from minclip.porting.noise import Candidate, Noise, NoiseSearch, is_sure
 from minclip.porting.rounding import (
     ALLOWANCE,
     PRECISIONS,
@@ -112,7 +112,7 @@ def noise_of(compared: Any, search: Search, agreement: Agreement | None) -> Nois
     own = products_of(compared) or [compared.measured[compared.final]]
     if share_within(compared, own, "float32") > 1 - MOST:
         return None
-    noise = find_noise(search)
+    noise = NoiseSearch(search).find()
     return noise if noise and is_sure(noise) else None
 
 

@@ -10,7 +10,7 @@ from minclip.params import PARAMS, as_ids, check_mapping
 from minclip.porting.agreement import Agreement, agree, resembles_rounding
 from minclip.porting.conclusions import agrees, known, seen_through, unknown
 from minclip.porting.dump import StagewiseSearch
-from minclip.porting.noise import find_noise, is_sure, noise_diagnosis
+from minclip.porting.noise import NoiseSearch, is_sure, noise_diagnosis
 from minclip.porting.runs import Runs
 from minclip.porting.search import Search
 from minclip.porting.slip_search import slips_of_features, slips_under
@@ -20,6 +20,7 @@ from minclip.porting.tokens.diagnosis import without_texts
 from minclip.porting.verdict import Diagnosis, Finding
 
 BUDGET = 60.0  # seconds
+LIKELY_PAIRS = 400  # pairs that are tried before quantization beside a bug, and slips in one layer
 
 
 def diagnose(
@@ -96,10 +97,16 @@ def decide(search: Search, dump: StagewiseSearch | None) -> Diagnosis:
             return accepted(search, dump, agreement)
         if found := search.judge_nearest(search.singles(), precision):
             return explained_by_single(search, dump, found, precision)
-        if precision == "float32" and (noise := find_noise(search)):
-            if is_sure(noise):
+        if precision == "float32":
+            search_for_noise = NoiseSearch(search)
+            if noise := search_for_noise.alone:
                 return checked(noise_diagnosis(search, noise), dump)
-            doubtful = doubtful or noise_diagnosis(search, noise)
+            if found := exact_findings(search, dump, precision):
+                return checked(known(search, found, [], precision), dump)
+            if noise := search_for_noise.beside_a_fault:
+                if is_sure(noise):
+                    return checked(noise_diagnosis(search, noise), dump)
+                doubtful = noise_diagnosis(search, noise)
         if dump and (found := dump.findings(precision)):
             if len(found[0].faults) > 1 and has_slip(found[0]):
                 found = search.judge_nearest(search.pairs(), precision) or found
@@ -107,6 +114,13 @@ def decide(search: Search, dump: StagewiseSearch | None) -> Diagnosis:
     if found := slips_of_features(search, search.target.precisions[0]):
         return checked(known(search, found, [], search.target.precisions[0]), dump)
     return explained_by_pair(search, dump, doubtful)
+
+
+def exact_findings(search: Search, dump: StagewiseSearch | None, precision: str) -> list[Finding]:
+    """Return bugs that explain the port to rounding and are quick to find; noise need not be tried then."""
+    if not dump:
+        return search.judge_nearest(search.pairs(LIKELY_PAIRS), precision)
+    return [finding for finding in dump.findings(precision) if not has_slip(finding)]
 
 
 def accepted(search: Search, dump: StagewiseSearch | None, agreement: Agreement) -> Diagnosis:

@@ -9,7 +9,8 @@ then projected on the change that each fault makes, and what is left must be the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ from minclip.porting.verdict import Diagnosis
 
 ALIKE = 0.5  # the cosine between the errors of the port and of a candidate that identifies the format
 EXACT = 0.9  # the same where the candidate rounds nearly every number as the port does
+UNLIKE = 0.1  # the cosine below which neither the candidate nor another of its format is the port's
+NEAREST = 3  # candidates whose variants are tried
 FAULTS = 6  # faults that noise is sought under, the nearest first
 COARSEST = 0.7  # relative L2 error above which nothing is called noise
 UINT8 = next(kind for kind in FORMATS if kind.id == "uint8-tensor")
@@ -174,10 +177,26 @@ class NoiseSearch:
     def __init__(self, search: Search):
         self.search, self.target, self.runs = search, search.target, search.runs
         self.rows = short_texts(search)
-        self.port = self.target.features[self.rows]
         self.held = ""
-        self.clean = self.run(())
-        self.scale = float(np.linalg.norm(self.clean))
+
+    @functools.cached_property
+    def port(self) -> Any:
+        """The port's features of the short texts."""
+        return self.target.features[self.rows]
+
+    @functools.cached_property
+    def clean(self) -> Any:
+        """The reference's features of the short texts."""
+        return self.run(())
+
+    @functools.cached_property
+    def scale(self) -> float:
+        """The size of the reference's features."""
+        return float(np.linalg.norm(self.clean))
+
+    def find(self) -> Noise | None:
+        """Return the noise that explains the port's error, alone or beside a fault; None where none does."""
+        return self.alone or self.beside_a_fault
 
     def run(self, faults: Sequence[Fault], candidate: Candidate | None = None) -> Any:
         """Return features of the short texts with faults, in a candidate's format."""
@@ -190,67 +209,86 @@ class NoiseSearch:
         more = (candidate.fault,) if candidate.fault else ()
         return self.target.transform(self.runs.run((*faults, *more), self.rows, candidate.key))
 
-    def find(self) -> Noise | None:
-        """Return the noise that explains the port's error, with a fault or none; None where none does."""
-        if not np.isfinite(self.port).all() or self.port.shape != self.clean.shape:
-            return None
-        finest = self.run((), Candidate(FINEST, PARTS[0])) - self.clean
-        if np.linalg.norm(self.port - self.clean) < 0.4 * np.linalg.norm(finest):
-            return None
-        clean = self.best(())
-        if clean and clean.alike >= ALIKE:
-            return self.with_small_faults(clean)
-        found = []
-        for projection in self.seen()[:FAULTS]:
-            noise = self.best((projection.fault,))
-            if noise and noise.alike >= ALIKE:
-                found.append(noise)
-                if noise.alike >= EXACT:
-                    break
-        if not found:
-            return None
-        return self.with_small_faults(max(found, key=lambda noise: noise.alike))
+    @functools.cached_property
+    def alone(self) -> Noise | None:
+        """The noise that explains the port's error without a fault; None where none does."""
+        return self.explaining([()]) if self.is_visible else None
 
-    def best(self, faults: Sequence[Fault]) -> Noise | None:
-        """Return the candidate whose error beside faults is most like the port's."""
-        base = self.run(faults)
-        if base.shape != self.port.shape or not np.isfinite(base).all():
-            return None
-        if np.linalg.norm(self.port - base) > COARSEST * self.scale:
-            return None
-        tried = self.compare(faults, base, plain_candidates())
-        for kind in [noise.candidate.format for noise in tried[:2]]:
-            tried += self.compare(faults, base, variants(kind))
+    @functools.cached_property
+    def beside_a_fault(self) -> Noise | None:
+        """The noise that explains the port's error beside a fault; None where none does."""
+        return self.explaining([(seen.fault,) for seen in self.seen()]) if self.is_visible else None
+
+    @functools.cached_property
+    def is_visible(self) -> bool:
+        """Whether the port has all its features, and an error no smaller than the finest format's."""
+        target = self.target
+        if (
+            not target.aligned
+            or not target.has_width_of(target.reference)
+            or not np.isfinite(self.port).all()
+        ):
+            return False
+        finest = self.run((), Candidate(FINEST, PARTS[0])) - self.clean
+        return bool(np.linalg.norm(self.port - self.clean) >= 0.4 * np.linalg.norm(finest))
+
+    def explaining(self, sets: Sequence[tuple[Fault, ...]]) -> Noise | None:
+        """Return the best noise beside sets of faults, with smaller faults, where it is like the error."""
+        noise = self.best(sets)
+        return self.with_small_faults(noise) if noise and noise.alike >= ALIKE else None
+
+    def best(self, sets: Sequence[tuple[Fault, ...]]) -> Noise | None:
+        """Return the candidate, beside one of several sets of faults, whose error is most like the port's."""
+        bases = {faults: base for faults in sets if self.is_possible(base := self.run(faults))}
+        tried = self.compare(bases, plain_candidates())
+        nearest = [noise for noise in tried if noise.alike > UNLIKE][:NEAREST]
+        for kind in dict.fromkeys(noise.candidate.format for noise in nearest):
+            likely = {
+                noise.faults: bases[noise.faults] for noise in nearest if noise.candidate.format is kind
+            }
+            tried += self.compare(likely, variants(kind))
         tried.sort(key=lambda noise: -noise.alike)
-        if tried and tried[0].alike < EXACT:
-            tried += self.compare(faults, base, with_rounded_inputs(tried[0].candidate.format))
+        if tried and UNLIKE < tried[0].alike < EXACT:
+            first = tried[0]
+            rounded = with_rounded_inputs(first.candidate.format)
+            tried += self.compare({first.faults: bases[first.faults]}, rounded)
         return max(tried, key=lambda noise: noise.alike, default=None)
 
-    def compare(self, faults: Sequence[Fault], base: Any, tried: Sequence[Candidate]) -> list[Noise]:
-        """Return the candidates whose errors have about the size of the port's, the most alike first."""
-        error, found = self.port - base, []
-        whole = float(np.linalg.norm(error)) or 1.0
+    def is_possible(self, base: Any) -> bool:
+        """Tell whether what separates the port from features can be noise."""
+        if base.shape != self.port.shape or not np.isfinite(base).all():
+            return False
+        return bool(np.linalg.norm(self.port - base) <= COARSEST * self.scale)
+
+    def compare(self, bases: Mapping[tuple[Fault, ...], Any], tried: Sequence[Candidate]) -> list[Noise]:
+        """Return the candidates whose errors have about the size of the port's, the most alike first.
+
+        bases   sets of faults, and the features of the short texts with each
+        """
+        found = []
         for candidate in tried:
-            made = self.run(faults, candidate) - base
-            size = float(np.linalg.norm(made))
-            if np.isfinite(size) and 0.4 < size / whole < 2.5:
-                alike = float((error * made).sum()) / (size * whole)
-                left = float(np.linalg.norm(error - made)) / self.scale
-                found.append(Noise(candidate, tuple(faults), size / self.scale, alike, left))
+            for faults, base in bases.items():
+                if self.search.expired:
+                    break
+                error = self.port - base
+                made = self.run(faults, candidate) - base
+                size, whole = float(np.linalg.norm(made)), float(np.linalg.norm(error)) or 1.0
+                if np.isfinite(size) and 0.4 < size / whole < 2.5:
+                    alike = float((error * made).sum()) / (size * whole)
+                    left = float(np.linalg.norm(error - made)) / self.scale
+                    found.append(Noise(candidate, faults, size / self.scale, alike, left))
         return sorted(found, key=lambda noise: -noise.alike)
 
     def seen(self) -> list[Projection]:
-        """Return the faults that the error shows, those that leave least first."""
-        base, found = self.clean, []
-        error = self.port - base
+        """Return the faults that the error shows: those that leave least, the best first."""
+        found, (one_error, changes) = [], self.search.changes()
         for fault in self.runs.catalogue:
-            if fault.needs == "batch":
-                continue
-            made = self.run((fault,))
-            if made.shape == base.shape:
-                found.append(project(fault, error, made - base, base))
-        kept = [p for p in found if p is not None and p.is_seen]
-        return sorted(kept, key=lambda projection: projection.left)
+            if fault.needs != "batch" and may_show(fault, one_error, changes.get(fault.id)):
+                made = self.run((fault,))
+                if made.shape == self.clean.shape:
+                    found.append(project(fault, self.port - self.clean, made - self.clean, self.clean))
+        kept = sorted((p for p in found if p and p.is_seen), key=lambda projection: projection.left)
+        return [projection for projection in kept if projection.left <= 3 * kept[0].left][:FAULTS]
 
     def with_small_faults(self, noise: Noise) -> Noise:
         """Return noise with a fault that the rest of the error shows, or with those that could hide in it."""
@@ -276,7 +314,7 @@ class NoiseSearch:
         if seen and not noise.faults:
             best = min(seen, key=lambda projection: projection.left)
             beside = self.run((best.fault,))
-            again = next(iter(self.compare((best.fault,), beside, [noise.candidate])), None)
+            again = next(iter(self.compare({(best.fault,): beside}, [noise.candidate])), None)
             if again and again.left < 0.8 * noise.left:
                 exact = self.is_exact(self.run(again.faults, again.candidate))
                 return again if exact else dataclasses.replace(again, hidden=tuple(hidden))
@@ -288,12 +326,12 @@ class NoiseSearch:
         return error <= allowed(self.search.rounding("float32"), "float32")
 
 
-def find_noise(search: Search) -> Noise | None:
-    """Return the quantization that explains a port's error, alone or beside a fault; None where none does."""
-    target = search.target
-    if not target.aligned or not target.has_width_of(target.reference):
-        return None
-    return NoiseSearch(search).find()
+def may_show(fault: Fault, error: Any, change: Any) -> bool:
+    """Tell whether the port's error on the text tried leaves it open that other texts show a fault."""
+    if change is None or change @ change < 0.1 * (error @ error):
+        return True  # hardly visible in this text
+    found = project(fault, error, change, error)
+    return found is None or (abs(found.coefficient - 1) < 0.5 and found.left < 0.95)
 
 
 def is_sure(noise: Noise) -> bool:

@@ -44,8 +44,11 @@ class Port(Params):
         self.prefix = ""
 
     def run(self, tap: Any = None) -> Any:
-        """Return features [B, E] of the changed encoder. Another tap must call this port's own."""
-        return run(self, self.tokens, tap or self.tap)
+        """Return features [B, E] of the changed encoder, once. Another tap must call this port's own."""
+        try:
+            return run(self, self.tokens, tap or self.tap)
+        finally:
+            self.replaced = {}  # its functions hold this port, which would outlive its use with its arrays
 
     @property
     def layers(self) -> int:

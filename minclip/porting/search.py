@@ -7,6 +7,7 @@ differ from a float64 run with these faults by no more than `rounding.allowed` o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import time
@@ -25,6 +26,8 @@ from minclip.porting.verdict import Finding
 NEAR = {"float32": 300, "float16": 20, "bfloat16": 8}  # times rounding: near enough to be judged
 JUDGED = 12  # candidates judged at most, nearest first
 LIKELIEST = 400  # pairs that act in the blocks, tried at most
+QUICK = 3  # pairs with a fault after the blocks that are tried for each that acts in the blocks
+LIKE = 40  # pairs tried after one that fits, which share a bug with it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +73,8 @@ class Search:
         self.tried: list[Trial] | None = None
         self.features: dict[str | None, Any] = {}  # fault id -> transformed features of the texts tried
         self.judgments: dict[tuple[str, ...], Judgment] = {}
+        self.pairs_tried: list[Trial] = []
+        self.next_pair = 0
 
     @property
     def catalogue(self) -> list[Fault]:
@@ -177,25 +182,34 @@ class Search:
             self.tried.sort(key=lambda trial: trial.error)
         return self.tried
 
-    def pairs(self) -> list[Trial]:
-        """Return trials of two faults together, nearest first, up to the first that fits and its like."""
+    def pairs(self, most: int | None = None) -> list[Trial]:
+        """Return trials of two faults together, nearest first, up to the first that fits and its like.
+
+        most   how many pairs are tried; None tries all. A later call goes on from there
+        """
         from tqdm import tqdm  # here, because it takes time to import
 
         self.singles()
-        trials: list[Trial] = []
-        order = list(self.pair_order())
-        for i, pair in enumerate(tqdm(order, "pairs of bugs", disable=None, leave=False)):
+        order = self.pair_order
+        for pair in tqdm(order[self.next_pair : most], "pairs of bugs", disable=None, leave=False):
             if self.expired:
                 break
-            new = self.try_faults(pair, self.runs.quick(pair, self.rows))
-            trials += new
-            if any(self.fits(trial) for trial in new):
-                for like in sharing_a_fault(pair, order[i:]):
-                    trials += self.try_faults(like, self.runs.quick(like, self.rows))
+            self.next_pair += 1
+            if self.try_pair(pair):
+                for like in sharing_a_fault(pair, order[self.next_pair :])[:LIKE]:
+                    self.try_pair(like)
+                self.next_pair = len(order)
                 break
         else:
-            trials += self.pairs_on_another_text()
-        return sorted(trials, key=lambda trial: trial.error)
+            if most is None:
+                self.pairs_tried += self.pairs_on_another_text()
+        return sorted(self.pairs_tried, key=lambda trial: trial.error)
+
+    def try_pair(self, pair: tuple[Fault, Fault]) -> bool:
+        """Try a pair, and tell whether it explains the port on all texts."""
+        new = self.try_faults(pair, self.runs.quick(pair, self.rows))
+        self.pairs_tried += new
+        return any(self.fits(trial) for trial in new)
 
     def pairs_with(self, findings: Sequence[Finding]) -> list[Trial]:
         """Return trials of pairs with a bug that explains the port only to a coarser precision."""
@@ -206,8 +220,9 @@ class Search:
         ]
         return sorted(trials, key=lambda trial: trial.error)
 
+    @functools.cached_property
     def pair_order(self) -> list[tuple[Fault, Fault]]:
-        """Return pairs worth trying: first those with a fault after the blocks, which are quick.
+        """Pairs worth trying, the likeliest first. Those with a fault after the blocks are quicker to try.
 
         The effect of a pair is guessed from the effects of its faults: how well their sum, with fitted
         factors, gives the port's change, with some weight on factors near 1.
@@ -218,19 +233,25 @@ class Search:
         visible = np.linalg.norm(effects, axis=-1) > 1e-6 * np.linalg.norm(target)
         misfit = pair_misfits(target, effects)[0]
         after = [self.runs.acts_after_blocks(fault) for fault in faults]
-        scored = []
+        quick: list[tuple[float, tuple[Fault, Fault]]] = []
+        slow: list[tuple[float, tuple[Fault, Fault]]] = []
         for i, j in itertools.combinations(range(len(faults)), 2):
             both = visible[i] and visible[j]
             # The effect of one fault after the end of text may become visible through the other.
             if (both or (faults[i].needs and faults[j].needs)) and not exclusive(faults[i], faults[j]):
-                slow = not (after[i] or after[j])
-                scored.append((slow, misfit[i, j] if both else 0, (faults[i], faults[j])))
-        scored.sort(key=lambda entry: entry[:2])
-        slow_pairs = [pair for slow, _, pair in scored if slow]
-        return [pair for slow, _, pair in scored if not slow] + slow_pairs[:LIKELIEST]
+                pairs = quick if after[i] or after[j] else slow
+                pairs.append((misfit[i, j] if both else 0, (faults[i], faults[j])))
+        places = [
+            (place / speed, pair)
+            for pairs, speed in ((quick, QUICK), (slow, 1))
+            for place, (_, pair) in enumerate(sorted(pairs, key=lambda entry: entry[0]))
+            if pairs is quick or place < LIKELIEST
+        ]
+        return [pair for _, pair in sorted(places, key=lambda entry: entry[0])]
 
     def changes(self) -> tuple[Any, dict[str, Any]]:
         """Return the change of the features tried that the port makes, and that each fault makes."""
+        self.singles()
         row = self.rows[0] if self.target.aligned else 0
         port, base = self.target.features[row], self.features[None][0]
         fitting = self.target.has_width_of(base)

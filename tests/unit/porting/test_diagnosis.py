@@ -1,5 +1,8 @@
 """minclip.diagnose names the bugs of ports that share no code with its catalogue, and no others."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,7 @@ import minclip
 from minclip.cli import main
 from minclip.porting.catalogue import CATALOGUE
 from minclip.porting.dump import StagewiseSearch
+from minclip.porting.faults import port_with
 from minclip.porting.port import Port
 from minclip.porting.runs import Runs
 from minclip.porting.search import Search
@@ -49,6 +53,35 @@ def test_a_single_bug_is_named_first(params, tokens, bug):
 def test_two_bugs_are_named_together(params, tokens, bugs):
     diagnosis, _, place = table.trial(params, tokens, bugs)
     assert place == 1, diagnosis
+
+
+def test_pairs_are_tried_in_parts_and_each_once(params, tokens):
+    search = Search(target := Target(params, tokens, table.port_features(params, tokens, ("no_mask",))), None)
+    search.runs = Runs(target, [fault for fault in CATALOGUE if fault.id[0] in "ATN"])
+    tried = []
+    search.try_pair = lambda pair: tried.append(pair)
+    for most in (5, 5, 9):
+        search.pairs(most)
+    assert len(tried) == 9
+    search.pairs()
+    assert len(tried) == len(set(tried)) == len(search.pair_order) > 100
+
+
+@pytest.mark.parametrize("fault", CATALOGUE, ids=lambda fault: fault.id)
+def test_a_port_frees_its_arrays_once_it_has_run(params, tokens, fault):
+    """A search makes thousands of ports, each with weights of its own: none may wait for the collector."""
+    if not fault.fits(Port(params, tokens)):
+        return
+    gc.collect()
+    gc.disable()
+    try:
+        port = port_with([fault] if fault.change else [], params, tokens)
+        alive = weakref.ref(port)
+        port.run()
+        del port
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_no_alarm_on_ports_without_a_bug(params, tokens):
@@ -121,7 +154,7 @@ def test_what_cannot_be_told_apart_is_said_with_the_probe_that_would(params, tok
 
 
 def test_the_unknown_is_described(params, tokens, clean, monkeypatch):
-    monkeypatch.setattr("minclip.porting.search.Search.pairs", lambda search: [])
+    monkeypatch.setattr("minclip.porting.search.Search.pairs", lambda search, most=None: [])
     rotation = np.linalg.qr(np.random.default_rng(0).standard_normal((64, 64)))[0].astype(np.float32)
     lengths = np.linspace(1, 2, len(clean), dtype=np.float32)[:, None]
     some = clean.copy()
