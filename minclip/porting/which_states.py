@@ -66,6 +66,7 @@ def states_of(port: Port) -> dict[Which, Any]:
             streams.append(array)
         return array
 
+    changes = port.replaced.pop("states", ())
     port.run(tap)
     last = streams.pop()
     found = {}
@@ -74,7 +75,7 @@ def states_of(port: Port) -> dict[Which, Any]:
             normed = last if skip == 0 else port.layer_norm("ln_final", x)
         found[Which(skip, False)] = x
         found[Which(skip, True)] = round_to(normed, port.precision) if port.precision else normed
-    for change in port.replaced.get("states", ()):
+    for change in changes:
         found = {which: change({"states": x}) for which, x in found.items()}
     return found
 
