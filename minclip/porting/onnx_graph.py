@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-GROUP = 24  # tensors that are read in one run, which bounds the memory that a run takes
+FIRST = 24  # tensors that the first run reads
+READ = 1 << 27  # bytes that each later run reads, about, which bounds the memory that a run takes
 INSTALL = 'an ONNX graph needs onnx and onnxruntime: pip install ".[onnx]"'
 TOKENS = ("input_ids", "text", "tokens", "ids", "token_ids", "x")
 FEATURES = ("text_features", "text_embeds", "sentence_embedding", "embeddings", "output", "features")
@@ -53,20 +54,29 @@ def trace_onnx(path: str | os.PathLike[str], tokens: Any) -> dict[str, Any]:
         raise ValueError(f"{path} is not an ONNX graph: {error}") from None
     tokens = np.asarray(tokens)
     names = tensors_of(model.graph)
-    outputs = {output.name for output in model.graph.output}
+    outputs = [output.name for output in model.graph.output]
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in outputs)
-    session = open_session(model.SerializeToString(), Path(path))
+    graph = model.SerializeToString()
+    del model  # which may hold the weights once more
+    session = open_session(graph, Path(path))
+    del graph
     floats = {
         o.name
         for o in session.get_outputs()
         if o.type in ("tensor(float)", "tensor(float16)", "tensor(double)")
     }
     wanted = [name for name in names if name in floats]
+    return with_features(read_in_groups(session, wanted, tokens), outputs)
+
+
+def read_in_groups(session: Any, names: list[str], tokens: Any) -> dict[str, Any]:
+    """Return tensors by name, of as few runs as a bounded size of each allows."""
     dump: dict[str, Any] = {}
-    for first in range(0, len(wanted), GROUP):
-        group = wanted[first : first + GROUP]
+    count = FIRST
+    while group := names[len(dump) : len(dump) + count]:
         dump |= dict(zip(group, run_rows(session, group, tokens), strict=True))
-    return with_features(dump, [o for o in (output.name for output in model.graph.output) if o in outputs])
+        count = max(1, READ * len(dump) // max(1, sum(array.nbytes for array in dump.values())))
+    return dump
 
 
 def tensors_of(graph: Any) -> list[str]:
@@ -92,6 +102,7 @@ def open_session(model: bytes, path: Path) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.enable_cpu_mem_arena = False  # which keeps the memory of the largest run
     folder = str(path.absolute().parent)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     try:

@@ -7,12 +7,14 @@ framework's usual style, from the parameters of a random model.
 """
 
 import importlib
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
 import types
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -21,6 +23,7 @@ import pytest
 import minclip
 from minclip.porting import probe, recipes
 from minclip.porting.port_files import read_port
+from tests.foreign import zig_clang
 from tests.support.oracles import random_params
 
 pytestmark = pytest.mark.foreign
@@ -135,14 +138,24 @@ def mlx_port():
     return {"model": Model()}
 
 
+def use_zig():
+    """Let tinygrad compile by zig, in the place of clang."""
+    compiler = Path("clang").absolute()
+    compiler.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{zig_clang.__file__}" "$@"\n')
+    compiler.chmod(0o755)
+    os.environ["CC"] = str(compiler)
+
+
 def tinygrad_port():
     pytest.importorskip("tinygrad")
+    if not shutil.which(os.environ.get("CC", "clang")) and importlib.util.find_spec("ziglang"):
+        use_zig()
     from tinygrad import Device, Tensor, nn
 
     try:
         assert Device.DEFAULT
     except RuntimeError as error:
-        pytest.skip(f"tinygrad has no device ({error}): it needs clang")
+        pytest.skip(f"tinygrad has no device ({error}): it needs clang or ziglang")
 
     def filled(layer, name):
         layer.weight, layer.bias = Tensor(PARAMS[f"{name}.weight"]), Tensor(PARAMS[f"{name}.bias"])
