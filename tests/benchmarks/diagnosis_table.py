@@ -27,6 +27,7 @@ from tests.support.broken_port import HARMLESS, SINGLES, BrokenPort
 from tests.support.oracles import random_params
 
 VISIBLE = 1e-4
+WEIGHTS = "\n## Weights, "  # the file goes on with the tables of weights_table from here
 
 PAIRS = (
     ("erf", "eps_1e-6"),
@@ -237,8 +238,14 @@ def main():
     singles, pairs = run_table([(bug,) for bug in SINGLES]), run_table(PAIRS)
     text = report(run_clean(), *singles, *pairs, list(run_large()))
     if args.output:
-        args.output.write_text(text)
+        args.output.write_text(text + other_tables(args.output))
     print(text)
+
+
+def other_tables(path):
+    """What weights_table wrote into the file; nothing if it has not."""
+    _, heading, rest = path.read_text().partition(WEIGHTS) if path.exists() else ("", "", "")
+    return heading + rest
 
 
 def report(clean, singles, single_totals, pairs, pair_totals, large):
