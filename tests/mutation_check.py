@@ -1,17 +1,29 @@
-"""Would the tests notice? Each fault of the catalogue is put into encode_text, and the quick tests are run.
+"""Would the tests notice? A change that makes the package wrong is put in, and the quick tests are run.
 
-    python -m tests.mutation_check [ID ...]
+    python -m tests.mutation_check [ID ...]             faults of the catalogue, put into encode_text
+    python -m tests.mutation_check minclip/FILE.py ...  mutants of a file: model, tokenizer or backward
+                                   [--every N]          only every N-th mutant
 
-A row for each fault: the first test that failed, or SURVIVED. The control, with nothing put in, must pass.
-Exit status 1 where a fault survives that is not said to be harmless here, or where the control fails.
+A row for each change: the first test that failed, or SURVIVED. The control, with nothing put in, must pass.
+Exit status 1 where a change survives that is not said to be harmless here, or where the control fails.
+
+Each run of pytest is a fork, since importing torch takes longer than the tests. A mutant is written into a
+copy of the package, and may take a minute of CPU time and 4 GB.
 """
 
 import contextlib
+import gc
 import io
+import multiprocessing
+import os
+import resource
+import shutil
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -20,13 +32,22 @@ from minclip import model
 from minclip.params import architecture, check_tokens, trim
 from minclip.porting.catalogue import CATALOGUE
 from minclip.porting.port import Port
+from tests.support.mutants import mutants
 
-HERE = Path(__file__).parent
-TESTS = [str(HERE / "unit" / f"test_{name}.py") for name in ("golden", "model", "parity")]
+ROOT = Path(__file__).parents[1]
+ENCODER = ["test_golden.py", "test_model.py", "test_parity.py"]
+TESTS = {  # the quick tests of each file
+    "minclip/model.py": ["test_hidden_states.py", *ENCODER],
+    "minclip/tokenizer.py": ["test_tokenizer.py"],
+    "minclip/backward.py": ["test_backward.py"],
+}
 HARMLESS = {  # why no test of encode_text can fail
     "D1-end": "what pads a row comes after its end of text, where a causal encoder never looks",
     "D1-zero": "the same; it is what clip.tokenize does",
 }
+HARMLESS_LINES = {}  # why no test can fail
+OPTIONS = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-o", "addopts=", "-m", "not deep"]
+FORK = multiprocessing.get_context("fork")
 
 
 def faulty(fault):
@@ -49,6 +70,23 @@ def faulty(fault):
     return encode_text
 
 
+def put_in(fault):
+    minclip.encode_text = faulty(fault)
+
+
+def import_from(folder):
+    """Let this process import minclip and tests from the folder, as if for the first time."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("minclip", "tests")]:
+        del sys.modules[name]
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
+    resource.setrlimit(resource.RLIMIT_DATA, (4 * 2**30,) * 2)
+    quick = [hypothesis.Phase.explicit, hypothesis.Phase.generate]  # a failure is enough: do not shrink it
+    hypothesis.settings.register_profile("quick", phases=quick, database=None)
+    hypothesis.settings.load_profile("quick")
+
+
 class FirstFailure:
     """A plugin of pytest that remembers which test failed first, and by what."""
 
@@ -58,31 +96,76 @@ class FirstFailure:
         if report.failed and not self.test:
             self.test = f"{report.nodeid.partition('tests/')[2] or report.nodeid}"
 
+    def pytest_collectreport(self, report):
+        if report.failed and not self.test:
+            self.test = f"{report.nodeid.partition('tests/')[2]} cannot be collected"
 
-def first_failure(fault):
-    """The first of the tests that fails with the fault put in; None if all pass."""
-    seen, sound = FirstFailure(), minclip.encode_text
-    minclip.encode_text = faulty(fault)
-    try:
+
+def first_failure(files, prepare, *args):
+    """The first of the tests that fails after prepare(*args), or the end of its limits; None if all pass."""
+
+    def run(pipe):
+        prepare(*args)
+        seen, tests = FirstFailure(), [f"tests/unit/{name}" for name in files]
         with contextlib.redirect_stdout(io.StringIO()):
-            status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *TESTS], plugins=[seen])
-    finally:
-        minclip.encode_text = sound
-    assert status in (0, 1), f"pytest ended with status {status}"
-    return seen.test
+            status = pytest.main([*OPTIONS, *tests], plugins=[seen])
+        assert bool(status) == bool(seen.test), f"pytest ended with status {status}"
+        pipe.send(seen.test)
+
+    ours, theirs = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=run, args=(theirs,))
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        process.join()
+        return f"pytest ended early, with status {process.exitcode}"
 
 
-def main(ids):
-    failed = first_failure(None)
+def show(change, test, reason):
+    """Print a row; return whether a harmful change survives, or a harmless one is found."""
+    print(f"{change:24} {test or 'SURVIVED' + (f', harmless: {reason}' if reason else '')}", flush=True)
+    return (test is None) != (reason is not None)
+
+
+def check_catalogue(ids):
+    os.chdir(ROOT)
+    failed = first_failure(ENCODER, put_in, None)
     print(f"{'control':24} {failed or 'passes, as it must'}", flush=True)
     wrong = bool(failed)
     for fault in CATALOGUE:
-        if ids and fault.id not in ids:
-            continue
-        test, reason = first_failure(fault), HARMLESS.get(fault.id)
-        print(f"{fault.id:24} {test or 'SURVIVED' + (f', harmless: {reason}' if reason else '')}", flush=True)
-        wrong |= (test is None) != (reason is not None)
+        if not ids or fault.id in ids:
+            wrong |= show(fault.id, first_failure(ENCODER, put_in, fault), HARMLESS.get(fault.id))
     return wrong
+
+
+def check_file(name, every):
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for part in ("minclip", "tests", "lessons"):
+            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        failed = first_failure(TESTS[name], import_from, copy)
+        print(f"{'control':24} {failed or 'passes, as it must'}", flush=True)
+        wrong, all_mutants = bool(failed), mutants((ROOT / name).read_text())
+        for i, (number, line, source) in enumerate(all_mutants[::every]):
+            (copy / name).write_text(source)
+            os.utime(copy / name, (i, i))  # so that Python compiles it again
+            test = first_failure(TESTS[name], import_from, copy)
+            wrong |= show(f"{name}:{number} {line}\n   ", test, HARMLESS_LINES.get(line))
+    return wrong
+
+
+def main(args):
+    import torch  # noqa: F401 - here and not in each fork, where most of the time would go into it
+    from transformers import CLIPTextModel  # noqa: F401
+
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # none is needed, and importing them takes long
+    gc.freeze()  # pytest collects garbage twice in a run, and torch has made many objects
+    every = int(args[args.index("--every") + 1]) if "--every" in args else 1
+    files = [arg for arg in args if arg in TESTS]
+    return max([check_file(name, every) for name in files]) if files else check_catalogue(args)
 
 
 if __name__ == "__main__":
