@@ -49,7 +49,7 @@ LEFT_OUT = {
     "python -m tests.benchmarks.throughput prompts --open-clip WHEEL": "a benchmark, with a download",
     "python -m tests.benchmarks.latency sizes": "a benchmark",
     "python -m tests.benchmarks.corpus --model NAME": "a benchmark",
-    "python -m tests.benchmarks.peers": "a benchmark, with downloads",
+    "python -m tests.benchmarks.peers --rounds 2 --npclip FOLDER": "a benchmark, with downloads",
     "python -m tests.benchmarks.backward parity": "minutes, for the same reason as the next",
     "python -m tests.benchmarks.tokenizers": "a benchmark",
     "python -m tests.benchmarks.parity": "computes three full-size towers in float64, a minute",
