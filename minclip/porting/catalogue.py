@@ -62,7 +62,6 @@ from minclip.porting.faults import (
     without_end,
     zero,
 )
-from minclip.porting.quantization import e4m3
 
 NONE_KNOWN = "no public thread known"
 CAUSAL = "add -inf to the scores above the diagonal, before the softmax; CLIP's text encoder is causal"
@@ -680,10 +679,10 @@ CATALOGUE = (
           lambda port: len(port.batch) > 1, "batch"),
     Fault("Q1-fp8", "the blocks' matrices are fp8 codes (e4m3) whose scales were forgotten",
           "leejet/stable-diffusion.cpp#1898", SCALES,
-          lambda port: codes_for_weights(port, lambda code: e4m3(448 * code))),
+          lambda port: codes_for_weights(port, "fp8 (e4m3)")),
     Fault("Q1-int8", "the blocks' matrices are int8 codes whose scales were forgotten",
           "leejet/stable-diffusion.cpp#1898", SCALES,
-          lambda port: codes_for_weights(port, lambda code: np.round(127 * code))),
+          lambda port: codes_for_weights(port, "int8")),
     Fault("N16-broadcast", "every row equals the first row",
           "tinygrad#6292 has the class of bug", "check how one row is broadcast over the batch",
           replace("text_features", lambda at: at["text_features"][:1] + 0 * at["text_features"]),
@@ -706,4 +705,13 @@ SHUFFLED = Fault(
     "keep texts and features in the same order: look for a sampler that shuffles, a set, sorting by length",
     None,
 )
+REPEATED = Fault(
+    "X2-repeated",
+    "every row of the output is repeated {count} times",
+    "FrozenCLIPTextEmbedder in CompVis/stable-diffusion; its #806",
+    "compare one row for each text; for Stable Diffusion, take the hidden states of all positions",
+    None,
+)
 NORMALIZED = next(fault for fault in CATALOGUE if fault.id == "N10")
+FORGOTTEN = next(fault for fault in CATALOGUE if fault.id == "Q1-fp8")
+NO_PROJECTION = next(fault for fault in CATALOGUE if fault.id == "N8-missing")

@@ -10,7 +10,9 @@ from minclip.params import PARAMS, as_ids, check_mapping
 from minclip.porting.agreement import Agreement, agree, resembles_rounding
 from minclip.porting.conclusions import agrees, known, seen_through, unknown
 from minclip.porting.dump import StagewiseSearch
+from minclip.porting.forgotten_scales import find_forgotten_scales
 from minclip.porting.noise import NoiseSearch, is_sure, noise_diagnosis
+from minclip.porting.repetition import find_repetition
 from minclip.porting.runs import Runs
 from minclip.porting.search import Search
 from minclip.porting.slip_search import slips_of_features, slips_under
@@ -62,6 +64,9 @@ def diagnose(
     """
     tokens, output = as_ids(tokens), as_array(output)
     check_mapping(params, PARAMS)
+    if repeated := find_repetition(params, tokens, output):
+        options = {"trace": trace, "dtype": dtype, "budget": budget, "skip": skip, "norm": norm}
+        return repeated.explain(diagnose(params, tokens, repeated.once, **options))
     trace, told = without_texts(trace, tokens)
     if is_states(params, tokens, output):
         of_states = diagnose_states(
@@ -95,7 +100,8 @@ def decide(search: Search, dump: StagewiseSearch | None) -> Diagnosis:
     for precision in search.target.precisions:
         if agreement and agreement.precision == precision:
             return accepted(search, dump, agreement)
-        if found := search.judge_nearest(search.singles(), precision):
+        found = search.judge_nearest(search.singles(), precision)
+        if found := found or find_forgotten_scales(search, precision):
             return explained_by_single(search, dump, found, precision)
         if precision == "float32":
             search_for_noise = NoiseSearch(search)

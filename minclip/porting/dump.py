@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from minclip.porting.alignment import SILENT, align
+from minclip.porting.catalogue import CATALOGUE
 from minclip.porting.dropout import dropout_in
 from minclip.porting.faults import Fault
 from minclip.porting.names import unpack
@@ -17,7 +18,6 @@ from minclip.porting.rounding import allowed, relative_l2
 from minclip.porting.runs import names
 from minclip.porting.search import Search, exclusive
 from minclip.porting.slip_search import slips_near, slips_of_products
-from minclip.porting.slips import Slip
 from minclip.porting.stages import STREAM, entries, is_product, up_to_end
 from minclip.porting.target import ROWS, fitted_factor
 from minclip.porting.verdict import Diagnosis, Finding
@@ -185,7 +185,7 @@ class StagewiseSearch:
     def own_faults(self, finding: Finding) -> Faults:
         """Return the faults of a finding that change stages before the features."""
         known = self.search.catalogue
-        return tuple(f for f in finding.faults if isinstance(f, Slip) or (f.change and f in known))
+        return tuple(f for f in finding.faults if f.change and (f in known or f not in CATALOGUE))
 
     def scale_note(self, name: str) -> str:
         """Return words on a stage that is a multiple of the reference's, or nothing."""

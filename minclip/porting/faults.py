@@ -12,6 +12,7 @@ import numpy as np
 from minclip.model import softmax
 from minclip.params import BLOCK, text_dtype
 from minclip.porting.port import Port
+from minclip.porting.quantization import codes_of
 from minclip.porting.rounding import round_to
 from minclip.porting.stages import up_to_end
 
@@ -312,15 +313,24 @@ def replace_lookup(dtype):
     return lambda port: port.replace("token_embedding", lambda at: port.embed(low_bits(port.tokens, dtype)))
 
 
-def codes_for_weights(port, round_to_codes):
-    """Replace every matrix of the blocks by its codes: round_to_codes(matrix / largest |number|)."""
+def codes_for_weights(port, kind, *, packed=False, by_row=False, projection=False, rounded=True):
+    """Replace every matrix of the blocks by its codes, without their scales.
+
+    packed, by_row   whether there is one scale for q, k and v together, and one for each row of a matrix
+    projection       whether text_projection holds codes as well
+    """
 
     def codes(w):
-        return round_to_codes(w / abs(w).max())
+        return codes_of(w, kind, by_row=by_row, rounded=rounded)
 
-    port.weights("attn.in_proj_weight", lambda w: each_third(w, codes, codes, codes))
+    def of_parts(w):
+        return codes(w) if packed else each_third(w, codes, codes, codes)
+
+    port.weights("attn.in_proj_weight", of_parts)
     for module in ("attn.out_proj", "mlp.c_fc", "mlp.c_proj"):
         port.weights(f"{module}.weight", codes)
+    if projection:
+        port.weights("text_projection", lambda w: codes(w.T).T)
 
 
 def cosines(features):

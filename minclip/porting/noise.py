@@ -283,7 +283,9 @@ class NoiseSearch:
         """Return the faults that the error shows: those that leave least, the best first."""
         found, (one_error, changes) = [], self.search.changes()
         for fault in self.runs.catalogue:
-            if fault.needs != "batch" and may_show(fault, one_error, changes.get(fault.id)):
+            if fault.needs == "batch" or fault.id.startswith("Q"):  # a forgotten scale is no noise
+                continue
+            if may_show(fault, one_error, changes.get(fault.id)):
                 made = self.run((fault,))
                 if made.shape == self.clean.shape:
                     found.append(project(fault, self.port - self.clean, made - self.clean, self.clean))

@@ -6,6 +6,7 @@ the quantized model computes with. Groups and blocks run along the last axis, wh
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
@@ -97,6 +98,25 @@ def uint8_tensor(x):
 def blocks(x, size):
     """Return x [..., n] as [..., n / size, size]."""
     return x.reshape(*x.shape[:-1], -1, size)
+
+
+CODES: dict[str, tuple[Callable[[Any], Any], int]] = {
+    "fp8 (e4m3)": (e4m3, 448),
+    "fp8 (e5m2)": (e5m2, 57344),
+    "int8": (np.round, 127),
+}
+
+
+def codes_of(matrix: Any, kind: str, *, by_row: bool = False, rounded: bool = True) -> Any:
+    """Return a matrix divided by its scale, or by the scale of each row, and rounded to codes of a kind.
+
+    kind   a key of CODES. The arithmetic is that of float32, as quantizers have it
+    """
+    round_code, largest = CODES[kind]
+    x = np.asarray(matrix, np.float32)
+    scale = nonzero(abs(x).max(axis=1 if by_row else None, keepdims=True) / np.float32(largest))
+    codes = round_code(x / scale) if rounded else x / scale
+    return codes.astype(matrix.dtype)
 
 
 def q8_0(x):

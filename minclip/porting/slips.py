@@ -19,7 +19,7 @@ from minclip import model
 from minclip.params import BLOCK, count_layers
 from minclip.porting.faults import Fault, port_with
 from minclip.porting.port import Port, split
-from minclip.porting.quantization import e4m3, e5m2
+from minclip.porting.quantization import CODES, codes_of
 
 SOURCE = "slips planted in ports of mlx-examples, KerasHub and tinygrad; no public thread names the layer"
 CHECK = "compare the conversion script's line for it; minclip.check_weights compares the port's own arrays"
@@ -27,11 +27,6 @@ LINEAR = {"attn": "attn.out_proj", "mlp.c_fc": "mlp.c_fc", "mlp": "mlp.c_proj"} 
 NORMS = ("ln_1", "ln_2")
 EPS = (1e-6, 1e-12, 1e-3, 0.0)
 AFTER_BLOCKS = 10**6
-CODES: dict[str, tuple[Callable[[Any], Any], int]] = {
-    "fp8 (e4m3)": (e4m3, 448),
-    "fp8 (e5m2)": (e5m2, 57344),
-    "int8": (np.round, 127),
-}
 MATRICES = ("attn.q", "attn.k", "attn.v", "attn", "mlp.c_fc", "mlp")
 
 
@@ -138,15 +133,13 @@ def scaled(stage: str, factor: float) -> Slip:
 def codes(stage: str, kind: str) -> Slip:
     """Return the slip by which a stage uses the codes of its matrix, whose scale was forgotten."""
     weight, _, rows = parameters_of(stage)
-    round_code, largest = CODES[kind]
-
-    def change(port: Port) -> None:
-        matrix = tensor(port, weight, rows)
-        code = round_code(matrix * np.float32(largest / abs(matrix).max()))
-        put(port, weight, rows, code.astype(matrix.dtype))
-
     summary = f"{stage} uses {kind} codes of {named(weight, rows)}: their scale was forgotten"
-    return slip(f"W9-{stage}-{kind}", layer_of(stage), summary, change)
+    return slip(
+        f"W9-{stage}-{kind}",
+        layer_of(stage),
+        summary,
+        lambda port: put(port, weight, rows, codes_of(tensor(port, weight, rows), kind)),
+    )
 
 
 def how_used(of: str, which: int, transposed: bool) -> str:

@@ -123,11 +123,6 @@ def output(change: Callable[[Port, Any], Any]) -> Callable[[Port], None]:
     return lambda port: port.replace("states", lambda at: change(port, at["states"]))
 
 
-def pooled_rows(port: Port, x: Any) -> Any:
-    """Return the row at the end of each text in place of every position's."""
-    return x[np.arange(len(x)), port.end][:, None] + 0 * x
-
-
 def end_id(port: Port) -> int:
     """Return the end-of-text id."""
     return port.eot if port.eot is not None else len(port["token_embedding.weight"]) - 1
@@ -150,9 +145,6 @@ STATE_FAULTS = (
     Fault("D10-zeroed", "the states after the end of text are set to 0",
           NONE_KNOWN, "keep the states of all positions, padding too",
           output(lambda port, x: x * up_to_end(port.tokens, port.end)[..., None]), has_padding, "padding"),
-    Fault("N9-pooled", "every position holds the row at the end of text",
-          "flux#64; refiners#189", "take the states of all positions, not the pooled row",
-          output(pooled_rows)),
     Fault("N9-projected", "the states are multiplied by text_projection",
           "transformers#25254; refiners#189", "text_projection is for the pooled row alone",
           output(lambda port, x: x @ port["text_projection"])),
@@ -160,6 +152,13 @@ STATE_FAULTS = (
           "the habit of features", "return the states as they are",
           output(lambda port, x: to_unit_length(x))),
 )  # fmt: skip
+POOLED = Fault(
+    "N9-pooled",
+    "every position holds the row at the end of text",
+    "flux#64; refiners#189",
+    "take the states of all positions, not the pooled row",
+    None,
+)
 REPLACED = {"N5", "N7", "N6-after-projection"} | {fault.id for fault in STATE_FAULTS}
 
 

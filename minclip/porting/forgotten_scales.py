@@ -1,0 +1,56 @@
+"""Codes of fp8 or int8 whose scales were forgotten, for each way in which quantizers lay out the scales.
+
+The catalogue has one fault for fp8 and one for int8, which no other layout of scales resembles. Where a port
+is far from the reference, all codes and all layouts are tried here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+
+from minclip.porting.catalogue import FORGOTTEN
+from minclip.porting.faults import Fault, codes_for_weights
+from minclip.porting.quantization import CODES
+from minclip.porting.search import Search, Trial
+from minclip.porting.verdict import Finding
+
+IDS = {"fp8 (e4m3)": "fp8", "fp8 (e5m2)": "fp8-e5m2", "int8": "int8"}
+LAYOUTS = {"": {}, "packed": {"packed": True}, "rows": {"by_row": True}}
+TOLD = {"": "", "packed": ", one for q, k and v together,", "rows": ", one per row,"}
+FAR = 0.2  # relative L2 error of the text tried: codes are some hundred times as large as weights
+SHARE = 0.1  # of the error of unrounded codes: a few codes of many may be rounded the other way
+
+
+def forgotten(kind: str, layout: str, projection: bool) -> Fault:
+    """Return the fault by which matrices are codes of a kind, whose scales lay in one of LAYOUTS."""
+    where = f"the blocks' matrices {'and the projection ' * projection}are {kind} codes"
+    words = ["Q1", IDS[kind], layout, "projection" * projection]
+    return dataclasses.replace(
+        FORGOTTEN,
+        id="-".join(filter(None, words)),
+        summary=f"{where} whose scales{TOLD[layout]} were forgotten",
+        change=functools.partial(codes_for_weights, kind=kind, projection=projection, **LAYOUTS[layout]),
+    )
+
+
+VARIANTS = [forgotten(*each) for each in itertools.product(CODES, LAYOUTS, (False, True))]
+
+
+def find_forgotten_scales(search: Search, precision: str) -> list[Finding]:
+    """Return the codes and the layout of scales that explain a port, or nothing."""
+    if min(trial.error for trial in search.singles() if not trial.faults) < FAR:
+        return []
+    trials: list[Trial] = []
+    for fault in VARIANTS:
+        trials += search.try_faults((fault,), search.runs.run((fault,), search.rows))
+    best = min(trials, key=lambda trial: trial.error)
+    judgment = search.judge(best.faults, best.transform, precision)
+    change = best.faults[0].change
+    unrounded = dataclasses.replace(
+        best.faults[0], id=f"{best.faults[0].id}-unrounded", change=functools.partial(change, rounded=False)
+    )
+    coarse = search.judge((unrounded,), best.transform, precision)
+    fits = judgment.fits or judgment.finding.error < SHARE * coarse.finding.error
+    return [judgment.finding] if fits else []
