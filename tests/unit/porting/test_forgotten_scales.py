@@ -31,7 +31,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def tokens():
-    return minclip.probe_tokens(32, 300)[:4]
+    return minclip.probe_tokens(24, 300)[:4]
 
 
 def codes(matrix, kind, by_row):

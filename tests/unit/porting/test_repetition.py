@@ -78,7 +78,7 @@ def test_repeated_logits_pooled_rows_and_states_are_named(params, tokens, clean)
 
 
 def test_an_unknown_port_says_how_often_its_rows_are_there(params, tokens, clean, monkeypatch):
-    monkeypatch.setattr("minclip.porting.search.Search.pairs", lambda search: [])
+    monkeypatch.setattr("minclip.porting.search.Search.pairs", lambda search, *_: [])
     wrong = np.repeat(clean["text_features"][:, None, ::-1], L, 1)
     diagnosis = minclip.diagnose(params, tokens, wrong, budget=1)
     assert diagnosis.verdict == "unknown"
