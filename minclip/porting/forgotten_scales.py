@@ -13,7 +13,7 @@ import itertools
 from minclip.porting.catalogue import FORGOTTEN
 from minclip.porting.faults import Fault, codes_for_weights
 from minclip.porting.quantization import CODES
-from minclip.porting.search import Search, Trial
+from minclip.porting.search import Search
 from minclip.porting.verdict import Finding
 
 IDS = {"fp8 (e4m3)": "fp8", "fp8 (e5m2)": "fp8-e5m2", "int8": "int8"}
@@ -23,34 +23,34 @@ FAR = 0.2  # relative L2 error of the text tried: codes are some hundred times a
 SHARE = 0.1  # of the error of unrounded codes: a few codes of many may be rounded the other way
 
 
-def forgotten(kind: str, layout: str, projection: bool) -> Fault:
+def forgotten(kind: str, layout: str, projection: bool, *, rounded: bool = True) -> Fault:
     """Return the fault by which matrices are codes of a kind, whose scales lay in one of LAYOUTS."""
+    how = {"kind": kind, "projection": projection, "rounded": rounded, **LAYOUTS[layout]}
     where = f"the blocks' matrices {'and the projection ' * projection}are {kind} codes"
-    words = ["Q1", IDS[kind], layout, "projection" * projection]
+    words = ["Q1", IDS[kind], layout, "projection" * projection, "unrounded" * (not rounded)]
     return dataclasses.replace(
         FORGOTTEN,
         id="-".join(filter(None, words)),
         summary=f"{where} whose scales{TOLD[layout]} were forgotten",
-        change=functools.partial(codes_for_weights, kind=kind, projection=projection, **LAYOUTS[layout]),
+        change=functools.partial(codes_for_weights, **how),
     )
 
 
-VARIANTS = [forgotten(*each) for each in itertools.product(CODES, LAYOUTS, (False, True))]
+VARIANTS = list(itertools.product(CODES, LAYOUTS, (False, True)))
 
 
 def find_forgotten_scales(search: Search, precision: str) -> list[Finding]:
     """Return the codes and the layout of scales that explain a port, or nothing."""
-    if min(trial.error for trial in search.singles() if not trial.faults) < FAR:
+    clean = min(trial.error for trial in search.singles() if not trial.faults)
+    if precision != search.target.precisions[0] or clean < FAR:
         return []
-    trials: list[Trial] = []
-    for fault in VARIANTS:
-        trials += search.try_faults((fault,), search.runs.run((fault,), search.rows))
-    best = min(trials, key=lambda trial: trial.error)
+    tried = []
+    for variant in VARIANTS:
+        fault = forgotten(*variant)
+        trials = search.try_faults((fault,), search.runs.run((fault,), search.rows))
+        tried.append((min(trials, key=lambda trial: trial.error), variant))
+    best, variant = min(tried, key=lambda pair: pair[0].error)
     judgment = search.judge(best.faults, best.transform, precision)
-    change = best.faults[0].change
-    unrounded = dataclasses.replace(
-        best.faults[0], id=f"{best.faults[0].id}-unrounded", change=functools.partial(change, rounded=False)
-    )
-    coarse = search.judge((unrounded,), best.transform, precision)
-    fits = judgment.fits or judgment.finding.error < SHARE * coarse.finding.error
+    unrounded = search.judge((forgotten(*variant, rounded=False),), best.transform, precision)
+    fits = judgment.fits or judgment.finding.error < SHARE * unrounded.finding.error
     return [judgment.finding] if fits else []
