@@ -11,9 +11,11 @@ Read in this order:
 - target, runs, search (which faults explain a port's features), agreement (whether the features agree)
 - coarseness (a port's precision or quantized weights), comparison (which stage diverges first), notes and
   display (how a comparison reads)
-- slips, products, slip_search (mistakes in the weights of one layer), noise (quantized weights), dropout
+- slips, products, slip_search (mistakes in the weights of one layer), noise (quantized weights),
+  forgotten_scales (codes without their scales), dropout
 - dump (find bugs one after the other), verdict, describe, conclusions (how a diagnosis reads)
-- which_states, states_search, states_diagnosis (the same for hidden states), diagnosis
+- which_states, states_search, states_diagnosis (the same for hidden states), repetition (output that holds
+  each row several times), diagnosis
 - tokens (a room of its own: name the bug of a tokenizer)
 - quantization (formats of coarse weights), weights (a room of its own: which tensor each array is)
 """
