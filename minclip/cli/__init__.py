@@ -35,7 +35,8 @@ def main(argv=None):
             top.print_help()
             return 0
         status = args.run(args)
-        sys.stdout.flush()
+        if sys.stdout:  # None where the caller closed it
+            sys.stdout.flush()
         return status
     except SystemExit as wrong_usage:
         return wrong_usage.code

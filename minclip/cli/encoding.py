@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minclip import arrays, builtin, corpus, fast, model
+from minclip import arrays, builtin, corpus, fast, model, tokenizer
 from minclip.arrays import as_array
 from minclip.checkpoint.tensor_files import only_when_whole
 from minclip.cli.options import add_command, add_model, add_which_states, columns, load_model, print_wrapped
@@ -27,6 +27,7 @@ from minclip.params import architecture
 SHOWN = 12  # texts whose similarities fit an 80-column terminal side by side
 SCENE_SHARE = 0.75  # a scene is shown if its similarity is at least this part of the nearest picture's
 NEAREST = 3
+EMPTY = "(empty)"  # shown for a text without words
 OTHER_FORMATS = {".csv", ".h5", ".json", ".npz", ".parquet", ".pkl", ".pt", ".safetensors", ".tsv", ".txt"}
 
 EXAMPLES = """
@@ -169,7 +170,8 @@ def write_file(args):
 
 def print_written(path, written):
     kind = "states" if written.ndim == 3 else "features"
-    print(f"{path}: {kind} of {len(written):,} texts, {list(written.shape)} {written.dtype}")
+    texts = "1 text" if len(written) == 1 else f"{len(written):,} texts"
+    print(f"{path}: {kind} of {texts}, {list(written.shape)} {written.dtype}")
 
 
 def show(args, params, texts, where="text"):
@@ -181,7 +183,7 @@ def show(args, params, texts, where="text"):
     print_wrapped(f"model: {name}, {layers} layers, width {params['ln_final.weight'].size}")
     print("\n    tokens  text")
     for i, text in enumerate(texts, 1):
-        print(f"{i:3} {1 + tokens[i - 1].argmax():6}  {fitted(text, columns() - 13)}")
+        print(f"{i:3} {1 + tokens[i - 1].argmax():6}  {fitted(text, columns() - 13) or EMPTY}")
 
     shown = max(1, min(len(texts), SHOWN, (columns() - 3) // 6))
     of = "" if shown == len(texts) else f" of the first {shown} texts"
@@ -201,7 +203,9 @@ def show_nearest(texts, features):
     print_wrapped(f"\nnearest of the built-in model's {len(emoji)} pictures and {len(scenes)} scenes")
     pairs = zip(texts, features @ pictures.T, features @ scenes.T, strict=True)
     for i, (text, similarity, to_scenes) in enumerate(pairs, 1):
-        print(f"{i:3}  {fitted(text, columns() - 6)}")
+        print(f"{i:3}  {fitted(text, columns() - 6) or EMPTY}")
+        if not tokenizer.clean(text):
+            continue  # nothing is near to no words
         for j in similarity.argsort()[::-1][:NEAREST]:
             print(f"       {similarity[j]:5.2f}  {emoji[j]}  {fitted(names[j], columns() - 18)}")
         best = to_scenes.argmax()

@@ -11,6 +11,7 @@ from minclip import checkpoint
 from minclip.params import ACTIVATIONS
 
 WHOLE_WORDS = {"break_long_words": False, "break_on_hyphens": False}
+NARROWEST = 24  # columns: less is no use to a table
 
 
 class Help(argparse.HelpFormatter):
@@ -38,11 +39,14 @@ class Parser(argparse.ArgumentParser):
         if left and getattr(args, "texts", None) and not any(text.startswith("-") for text in left):
             args.texts += left
         elif left:
-            self.error(f"unknown option {left[0]}", known=self._option_string_actions)
+            remedy = f"; a text that begins with - goes after --: {self.prog} -- {left[0]}"
+            self.error(
+                f"unknown option {left[0]}", self._option_string_actions, remedy if "texts" in args else ""
+            )
         return args, []
 
-    def error(self, message, known=()):
-        """Exit with status 2 and one line: the message, and the nearest of the known names."""
+    def error(self, message, known=(), otherwise=""):
+        """Exit with status 2 and one line: the message, and the nearest of the known names, or otherwise."""
         command = re.search(r"COMMAND: invalid choice: '(.*?)'.*\(choose from (.*)\)", message, re.DOTALL)
         if command:
             message, known = f"unknown command {command[1]!r}", re.findall(r"[\w-]+", command[2])
@@ -52,6 +56,8 @@ class Parser(argparse.ArgumentParser):
             message += f"; did you mean {near[0]}?"
         elif command:
             message += f'; to encode a text: minclip encode "{typed}"'
+        else:
+            message += otherwise
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
@@ -98,8 +104,8 @@ def load_model(args, **options):
 
 
 def columns(fallback=80):
-    """Return the width of the terminal, which $COLUMNS overrides."""
-    return shutil.get_terminal_size((fallback, 24)).columns
+    """Return the width of the terminal, which $COLUMNS overrides, but no less than NARROWEST."""
+    return max(NARROWEST, shutil.get_terminal_size((fallback, 24)).columns)
 
 
 def print_wrapped(text):

@@ -77,15 +77,31 @@ def tokenized(params, texts, where, truncate=False, pad=0):
 
 
 def note_on_rare_words(texts):
-    """Return a line that names the words that were rare in the built-in model's training, or None."""
-    common = builtin.common_ids()
-    words = (word for text in texts for word in tokenizer.PIECES.findall(tokenizer.clean(text)))
-    rare = list(dict.fromkeys(word for word in words if not common.issuperset(tokenizer.word_ids(word))))
+    """Return a line that names the words that were rare in the built-in model's training, or None.
+
+    A word is rare if one of its pieces is, or if it has several pieces and names no picture or scene.
+    Of the training's 107,000 words that are rare by this rule, half occur in at most 3 of its texts and 90%
+    in at most 14. Half of the other 13,000 words occur in 68 or more.
+    """
+    common, named = builtin.common_ids(), named_words()
+    pieces = {word: tokenizer.word_ids(word) for word in words_of(texts)}
+    rare = [w for w, ids in pieces.items() if not common.issuperset(ids) or (len(ids) > 1 and w not in named)]
     if not rare:
         return None
     more = f" and {len(rare) - MOST_WORDS} more" if len(rare) > MOST_WORDS else ""
     shown = ", ".join(fitted(word, 20) for word in rare[:MOST_WORDS])
     return f"note: rare or absent in the built-in model's training: {shown}{more}"
+
+
+def named_words():
+    """Return the words of the built-in model's pictures and scenes, as a set."""
+    (emoji, names, _), (scenes, _) = builtin.pictures(), builtin.scenes()
+    return {*words_of(emoji), *words_of(names), *words_of(scene["sentence"] for scene in scenes)}
+
+
+def words_of(texts):
+    """Return the words of texts as the tokenizer splits them, in order."""
+    return [word for text in texts for word in tokenizer.PIECES.findall(tokenizer.clean(text))]
 
 
 def fitted(text, width):

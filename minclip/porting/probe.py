@@ -138,10 +138,13 @@ def read_dump(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         if str(path).endswith(".safetensors"):
             return {name: np.asarray(tensor) for name, tensor in read_safetensors(path)[0].items()}
-        loaded = np.load(path)
-        if isinstance(loaded, np.ndarray):
+        with open(path, "rb") as file:
+            magic = file.read(6)
+        if magic == b"\x93NUMPY":
             raise ValueError("it is one array without a name, so write it with numpy.savez")
-        with loaded as file:
-            return {name: file[name] for name in file.files}
+        if not magic.startswith(b"PK"):
+            raise ValueError("its first bytes are those of another format" if magic else "the file is empty")
+        with np.load(path) as arrays:
+            return {name: arrays[name] for name in arrays.files}
     except (ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not an .npz or .safetensors file of plain arrays: {error}") from None

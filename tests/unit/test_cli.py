@@ -12,6 +12,7 @@ from ftfy.formatting import monospaced_width
 
 import minclip
 from minclip import cli
+from minclip.cli import texts
 
 try:
     import pty
@@ -283,11 +284,66 @@ def test_words_that_the_built_in_model_hardly_knows_are_named():
     assert "note" not in run("encode", "a photo of a cat").stdout
 
 
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("eine Katze", "eine, katze"),  # common pieces, but no English words
+        ("a quokka", "quokka"),
+        ("🐱🐶🐭", "🐱🐶🐭"),  # one word, for want of spaces
+        ("a fleur-de-lis", None),  # the pictures' own names and emoji are known, of whatever pieces
+        ("👨‍👩‍👧‍👦 🏳️‍🌈 🐱 above 🐶", None),
+        ("it is raining outside", "raining"),
+    ],
+)
+def test_a_word_is_rare_by_its_pieces_or_for_having_several(text, named):
+    note = texts.note_on_rare_words([text])
+    assert note == (named and f"note: rare or absent in the built-in model's training: {named}")
+
+
+def test_an_empty_text_has_no_nearest_pictures():
+    done = run("encode", "", "  \t")
+    assert done.stdout.count("(empty)") == 4
+    assert done.stdout.rstrip().splitlines()[-2:] == ["  1  (empty)", "  2  (empty)"]
+
+
 @pytest.mark.parametrize("name", ["features.npy.partial", "features.npy.journal"])
 def test_an_error_names_the_users_file_where_another_one_could_not_be_written(tmp_path, name):
     (tmp_path / name).mkdir()
     with pytest.raises(OSError, match=r"Is a directory: '[^']*features.npy'"):
         minclip.corpus.encode_file(minclip.load(), __file__, tmp_path / "features.npy", truncate=True)
+
+
+@pytest.mark.parametrize("columns", ["1", "10", "24", "33"])
+def test_a_narrow_terminal_gets_narrow_output(columns):
+    done = run("encode", "a photo of a cat on a sofa", "🐱 " * 30, env={"COLUMNS": columns})
+    assert done.returncode == 0
+    assert max(map(monospaced_width, done.stdout.splitlines())) <= max(24, int(columns))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no sh")
+def test_a_closed_output_is_no_error():
+    command = [f'"{sys.executable}" -W error -m minclip tokenize "a cat" >&-']
+    done = subprocess.run(command, shell=True, capture_output=True, encoding="utf-8", timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_text_that_begins_with_a_hyphen_is_answered_with_the_remedy():
+    done = run("encode", "-x")
+    assert done.returncode == 2
+    assert "a text that begins with - goes after --: minclip encode -- -x" in done.stderr
+    assert "goes after" not in run("inspect", "builtin", "-x").stderr
+    assert "  1      4  -x" in run("encode", "--", "-x").stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "answer"),
+    [(b"", "the file is empty"), (b"\x80\x04K*.", "its first bytes are those of another format")],
+)
+def test_a_file_that_holds_no_arrays_is_named_without_advice_to_unpickle_it(tmp_path, content, answer):
+    (tmp_path / "port.npz").write_bytes(content)
+    done = run("diagnose", str(tmp_path / "port.npz"))
+    assert done.returncode == 1
+    assert done.stderr.endswith(f"port.npz is not an .npz or .safetensors file of plain arrays: {answer}\n")
 
 
 def test_texts_are_utf8_in_any_locale():
