@@ -65,7 +65,7 @@ def download(name: str, *, cache: str | os.PathLike[str] | None = None) -> Path:
         fetch(url, part)
     except (OSError, http.client.HTTPException) as error:
         raise OSError(
-            f"cannot download {url}: {error}; run it again to resume, or put the file at {path}"
+            f"cannot download {url}: {why(error)}; run it again to resume, or put the file at {path}"
         ) from None
     if sha256(part) != digest:
         part.unlink()
@@ -149,6 +149,12 @@ def copy(response, file, bar):
             return
         file.write(chunk)
         bar.update(len(chunk))
+
+
+def why(error: Exception) -> str:
+    """Return the reason of a failed download, which urllib wraps in an error of its own."""
+    reason = getattr(error, "reason", None)
+    return reason.strerror or str(reason) if isinstance(reason, OSError) else str(error)
 
 
 def progress_bar(name: str) -> tqdm:

@@ -38,6 +38,7 @@ from minclip.checkpoint.download import (
     fetch,
     find_model,
     progress_bar,
+    why,
 )
 from minclip.checkpoint.pickle_machine import PickleMachine, Storage
 from minclip.checkpoint.tensor_files import DTYPES, Stored, map_file, only_when_whole, without_duplicates
@@ -250,7 +251,7 @@ def fetch_config(url: str) -> bytes | None:
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError) and error.code in (401, 404):
             return None  # the hub answers 401 for a model that is not there
-        raise OSError(f"cannot download {url}: {error}") from None
+        raise OSError(f"cannot download {url}: {why(error)}") from None
 
 
 def fetch_weights(url: str, path: Path) -> None:
@@ -258,7 +259,7 @@ def fetch_weights(url: str, path: Path) -> None:
     try:
         fetch_text_tower(url, path)
     except NoRangesError as error:
-        warnings.warn(f"{error}: downloading all of {path.name}", stacklevel=5)
+        warnings.warn(f"{error}: downloading all of {path.name}", stacklevel=6)
         part = path.with_name(f"{path.name}.part")
         fetch(url, part)
         os.replace(part, path)
@@ -283,7 +284,7 @@ def fetch_text_tower(url: str, path: Path, *, activation: str | None = None) -> 
     except NoRangesError:
         raise
     except (OSError, http.client.HTTPException) as error:
-        raise OSError(f"cannot download {url}: {error}; run it again to resume") from None
+        raise OSError(f"cannot download {url}: {why(error)}; run it again to resume") from None
     except ValueError as error:
         raise ValueError(f"{url}: {error}") from None
     try:

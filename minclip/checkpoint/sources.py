@@ -59,7 +59,7 @@ def fetched(source: Source, text_only: bool | None = None) -> Source:
     if not isinstance(source, str | os.PathLike):
         raise TypeError(f"source must be the name of a model or a path, not {type(source).__name__}")
     if str(source).startswith("hf:"):
-        return download_from_hub(str(source))
+        return from_hub(str(source))
     if source not in available_models():
         return source
     name = str(source)
@@ -67,6 +67,18 @@ def fetched(source: Source, text_only: bool | None = None) -> Source:
         text_only = os.environ.get("MINCLIP_TEXT_ONLY", "0") not in ("", "0")
         text_only |= text_file(name).is_file()
     return download_text_tower(name) if text_only else download(name)
+
+
+def from_hub(source: str) -> Path:
+    """Return the folder of a model of the Hugging Face hub. An error suggests the nearest name that is known."""
+    try:
+        return download_from_hub(source)
+    except OSError as error:
+        near = nearest_on_hub(source.removeprefix("hf:"))
+        if near in (None, source.removeprefix("hf:")):
+            raise
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+        raise kind(f"{error}; did you mean hf:{near}?") from None
 
 
 def open_tower(source: Source, chosen: dict[str, Any]) -> OpenTower:
@@ -126,13 +138,19 @@ HUB_NAMES = {  # OpenAI's models on the Hugging Face hub
 }
 
 
+def nearest_on_hub(name: str) -> str | None:
+    """Return the repository of one of OpenAI's models whose name is nearest, or None where none is near."""
+    near = difflib.get_close_matches(name.lower(), HUB_NAMES, n=1, cutoff=0.8)
+    return near[0] if near else None
+
+
 def why_missing(name: str) -> str:
     """Return one line for a name that is no file: the nearest name that works, and how to get the files."""
     models = ["builtin", *available_models()]
-    near = difflib.get_close_matches(name.lower(), HUB_NAMES, n=1, cutoff=0.8)
-    on_hub = HUB_NAMES[near[0]] if near else None
-    hint = on_hub or nearest_model(name, models)
-    line = f"no file, folder or model {dialects.shown(name)}{f'; did you mean {hint}?' if hint else '.'}"
+    on_hub = nearest_on_hub(name)
+    hint = HUB_NAMES[on_hub] if on_hub else nearest_model(name, models)
+    shown = dialects.shown(name) or "''"
+    line = f"no file, folder or model {shown}{f'; did you mean {hint}?' if hint else '.'}"
     if name.lower() in HUB_NAMES or (
         re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not hint and Path(name).suffix not in SUFFIXES
     ):

@@ -369,6 +369,20 @@ def test_names_that_the_hub_does_not_have_are_refused(server):
     for name in ("hf:clip", "hf:../../etc", "hf:owner/clip/more", "hf:owner/.."):
         with pytest.raises(ValueError, match=r"write hf:OWNER/NAME"):
             minclip.load(name)
+    with pytest.raises(FileNotFoundError, match=r"; did you mean hf:openai/clip-vit-base-patch32\?"):
+        minclip.load("hf:openai/clip-vit-base-patch31")
+
+
+def test_without_a_network_the_reason_is_plain_and_the_nearest_name_is_offered(server, monkeypatch):
+    server.server_close()
+    for name in ("hf:openai/clip-vit-base-patch31", "hf:openai/CLIP-ViT-base-patch32"):
+        with pytest.raises(OSError, match=r"cannot download .*: Connection refused; did you mean hf:openai/"):
+            minclip.load(name)
+    with pytest.raises(OSError, match=r"/config\.json: Connection refused$"):
+        minclip.load("hf:openai/clip-vit-base-patch32")
+    monkeypatch.setattr(download_module, "BASE", os.environ["HF_ENDPOINT"])
+    with pytest.raises(OSError, match=r"ViT-B-32\.pt: Connection refused; run it again to resume, or put"):
+        minclip.load("ViT-B/32", text_only=False)
 
 
 @pytest.mark.parametrize("offsets", [[0, 10**12], [-8, 0], [8, 0], ["0", "8"]])
