@@ -128,13 +128,18 @@ def normalize(features: Floats) -> Floats:
     >>> normalize(np.array([[3.0, 4.0], [0.0, 0.0]])).tolist()
     [[0.6, 0.8], [0.0, 0.0]]
     """
-    if not hasattr(features, "dtype") or features.dtype.kind != "f":
-        given = getattr(features, "dtype", type(features).__name__)
-        raise ValueError(f"features must be an array of floats, such as encode_text returns, not {given}")
+    check_floats(features)
     x = to_float32(features)
     x = x / nonzero(abs(x).max(axis=-1, keepdims=True))  # first, so that squares neither overflow nor vanish
     x = x / nonzero((x * x).sum(axis=-1, keepdims=True) ** 0.5)
     return x.astype(features.dtype, copy=False)
+
+
+def check_floats(features: Any) -> None:
+    """Raise ValueError where features is no array of floats."""
+    if not hasattr(features, "dtype") or features.dtype.kind != "f":
+        given = getattr(features, "dtype", type(features).__name__)
+        raise ValueError(f"features must be an array of floats, such as encode_text returns, not {given}")
 
 
 def nonzero(x: Any) -> Any:

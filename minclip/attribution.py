@@ -22,7 +22,7 @@ def attribute(params: Mapping[str, Any], tokens: Any, target: Any) -> Floats:
     "Generic Attention-model Explainability" (2021): attention weights times their gradients, where positive,
     averaged over the heads and accumulated over the layers. On 55 texts that name a picture, relevance
     correlates 0.95 with the drop of the cosine when a word is left out, and finds the same top word in all;
-    gradient times embedding correlates 0.75 and finds 87 % (`python -m tests.benchmarks.backward words`).
+    gradient times embedding correlates 0.75 and finds 87% (`python -m tests.benchmarks.backward words`).
     Raises ValueError as `minclip.encode_text` and `minclip.backward` do.
 
     >>> import minclip

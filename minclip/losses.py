@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from minclip.arrays import array_module, nonzero, normalize
+from minclip.arrays import array_module, check_floats, nonzero, normalize
 from minclip.params import Floats
 
 
@@ -19,7 +19,7 @@ def contrastive_loss(
 
     The loss is the symmetric cross-entropy of figure 3 of "Learning Transferable Visual Models From Natural
     Language Supervision" (Radford et al., 2021). Arrays have the dtype and the device of the features.
-    Raises ValueError where the features have different shapes.
+    Raises ValueError where the features are no arrays of floats, or have different shapes.
 
     >>> import minclip
     >>> params, (_, names, pictures) = minclip.load(), minclip.pictures()
@@ -27,6 +27,8 @@ def contrastive_loss(
     >>> loss, (grad_features, _, _) = contrastive_loss(trace["text_features"], pictures[:3], 3.0)
     >>> grads = minclip.backward(trace, grad_features)
     """
+    check_floats(text_features)
+    check_floats(image_features)
     if text_features.ndim != 2 or text_features.shape != image_features.shape:
         shapes = f"{list(text_features.shape)} and {list(image_features.shape)}"
         raise ValueError(f"texts and images must have features of the same shape [N, E], not {shapes}")

@@ -74,8 +74,8 @@ def hidden_states(
     (states, pooled, features) of one pass: pooled [..., D] is the normed stream at the end of text after
     all blocks; features [..., E] are those of `encode_text`, None without a text_projection.
     Raises ValueError as `encode_text` does, and where there are fewer than `skip` blocks.
-    The README says which states SD 1 to SD 3, SDXL and Flux read. The clip_skip=n of diffusers is skip=n for
-    SD 1 and SD 2, and skip=n + 1 for SDXL and SD 3.
+    `minclip/README.md` says which states SD 1 to SD 3, SDXL and Flux read. The clip_skip=n of diffusers is
+    skip=n for SD 1 and SD 2, and skip=n + 1 for SDXL and SD 3.
 
     >>> import minclip
     >>> params, tokens = minclip.load(), minclip.tokenize(["a cat", "two dogs"], pad=49407)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -75,6 +76,9 @@ class Params(dict[str, Floats]):
     def __ror__(self, other: Mapping[str, Any]) -> Params:  # type: ignore[override]
         return self.with_arrays({**other, **self}) if isinstance(other, Mapping) else NotImplemented
 
+    def __missing__(self, name: str) -> Any:
+        raise KeyError(nearest_key(name, self, "parameter"))
+
     def __eq__(self, other: object) -> bool:
         """Tell whether other is Params of the same names, dtypes, numbers, activation, heads and eot."""
         if not isinstance(other, Params) or vars(self) != vars(other) or self.keys() != other.keys():
@@ -125,6 +129,18 @@ def check_mapping(value: Any, wanted: str) -> None:
         raise TypeError(f"{wanted}, not {type(value).__name__}")
 
 
+def check_int(name: str, value: Any) -> None:
+    """Raise TypeError, which names the argument, where value is no int."""
+    if not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+
+
+def nearest_key(name: Any, mapping: Mapping[str, Any], kind: str) -> str:
+    """Return the message of a KeyError: the name that is not there, and the nearest one that is."""
+    near = difflib.get_close_matches(str(name), mapping, n=1)
+    return f"no {kind} {name!r:.80}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
 def architecture(params: Mapping[str, Any]) -> tuple[int, int, str]:
     """Return (layers, heads, activation): from names and shapes, from a Params, or as OpenAI has them.
 
@@ -138,8 +154,9 @@ def architecture(params: Mapping[str, Any]) -> tuple[int, int, str]:
     for array in (params["ln_final.weight"], params.get("text_projection", params["ln_final.weight"])):
         if hasattr(array, "astype") and array.dtype.kind == "f":
             continue
-        kind = f"{type(array).__module__}.{type(array).__name__}"
-        raise ValueError(f"params must hold float arrays, not {kind}: minclip.from_state_dict converts")
+        kind = f"{type(array).__module__}.{type(array).__name__}: minclip.from_state_dict converts"
+        kind = array.dtype if isinstance(array, np.ndarray) else kind
+        raise ValueError(f"params must hold float arrays, not {kind}")
     width = params["ln_final.weight"].shape[0]
     heads = getattr(params, "heads", None) or width // 64
     if heads < 1 or width % heads:
@@ -167,7 +184,8 @@ def check_inputs(
 
 
 def check_skip(layers: int, skip: int) -> None:
-    """Raise ValueError unless a tower of that many layers can leave out its last `skip` blocks."""
+    """Raise ValueError or TypeError unless a tower of that many layers can leave out its last blocks."""
+    check_int("skip", skip)
     if not 0 <= skip <= layers:
         raise ValueError(f"skip must be from 0 to {layers}, the number of blocks, not {skip}")
 
@@ -198,7 +216,8 @@ def check_tokens(
         tokens = tokens.reshape(0, context)
     if tokens.ndim == 0 or not 1 <= tokens.shape[-1] <= context:
         shape = list(tokens.shape)
-        raise ValueError(f"tokens must be [..., L], L from 1 to the context length {context}, not {shape}")
+        wanted = f"the shape [..., L], L from 1 to the context length {context}"
+        raise ValueError(f"tokens must have {wanted}, not {shape}")
     largest = tokens.max(axis=-1, initial=0)
     if tokens.min(initial=0) < 0 or largest.max(initial=0) >= V:
         at = tuple(map(int, np.argwhere((tokens < 0) | (tokens >= V))[0]))

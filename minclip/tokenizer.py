@@ -25,7 +25,7 @@ import numpy as np
 import regex
 from numpy.typing import ArrayLike
 
-from minclip.params import Tokens, as_ids
+from minclip.params import Tokens, as_ids, check_int
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
@@ -45,7 +45,7 @@ def tokenize(
 
     Each row holds the start id 49406, the ids of the text, the end id 49407, and padding.
 
-    texts            a str, or an iterable of str
+    texts            a str, or an iterable or NumPy array of str
     context_length   the length of a row; 77 in OpenAI's models
     truncate         whether to cut a text that is too long. Its row then still ends with the end id
     pad              the id of padding: 0 as in clip.tokenize, or 49407 as in Hugging Face's tokenizer and
@@ -59,10 +59,16 @@ def tokenize(
     """
     if isinstance(texts, bytes | bytearray) or not hasattr(texts, "__iter__"):
         raise TypeError(f"texts must be a str or a list of str, not {type(texts).__name__}")
+    texts = (
+        texts.tolist() if isinstance(texts, np.ndarray) else texts
+    )  # an array [] of one str is no iterable
     texts = [texts] if isinstance(texts, str) else list(texts)
-    if not isinstance(context_length, int | np.integer):
-        kind = type(context_length).__name__
-        raise TypeError(f"context_length must be an int, not {kind}: give several texts as a list")
+    if isinstance(context_length, str):
+        raise TypeError("context_length must be an int, not str: give several texts as a list")
+    check_int("context_length", context_length)
+    check_int("pad", pad)
+    if not 0 <= pad < 2**31:
+        raise ValueError(f"pad must be the id of a token, not {pad}")
     if context_length < 2:
         raise ValueError(
             f"context_length must be at least 2, for the start and end ids, not {context_length}"
@@ -98,8 +104,9 @@ def decode(tokens: ArrayLike) -> list[str]:
     texts = []
     for row in np.atleast_2d(as_ids(tokens)).tolist():
         ids = row[: row.index(end)] if end in row else row
-        if not all(0 <= id < len(pieces) for id in ids):
-            raise ValueError(f"token ids must be from 0 to {len(pieces) - 1}, not {min(ids)} to {max(ids)}")
+        wrong = [id for id in ids if not 0 <= id < len(pieces)]
+        if wrong:
+            raise ValueError(f"token id {wrong[0]} is outside the vocabulary, 0 to {len(pieces) - 1}")
         spelled = "".join(pieces[id] for id in ids if id != start).replace(WORD_END, " ")
         raw = b"".join(b" " if c == " " else bytes([byte_of[c]]) for c in spelled)
         texts.append(raw.decode("utf-8", errors="replace").strip())

@@ -9,7 +9,7 @@ import numpy as np
 
 from minclip import model
 from minclip.arrays import array_module, as_array
-from minclip.params import Floats, Tap, Tokens, block_of, keep, trim
+from minclip.params import Floats, Tap, Tokens, block_of, keep, nearest_key, trim
 from minclip.tables import html_table, text_table
 
 
@@ -44,6 +44,9 @@ class Trace(dict[str, Floats]):
         self.tap = tap
         self.gradient = gradient
         self.roundings = dict(roundings or {})
+
+    def __missing__(self, name: str) -> Any:
+        raise KeyError(nearest_key(name, self, "stage"))
 
     def __repr__(self) -> str:
         shown = shown_stages(self)

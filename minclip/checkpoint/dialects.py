@@ -328,8 +328,9 @@ def why_no_tower(names: list[str]) -> str:
         for name in names:
             if name.endswith(sign):
                 return f"{shown(name)}: {meaning}, no CLIP text tower"
-    few = ", ".join(shown(name) for name in names[:3]) or "nothing"
-    return f"no CLIP text tower: no name ends in token_embedding.weight, there is {few}"
+    few = f"the names are {', '.join(map(shown, names[:3]))}" if names else "there are no tensors at all"
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"no CLIP text tower: no name ends in token_embedding.weight; {few}{more}"
 
 
 def adapted(names: list[str]) -> str:

@@ -29,9 +29,8 @@ def from_state_dict(
     activation   "quick_gelu" or "gelu": names and shapes cannot tell it. The default is that of a `Params`
     heads        the number of attention heads, where it is not width // 64 as in OpenAI's models
 
-    The names of OpenAI, OpenCLIP and Hugging Face are known, behind any prefix; the README lists them. The
-    image tower is ignored. Arrays keep their dtype; bfloat16 and float8 become float32. A `Params` keeps its
-    end-of-text id.
+    The names of OpenAI, OpenCLIP and Hugging Face are known, behind any prefix. The image tower is ignored.
+    Arrays keep their dtype; bfloat16 and float8 become float32. A `Params` keeps its end-of-text id.
 
     Raises ValueError for a tensor that is missing, has another shape, or belongs to another architecture.
     Warns about weights that are NaN or infinite.
@@ -159,7 +158,8 @@ def checked_heads(heads: Any, width: int) -> int:
             f"width {width} is no multiple of 64, OpenAI's head width: pass heads= (--heads) too, "
             "to minclip.load or minclip.from_state_dict"
         )
-    heads = heads or width // 64
+    heads = width // 64 if heads is None else heads
+    heads = int(heads) if isinstance(heads, np.integer) else heads
     if type(heads) is not int or heads < 1 or width % heads:
         raise ValueError(f"{heads!r:.80} heads do not divide width {width}")
     return heads

@@ -87,6 +87,8 @@ def apply_lora(params: Mapping[str, Any], path: Source, scale: float = 1.0) -> P
 
 def lora_file(path: Source) -> Path:
     """Return the file of a LoRA, which in PEFT's folder is adapter_model.safetensors or .bin."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path must be that of a LoRA, not {type(path).__name__}")
     file = Path(path)
     for name in ("adapter_model.safetensors", "adapter_model.bin") if file.is_dir() else ():
         if (file / name).is_file():

@@ -70,7 +70,7 @@ def fetched(source: Source, text_only: bool | None = None) -> Source:
 
 
 def from_hub(source: str) -> Path:
-    """Return the folder of a model of the Hugging Face hub. An error suggests the nearest name that is known."""
+    """Return the folder of a model of the hub. An error suggests the nearest name that is known."""
     try:
         return download_from_hub(source)
     except OSError as error:
@@ -148,7 +148,7 @@ def why_missing(name: str) -> str:
     """Return one line for a name that is no file: the nearest name that works, and how to get the files."""
     models = ["builtin", *available_models()]
     on_hub = nearest_on_hub(name)
-    hint = HUB_NAMES[on_hub] if on_hub else nearest_model(name, models)
+    hint = nearest_file(name) or (HUB_NAMES[on_hub] if on_hub else nearest_model(name, models))
     shown = dialects.shown(name) or "''"
     line = f"no file, folder or model {shown}{f'; did you mean {hint}?' if hint else '.'}"
     if name.lower() in HUB_NAMES or (
@@ -156,6 +156,16 @@ def why_missing(name: str) -> str:
     ):
         line += by_hand(name)
     return f"{line} The models are {', '.join(models)}"
+
+
+def nearest_file(name: str) -> str | None:
+    """Return the path of the file of weights whose name is nearest, in the same folder, or None."""
+    path = Path(name)
+    if path.suffix not in SUFFIXES or not path.parent.is_dir():
+        return None
+    files = [file.name for file in path.parent.iterdir() if file.suffix in SUFFIXES]
+    near = difflib.get_close_matches(path.name, files, n=1, cutoff=0.8)
+    return str(path.with_name(near[0])) if near else None
 
 
 def nearest_model(name: str, models: list[str]) -> str | None:

@@ -53,6 +53,9 @@ class Encoder:
         if len(params["token_embedding.weight"]) > START_OF_TEXT:
             self.warm("")
 
+    def __repr__(self) -> str:
+        return f"Encoder of {self.params!r}, features in {self.dtype}"
+
     def __call__(self, tokens: Any) -> Floats:
         """Return features [..., E] of tokens [..., L], as `minclip.encode_text` does."""
         tokens, leading = check_tokens(self.params, tokens)

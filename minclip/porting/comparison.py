@@ -139,8 +139,9 @@ def compare(
         align_gradients(reference, arrays) if reference.gradient is not None else align(reference, arrays)
     )
     if not alignment.matches and not alignment.misfits:
+        names = f" ({listed(list(arrays))})" if arrays else ": the port has none"
         raise ValueError(
-            f"no array was recognized as a stage, by its name or by its numbers ({listed(list(arrays))}): "
+            f"no array was recognized as a stage, by its name or by its numbers{names}: "
             "give them the stages' names with minclip.porting.names.rename"
         )
     return Comparer(reference, alignment, rtol, dtype).compare()

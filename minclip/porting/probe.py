@@ -11,7 +11,7 @@ import numpy as np
 
 from minclip.arrays import as_array
 from minclip.checkpoint.tensor_files import only_when_whole, read_safetensors
-from minclip.params import Tokens, as_params, check_mapping
+from minclip.params import Tokens, as_params, check_int, check_mapping
 from minclip.porting import probe_file
 from minclip.porting.rounding import PRECISIONS, rounding_of
 from minclip.porting.tokens.probe import TEXTS
@@ -38,6 +38,8 @@ def probe_tokens(context_length: int = 77, vocabulary: int = 49408) -> Tokens:
     >>> probe_tokens().shape
     (7, 77)
     """
+    check_int("context_length", context_length)
+    check_int("vocabulary", vocabulary)
     C, V = context_length, vocabulary
     if C < 8 or V < 16:
         raise ValueError(f"probe tokens need a context of 8 and a vocabulary of 16 at least, not {C} and {V}")

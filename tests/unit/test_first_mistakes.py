@@ -44,6 +44,66 @@ MISTAKES = {
         lambda: minclip.tokenize("a cat", "a dog"),
         "context_length must be an int, not str: give several texts as a list",
     ),
+    "a fraction of a context": (
+        lambda: minclip.tokenize("a cat", context_length=76.5),
+        "context_length must be an int, not float",
+    ),
+    "a padding that is no id": (lambda: minclip.tokenize("a", pad="<eot>"), "pad must be an int, not str"),
+    "a padding below 0": (lambda: minclip.tokenize("a", pad=-1), "pad must be the id of a token, not -1"),
+    "a large id": (
+        lambda: minclip.decode([320, 49408]),
+        "token id 49408 is outside the vocabulary, 0 to 49407",
+    ),
+    "one id": (
+        lambda: minclip.encode_text(PARAMS, 49407),
+        "tokens must have the shape [..., L], L from 1 to the context length 77, not []",
+    ),
+    "integer parameters": (
+        lambda: minclip.encode_text(PARAMS.astype("int8"), TOKENS),
+        "params must hold float arrays, not int8",
+    ),
+    "part of a stage's name": (
+        lambda: TRACE["transformer.resblocks.0.attn.weigths"],
+        "resblocks.0.attn.weigths'; did you mean 'transformer.resblocks.0.attn.weights'?",
+    ),
+    "part of a parameter's name": (
+        lambda: PARAMS["token_embedding"],
+        "no parameter 'token_embedding'; did you mean 'token_embedding.weight'?",
+    ),
+    "a layer's name for a number": (
+        lambda: minclip.hidden_states(PARAMS, TOKENS, skip="last"),
+        "skip must be an int, not str",
+    ),
+    "a fraction of a block": (
+        lambda: minclip.hidden_states(PARAMS, TOKENS, skip=0.5),
+        "skip must be an int, not float",
+    ),
+    "no heads": (lambda: minclip.load(heads=0), "builtin: 0 heads do not divide width 128"),
+    "lists for a loss": (
+        lambda: minclip.contrastive_loss([[1.0]], [[1.0]], 1),
+        "features must be an array of floats, such as encode_text returns, not list",
+    ),
+    "params for probe tokens": (
+        lambda: minclip.probe_tokens(PARAMS),
+        "context_length must be an int, not Params",
+    ),
+    "arrays for a LoRA": (
+        lambda: minclip.apply_lora(PARAMS, {}),
+        "path must be that of a LoRA, not dict",
+    ),
+    "an empty state_dict": (
+        lambda: minclip.from_state_dict({}),
+        "no name ends in token_embedding.weight; there are no tensors at all",
+    ),
+    "another model's state_dict": (
+        lambda: minclip.from_state_dict({f"fc{n}": FEATURES for n in range(5)}),
+        "no name ends in token_embedding.weight; the names are fc0, fc1, fc2 and 2 more",
+    ),
+    "an empty dump": (
+        lambda: minclip.compare(TRACE, {}),
+        "no array was recognized as a stage, by its name or by its numbers: the port has none",
+    ),
+    "no name": (lambda: minclip.load(""), "no file, folder or model ''. The models are builtin, RN50"),
     "bytes": (lambda: minclip.tokenize(b"a cat"), "texts must be a str or a list of str, not bytes"),
     "a missing caption": (lambda: minclip.tokenize(["a cat", None]), "text 1 must be a str, not NoneType"),
     "a long caption": (
@@ -139,7 +199,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_answered_in_one_line(mistake):
     call, answer = MISTAKES[mistake]
-    with pytest.raises((TypeError, ValueError, OSError)) as raised:
+    with pytest.raises((TypeError, ValueError, OSError, KeyError)) as raised:
         call()
     assert answer in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -185,3 +245,22 @@ def test_a_dump_without_names_is_answered_with_the_remedy(tmp_path):
         ValueError, match=r"features\.npy .*one array without a name, so write it with numpy\.savez"
     ):
         minclip.porting.port_files.read_port(tmp_path / "features.npy", TOKENS)
+
+
+def test_a_misspelled_file_is_answered_with_the_one_in_its_folder(tmp_path):
+    minclip.save(PARAMS, tmp_path / "my-tower.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"did you mean \S*/my-tower\.safetensors\?"):
+        minclip.load(tmp_path / "my_tower.safetensors")
+
+
+def test_numpy_scalars_and_arrays_of_str_are_welcome():
+    heads, skip, length = np.int64(2), np.int8(1), np.uint16(9)
+    assert minclip.load(heads=heads).heads == 2
+    assert minclip.hidden_states(PARAMS, TOKENS, skip=skip).shape == (2, 77, 128)
+    for texts in (np.array("a cat"), np.array(["a cat"]), np.str_("a cat"), np.array(["a cat"], object)):
+        assert (minclip.tokenize(texts, length) == minclip.tokenize("a cat", 9)).all()
+
+
+def test_an_encoder_says_what_it_encodes():
+    shown = repr(minclip.fast.Encoder(PARAMS.astype("float16")))
+    assert shown == f"Encoder of {PARAMS!r}, features in float16"

@@ -134,7 +134,7 @@ def zip_of(**entries):
         (zip_of(folder__model_dot_safetensors="", folder__config_dot_json="{}"), "a zip archive of a folder"),
         (zip_of(a__archive_format="pt2"), "a program of torch.export"),
         (zip_of(notes_dot_txt="hello"), "holds no weights"),
-        (struct.pack("<Q", 2) + b"{}", "there is nothing"),
+        (struct.pack("<Q", 2) + b"{}", "there are no tensors at all"),
     ],
 )
 def test_other_files_are_named_too(content, answer, tmp_path):
