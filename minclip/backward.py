@@ -10,6 +10,8 @@ A `*_backward` function takes the gradient of a step's output and the inputs of 
 gradient of its input. It writes those of parameters to the dict grads, or computes none where grads is None.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 from minclip.arrays import array_module, by_rows, normal_cdf, normal_density, sigmoid

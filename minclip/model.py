@@ -12,6 +12,8 @@ x @ W.T; text_projection alone is [in, out] and is used as x @ P.
 `float32_inside` marks a step that computes float16 arrays in float32 and rounds its result once.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Mapping
@@ -37,9 +39,8 @@ def encode_text(params: Mapping[str, Any], tokens: Any, *, tap: Tap | None = Non
     params   mapping from OpenAI's parameter names to arrays: a `minclip.Params`, or a plain dict, which
              then means OpenAI's own choices (QuickGELU, width // 64 heads, pooling at the largest id).
     tokens   integers [..., L], L at most the context length, as `minclip.tokenize` gives them.
-    tap      called as tap(name, array) at every stage, in the order of computation. The encoder goes on
-             with the array that it returns, so a tap can record, replace or ablate. A tap that compares
-             names may never match: `list(minclip.trace(params, tokens))` has all of them.
+    tap      called as tap(name, array) at every stage, in the order of `list(minclip.trace(params, tokens))`.
+             The encoder goes on with the array that it returns: a tap can record, replace or ablate.
 
     Returns features [..., E], not normalized, in the dtype and on the device of params. Without a
     text_projection, a tap sees the stages up to "pooled", and that is returned.

@@ -13,6 +13,8 @@ The merges are OpenAI's: lines 2 to 48,895 of bpe_simple_vocab_16e6.txt.gz.
 Ids of mojibake depend on the version of ftfy, in OpenAI's tokenizer too. minclip requires ftfy 6.3.
 """
 
+from __future__ import annotations
+
 import functools
 import gzip
 import heapq
@@ -59,9 +61,7 @@ def tokenize(
     """
     if isinstance(texts, bytes | bytearray) or not hasattr(texts, "__iter__"):
         raise TypeError(f"texts must be a str or a list of str, not {type(texts).__name__}")
-    texts = (
-        texts.tolist() if isinstance(texts, np.ndarray) else texts
-    )  # an array [] of one str is no iterable
+    texts = texts.item() if isinstance(texts, np.ndarray) and texts.ndim == 0 else texts
     texts = [texts] if isinstance(texts, str) else list(texts)
     if isinstance(context_length, str):
         raise TypeError("context_length must be an int, not str: give several texts as a list")

@@ -33,11 +33,8 @@ def inspect(source: Source, *, activation: str | None = None, heads: int | None 
     download is not OpenAI's file.
     """
     path = fetched(source)
-    chosen = {
-        name: value for name, value in (("activation", activation), ("heads", heads)) if value is not None
-    }
     try:
-        opened = open_tower(path, chosen)
+        opened = open_tower(path, activation, heads)
     except ValueError as error:
         line = f"{path} does not load: {one_line(error)}"
         try:

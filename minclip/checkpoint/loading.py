@@ -70,8 +70,9 @@ def load(
 ) -> Params:
     """Return the `Params` of a model, ready for `encode_text`.
 
-    source       "builtin", one of `available_models()`, which is downloaded once, or a path: OpenAI's .pt,
-                 a file of torch.save, .safetensors, .npz, GGUF, or a folder of Hugging Face or OpenCLIP.
+    source       "builtin", minclip's own small model, which is not CLIP and knows little beside emoji; one of
+                 `available_models()`, which is downloaded once; or a path: OpenAI's .pt, a file of
+                 torch.save, .safetensors, .npz, GGUF, or a folder of Hugging Face or OpenCLIP.
                  FILE#PREFIX says which of several text towers in one file. "hf:OWNER/NAME" downloads the text
                  tower of a model of the Hugging Face hub
     device       "cpu" for NumPy arrays, "cuda" for CuPy arrays
@@ -96,11 +97,8 @@ def load(
     if device == "cuda":
         working_cupy()  # an error comes before a download
     path = fetched(source, text_only)
-    chosen = {
-        name: value for name, value in (("activation", activation), ("heads", heads)) if value is not None
-    }
     try:
-        tower, config, _ = open_tower(path, chosen)
+        tower, config, _ = open_tower(path, activation, heads)
         params, notes = to_params(tower, config, wanted)
     except ValueError as error:
         raise ValueError(f"{path}: {one_line(error)}") from None

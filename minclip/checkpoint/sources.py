@@ -81,12 +81,14 @@ def from_hub(source: str) -> Path:
         raise kind(f"{error}; did you mean hf:{near}?") from None
 
 
-def open_tower(source: Source, chosen: dict[str, Any]) -> OpenTower:
+def open_tower(source: Source, activation: str | None, heads: int | None) -> OpenTower:
     """Find the text tower of "builtin", a file or a folder.
 
-    chosen   the activation or heads that the user gives, which count in place of a config's
+    activation, heads   as the user gives them, which count in place of a config's; None where not given
     Raises ValueError where there is no tower of CLIP's, OSError where there is no file.
     """
+    given = {"activation": activation, "heads": heads}
+    chosen = {name: value for name, value in given.items() if value is not None}
     if source == "builtin":  # unpacked first: its file keeps the matrices in a way of its own
         tower = dialects.Tower(builtin.load_builtin(), "")
         return OpenTower(tower, {"activation": "quick_gelu", "heads": 2} | chosen, [])

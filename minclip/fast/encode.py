@@ -1,5 +1,7 @@
 """`minclip.fast.encode_text`: check the inputs and choose the CPU or the GPU."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,5 +1,7 @@
 """`minclip.fast.Encoder`: parameters prepared once, to answer one text or a few quickly."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,9 +1,12 @@
 """The types that a user's own type checker sees."""
 
+import inspect
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import minclip
 
@@ -47,3 +50,15 @@ def test_a_users_script_passes_strict_mypy_and_meets_no_any(tmp_path):
     assert len(revealed) == 9, run.stdout + run.stderr
     assert not ours, run.stdout
     assert not [line for line in revealed if "Any" in line], "\n".join(revealed)
+
+
+PUBLIC = [getattr(room, name) for room in (minclip, minclip.fast, minclip.corpus) for name in room.__all__]
+
+
+@pytest.mark.parametrize(
+    "function", [item for item in PUBLIC if callable(item)], ids=lambda f: f.__qualname__
+)
+def test_help_shows_the_names_of_types_and_not_their_definitions(function):
+    signature = str(inspect.signature(function))
+    assert "numpy.dtype[" not in signature
+    assert len(signature) < 400
