@@ -21,13 +21,13 @@ def describe(target: Target, tolerance: float) -> list[str]:
     broken = ~np.isfinite(port).all(axis=-1)
     if broken.any():
         return [describe_broken(port, broken)]
+    if not target.has_width_of(reference):
+        return [f"The features have {port.shape[-1]} columns, the model's {reference.shape[-1]}."]
     if len(port) > 1 and relative_l2(port, port[:1]).max() < 1e-5:
         return [
             "All rows are equal: the pooled position does not depend on the text, or the ids do not reach "
             "the lookup."
         ]
-    if not target.has_width_of(reference):
-        return [f"The features have {port.shape[-1]} columns, the model's {reference.shape[-1]}."]
     if not target.aligned:
         return []
     reference = target.transform(reference)

@@ -19,7 +19,7 @@ from minclip.porting.slip_search import slips_of_features, slips_under
 from minclip.porting.states_diagnosis import diagnose_states, is_states
 from minclip.porting.target import Target
 from minclip.porting.tokens.diagnosis import without_texts
-from minclip.porting.verdict import Diagnosis, Finding
+from minclip.porting.verdict import ALL_ZERO, Diagnosis, Finding
 
 BUDGET = 50.0  # seconds; the best candidates are judged after them
 LIKELY_PAIRS = 400  # pairs that are tried before quantization beside a bug, and slips in one layer
@@ -69,16 +69,22 @@ def diagnose(
         return repeated.explain(diagnose(params, tokens, repeated.once, **options))
     trace, told = without_texts(trace, tokens)
     if is_states(params, tokens, output):
-        of_states = diagnose_states(
+        diagnosis: Diagnosis = diagnose_states(
             params, tokens, output, skip=skip, norm=norm, dtype=dtype, budget=budget, trace=trace
         )
-        of_states.notes[:0] = told
-        return of_states
-    target = Target(params, tokens, output, dtype)
+    else:
+        diagnosis = diagnose_features(Target(params, tokens, output, dtype), trace, budget)
+    diagnosis.notes[:0] = told
+    return diagnosis
+
+
+def diagnose_features(target: Target, trace: Mapping[str, Any] | None, budget: float) -> Diagnosis:
+    """Name the known porting bugs that explain a port's features, as `diagnose` does."""
+    if not target.features.any():
+        return Diagnosis("unknown", [], [ALL_ZERO], target.error)
     search = Search(target, Runs(target), budget)
     dump = None if trace is None else StagewiseSearch(search, trace)
     diagnosis = decide(search, dump)
-    diagnosis.notes[:0] = told
     if dump is not None:
         diagnosis.notes.extend(dump.notes)
     elif diagnosis.verdict == "unknown":

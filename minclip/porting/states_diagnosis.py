@@ -12,7 +12,7 @@ from minclip.porting.comparison import compare
 from minclip.porting.rounding import allowed
 from minclip.porting.runs import names
 from minclip.porting.states_search import Judgment, StatesSearch, StatesTarget, text_error
-from minclip.porting.verdict import Diagnosis
+from minclip.porting.verdict import ALL_ZERO, Diagnosis
 from minclip.porting.which_states import Which
 from minclip.tracing import trace as record_trace
 
@@ -50,6 +50,8 @@ def diagnose_states(
     """
     wanted = Which(skip, norm)
     target = StatesTarget(params, tokens, states, wanted, dtype)
+    if not target.states.any():
+        return StatesDiagnosis("unknown", [], [ALL_ZERO], target.error)
     diagnosis = decide(StatesSearch(target, wanted, budget))
     if trace and diagnosis.verdict != "agrees":
         diagnosis.notes.append(f"The dump {compare(record_trace(params, tokens), trace).verdict}.")

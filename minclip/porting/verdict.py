@@ -14,6 +14,10 @@ HEADLINES = {
     "noise": "noise: quantization explains the port's {subject}",
     "unknown": "unknown: no known bug explains the port's {subject}",
 }
+ALL_ZERO = (
+    "Every number is 0: the port never wrote its output, or all its weights are 0. minclip.compare shows the "
+    "first stage that is 0."
+)
 
 
 @dataclasses.dataclass(frozen=True)

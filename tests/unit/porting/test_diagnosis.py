@@ -176,6 +176,14 @@ def test_the_unknown_is_described(params, tokens, clean, monkeypatch):
         assert words in str(diagnosis), (words, str(diagnosis))
 
 
+@pytest.mark.parametrize("shape", [(64,), (48,), (None, 64)])
+def test_an_output_of_zeros_is_no_known_bug(params, tokens, shape):
+    zeros = np.zeros((len(tokens), *(size or tokens.shape[1] for size in shape)), np.float32)
+    diagnosis = minclip.diagnose(params, tokens, zeros)
+    assert (diagnosis.verdict, diagnosis.findings) == ("unknown", [])
+    assert "the port never wrote its output" in str(diagnosis)
+
+
 def test_a_dump_leads_from_bug_to_bug(params, tokens):
     port = Port(params, tokens)
     for fault in CATALOGUE:
