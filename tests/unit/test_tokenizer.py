@@ -309,7 +309,7 @@ def test_decode_stops_at_the_first_end_id_and_replaces_broken_bytes():
     assert minclip.decode([[49406, 320, 49407, 2368, 49407], [320, 2368, 0, 0, 0]]) == ["a", "a cat !!!"]
     half = minclip.tokenize("東")[0, 1]
     assert "\ufffd" in minclip.decode([[half]])[0]
-    with pytest.raises(ValueError, match="from 0 to 49407, not 3 to 49408"):
+    with pytest.raises(ValueError, match="token id 49408 is outside the vocabulary, 0 to 49407"):
         minclip.decode([[3, 49408]])
 
 

@@ -41,7 +41,7 @@ def read_rows(texts: Any, ids: Any) -> tuple[list[str], list[list[int] | None]]:
         if not isinstance(text, str):
             raise TypeError(f"text {i} must be a str, not {type(text).__name__}")
     if not texts or len(ids) != len(texts):
-        raise ValueError(f"{len(ids)} rows of ids for {len(texts)} texts: give one row for each text")
+        raise ValueError(f"rows of ids: {len(ids)}, texts: {len(texts)}; give one row for each text")
     return texts, [None if row is None else read_row(row, i) for i, row in enumerate(ids)]
 
 

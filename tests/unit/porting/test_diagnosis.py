@@ -259,7 +259,7 @@ def test_a_dump_of_hugging_face_names_the_bug_and_later_ones_are_not_tried(
 
 
 def test_errors_name_what_does_not_fit(params, tokens, clean):
-    with pytest.raises(ValueError, match="9 rows of features for 8 texts"):
+    with pytest.raises(ValueError, match="rows of features: 9, texts: 8"):
         minclip.diagnose(params, tokens, np.concatenate([clean, clean[:1]]))
     with pytest.raises(ValueError, match="must be floats"):
         minclip.diagnose(params, tokens, clean.astype(int))

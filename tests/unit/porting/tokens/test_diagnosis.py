@@ -171,8 +171,8 @@ def test_a_text_that_the_port_refused_is_left_out():
 @pytest.mark.parametrize(
     ("texts", "ids", "message"),
     [
-        (["a", "b"], [[1]], "1 rows of ids for 2 texts"),
-        ([], [], "0 rows of ids for 0 texts"),
+        (["a", "b"], [[1]], "rows of ids: 1, texts: 2"),
+        ([], [], "rows of ids: 0, texts: 0"),
         (["a"], [["b"]], "row 0 of ids holds 'b'"),
         (["a"], [[1.5]], r"row 0 of ids holds 1\.5"),
         (["a"], [[float("nan")]], "row 0 of ids holds nan"),
