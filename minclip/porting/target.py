@@ -123,7 +123,7 @@ def check_features(features: Any, texts: int) -> Any:
         raise ValueError(f"features must be floats, as a port's encode_text returns, not {features.dtype}")
     features = features.reshape(-1, features.shape[-1])
     if not 1 <= len(features) <= texts:
-        raise ValueError(f"rows of features: {len(features)}, texts: {texts}; give the tokens of the features")
+        raise ValueError(f"rows of features: {len(features)}, texts: {texts}; give their tokens")
     return features
 
 
