@@ -63,8 +63,8 @@ MISTAKES = {
         "params must hold float arrays, not int8",
     ),
     "part of a stage's name": (
-        lambda: TRACE["transformer.resblocks.0.attn.weigths"],
-        "resblocks.0.attn.weigths'; did you mean 'transformer.resblocks.0.attn.weights'?",
+        lambda: TRACE["transformer.resblocks.0.attn.weight"],
+        "resblocks.0.attn.weight'; did you mean 'transformer.resblocks.0.attn.weights'?",
     ),
     "part of a parameter's name": (
         lambda: PARAMS["token_embedding"],
