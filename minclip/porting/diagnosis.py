@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minclip.arrays import as_array
@@ -14,8 +14,8 @@ from minclip.porting.forgotten_scales import find_forgotten_scales
 from minclip.porting.noise import NoiseSearch, is_sure, noise_diagnosis
 from minclip.porting.repetition import find_repetition
 from minclip.porting.runs import Runs
-from minclip.porting.search import Search
-from minclip.porting.slip_search import slips_of_features, slips_under
+from minclip.porting.search import Search, Trial
+from minclip.porting.slip_search import judged, note_on_slips, slips_under, try_slips
 from minclip.porting.states_diagnosis import diagnose_states, is_states
 from minclip.porting.target import Target
 from minclip.porting.tokens.diagnosis import without_texts
@@ -123,9 +123,10 @@ def decide(search: Search, dump: StagewiseSearch | None) -> Diagnosis:
             if len(found[0].faults) > 1 and has_slip(found[0]):
                 found = search.judge_nearest(search.pairs(), precision) or found
             return checked(known(search, found, [], precision), dump)
-    if found := slips_of_features(search, search.target.precisions[0]):
-        return checked(known(search, found, [], search.target.precisions[0]), dump)
-    return explained_by_pair(search, dump, doubtful)
+    tried, finest = try_slips(search), search.target.precisions[0]
+    if found := judged(search, tried, finest):
+        return checked(known(search, found, [], finest), dump)
+    return explained_by_pair(search, dump, doubtful, tried)
 
 
 def exact_findings(search: Search, dump: StagewiseSearch | None, precision: str) -> list[Finding]:
@@ -143,14 +144,16 @@ def accepted(search: Search, dump: StagewiseSearch | None, agreement: Agreement)
     if dump:
         return agrees(search, agreement)
     if agreement.precision != finest and not resembles_rounding(search, agreement.precision):
-        if found := slips_of_features(search, finest):
+        if found := judged(search, try_slips(search), finest):
             return known(search, found, [], finest)
     diagnosis = agrees(search, agreement)
     diagnosis.notes.extend(filter(None, [slips_under(search, agreement)]))
     return diagnosis
 
 
-def explained_by_pair(search: Search, dump: StagewiseSearch | None, doubtful: Diagnosis | None) -> Diagnosis:
+def explained_by_pair(
+    search: Search, dump: StagewiseSearch | None, doubtful: Diagnosis | None, slips: Sequence[Trial]
+) -> Diagnosis:
     """Return the verdict with pairs of bugs, or else the doubtful one, or that nothing explains the port."""
     pairs = search.pairs()
     for precision in search.target.precisions:
@@ -161,6 +164,7 @@ def explained_by_pair(search: Search, dump: StagewiseSearch | None, doubtful: Di
     diagnosis = unknown(search)
     if dump:
         dump.explain_failure(diagnosis)
+    diagnosis.notes.extend(filter(None, [note_on_slips(search, slips)]))
     return diagnosis
 
 

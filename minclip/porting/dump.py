@@ -9,15 +9,18 @@ from typing import Any
 
 import numpy as np
 
+from minclip.params import BLOCK
 from minclip.porting.alignment import SILENT, align
 from minclip.porting.catalogue import CATALOGUE
-from minclip.porting.dropout import dropout_in
+from minclip.porting.dropout import dropout_in, recorded
 from minclip.porting.faults import Fault
 from minclip.porting.names import unpack
+from minclip.porting.port import Port
 from minclip.porting.rounding import allowed, relative_l2
 from minclip.porting.runs import names
 from minclip.porting.search import Search, exclusive
 from minclip.porting.slip_search import slips_near, slips_of_products
+from minclip.porting.slips import layer_of
 from minclip.porting.stages import STREAM, entries, is_product, up_to_end
 from minclip.porting.target import ROWS, fitted_factor
 from minclip.porting.verdict import Diagnosis, Finding
@@ -218,6 +221,24 @@ class StagewiseSearch:
         if chains[0]:
             last = self.order[max(first - 1, 0)]
             diagnosis.notes.append(f"{names(chains[0])} explains the dump up to {last}, but not further.")
+        if self.start < len(self.order) and (block := self.only_block()):
+            diagnosis.notes.append(
+                f"Only {block} differs: given the port's output of this block, every later stage agrees. "
+                "Were its weights loaded?"
+            )
+
+    def only_block(self) -> str:
+        """Return the block of the first divergence where no later block has an error of its own, or ""."""
+        layer = layer_of(self.order[self.start])
+        block, before = f"{BLOCK}{layer}", f"{BLOCK}{layer - 1}" if layer else "embedding"
+        if block not in self.stages or before not in self.order[: self.start]:
+            return ""
+
+        def change(port: Port) -> None:
+            port.replace("block", recorded(port, f"{block}.", "block", self.stages[block]))
+
+        given = Fault(block, "", "", "", change)
+        return block if self.divergence((given,), self.order.index(block)) == len(self.order) else ""
 
     def where(self, place: int) -> str:
         """Return a sentence on the first divergence."""

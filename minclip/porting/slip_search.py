@@ -149,13 +149,28 @@ def best_factor(error_of: Callable[[float], float]) -> float:
     return round(factor) if factor > 1 and abs(factor - round(factor)) < 1e-5 * factor else factor
 
 
-def slips_of_features(search: Search, precision: str, seconds: float = SECONDS) -> list[Finding]:
-    """Return the slips that explain the features, tried one by one on the texts of the search."""
+def try_slips(search: Search, seconds: float = SECONDS) -> list[Trial]:
+    """Return a trial of each slip on the texts of the search, nearest first, as many as the time allows."""
     target, trials = search.target, []
     for candidate, features in slip_features(search, seconds):
         error = float(relative_l2(target.features[search.rows], features).max())
         trials.append(Trial(error, (candidate,), ""))
-    return judged(search, trials, precision)
+    return sorted(trials, key=lambda trial: trial.error)
+
+
+def note_on_slips(search: Search, trials: Sequence[Trial]) -> str:
+    """Return a sentence on the slip that explains most of an unknown port's error, or nothing."""
+    usual = min((t.error for t in search.singles() if t.faults and not t.transform), default=math.inf)
+    clean = next(t.error for t in search.singles() if not t.faults and not t.transform)
+    if not trials or trials[0].error > min(1.001 * usual, 0.5 * clean):
+        return ""
+    nearest = trials[0].faults[0]
+    told = (
+        f"The nearest slip in one layer is {nearest.id} ({nearest.summary}). It takes the error on one text "
+        f"from {clean:.2g} to {trials[0].error:.2g}."
+    )
+    left_out = nearest.id.startswith("W6")
+    return told + " A block whose weights were never loaded does nearly nothing as well." * left_out
 
 
 def slip_features(search: Search, seconds: float) -> Iterator[tuple[Slip, Any]]:

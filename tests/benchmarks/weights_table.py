@@ -3,13 +3,18 @@
     python -m tests.benchmarks.weights_table [-o tests/benchmarks/diagnosis.md] [--models NAME ...]
         [--formats ID ...]    the formats that every bug is tried beside; none leaves that out
         [--slips]             only the table of slips is made again, in its place
+        [--noise]             only the lines on quantized ports are made again, in their place
 
 Everything after the heading HEADING is replaced; the rest of the file is diagnosis_table's. A bug counts
-beside int8 weights where it moves the features by at least twice as much as the weights do.
+beside int8 weights where it moves the features by at least twice as much as the weights do. Clean quantized
+ports are minclip's formats in three sets of matrices, blocks of the gguf package and graphs of ONNX Runtime's
+quantize_dynamic.
 """
 
 import argparse
+import itertools
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -19,12 +24,13 @@ import minclip
 from minclip.porting.noise import PARTS, Candidate
 from minclip.porting.quantization import FORMATS
 from tests.benchmarks import diagnosis_table as table
-from tests.support import foreign_weights, oracles, weight_slips
+from tests.support import foreign_weights, oracles, quantized, weight_slips
 from tests.support.broken_port import SINGLES
 from tests.unit.porting import test_slips
 from tests.unit.porting.weights.test_checking import NAMELESS, coarse, not_named
 
 HEADING = "## Weights, slips in one layer, quantized ports"
+MODELS = ["3 layers, 2 heads, 128 to 96", "built-in"]
 SLIPS = "| model | slip in one layer | full dump | block outputs | features alone |"
 FORMAT = {kind.id: kind for kind in FORMATS}
 
@@ -91,17 +97,41 @@ def slip_rows(model):
 
 
 def noise_rows(model, formats):
-    """Yield lines on clean quantized ports of a model, and on ports with a bug beside int8 weights."""
+    """Yield lines on clean quantized ports of a model, and on ports with a bug beside quantized weights."""
     params, tokens = table.model(model), table.tokens_for(table.model(model), (2, 4))
-    verdicts = []
-    for kind in FORMATS:
-        for parts in PARTS:
-            features = table.port_features(Candidate(kind, parts).apply(params, tokens), tokens)
-            verdicts.append(minclip.diagnose(params, tokens, features).verdict)
-    counts = {verdict: verdicts.count(verdict) for verdict in sorted(set(verdicts))}
-    yield f"- {model}: {len(verdicts)} clean quantized ports: {counts}."
+    for maker, ports in (
+        ("minclip's formats", own_ports),
+        ("the gguf package's blocks", gguf_ports),
+        ("ONNX Runtime's quantize_dynamic", onnx_ports),
+    ):
+        said = {port: minclip.diagnose(params, tokens, f).verdict for port, f in ports(params, tokens)}
+        print(model, maker, said, file=sys.stderr, flush=True)
+        wrong = [f"{port} ({verdict})" for port, verdict in said.items() if verdict != "noise"]
+        count = f"{len(said) - len(wrong)} of {len(said)} clean ports are noise"
+        yield f"- {model}, {maker}: {count}. Not: {', '.join(wrong) or 'none'}."
     for kind in formats:
         yield beside(model, params, tokens, FORMAT[kind])
+
+
+def own_ports(params, tokens):
+    """Yield (name, features) of ports in each format and each set of matrices."""
+    for kind, parts in itertools.product(FORMATS, PARTS):
+        candidate = Candidate(kind, parts)
+        yield candidate.key, table.port_features(candidate.apply(params, tokens), tokens)
+
+
+def gguf_ports(params, tokens):
+    """Yield (name, features) of ports with the gguf package's blocks, of all matrices and of the blocks'."""
+    outside = [name for name in params if not name.startswith("transformer.")]
+    for kind, but in itertools.product(quantized.GGUF, ((), outside)):
+        features = table.port_features(quantized.with_gguf_blocks(params, kind, but), tokens)
+        yield f"{kind}{' in the blocks' if but else ''}", features
+
+
+def onnx_ports(params, tokens):
+    """Yield (name, features) of transformers' graph as ONNX Runtime quantizes it."""
+    for name, options in quantized.ONNX.items():
+        yield name, quantized.onnx_features(params, tokens, options)
 
 
 def beside(model, params, tokens, kind):
@@ -121,7 +151,7 @@ def beside(model, params, tokens, kind):
             named += 1
         else:
             missed.append(f"{bug} ({' '.join([diagnosis.verdict, *sorted(ids)])})")
-        print(model, kind.id, bug, diagnosis.verdict, *ids, flush=True)
+        print(model, kind.id, bug, diagnosis.verdict, *ids, file=sys.stderr, flush=True)
     return (
         f"- {model}: {kind.summary} make {noise:.2g}; of {large} bugs of at least twice that, {named} are "
         f"named. Not: {', '.join(missed) or 'none'}."
@@ -148,29 +178,36 @@ def section(models, formats):
         *slip_table(models),
         "",
     ]
-    for model in models:
-        lines += noise_rows(model, formats)
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *noise_lines(models, formats)]) + "\n"
+
+
+def noise_lines(models, formats):
+    """Return the lines on quantized ports, which end the section."""
+    return [line for model in models for line in noise_rows(model, formats)]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", dest="output", type=Path)
-    parser.add_argument("--models", nargs="*", default=["built-in"])
+    parser.add_argument("--models", nargs="*", default=MODELS)
     parser.add_argument("--formats", nargs="*", default=["int8-row", "q4_0"], choices=FORMAT)
     parser.add_argument("--slips", action="store_true", help="make only the table of slips again")
+    parser.add_argument("--noise", action="store_true", help="make only the lines on quantized ports again")
     args = parser.parse_args()
+    old = args.output.read_text() if args.output else ""
     if args.slips:
-        table_of_slips = "\n".join(slip_table(args.models))
-        if args.output:
-            before, _, rest = args.output.read_text().partition(SLIPS)
-            args.output.write_text(f"{before}{table_of_slips}\n\n{rest.partition(chr(10) * 2)[2]}")
-        print(table_of_slips)
-        return
-    text = section(args.models, args.formats)
+        text = "\n".join(slip_table(args.models))
+        before, _, rest = old.partition(SLIPS)
+        new = f"{before}{text}\n\n{rest.partition(chr(10) * 2)[2]}"
+    elif args.noise:
+        text = "\n".join(noise_lines(args.models, args.formats))
+        before, _, rest = old.partition(SLIPS)
+        new = f"{before}{SLIPS}{rest.partition(chr(10) * 2)[0]}\n\n{text}\n"
+    else:
+        text = section(args.models, args.formats)
+        new = f"{old.partition(HEADING)[0].rstrip(chr(10))}\n\n{text}"
     if args.output:
-        before = args.output.read_text().partition(HEADING)[0].rstrip("\n")
-        args.output.write_text(f"{before}\n\n{text}")
+        args.output.write_text(new)
     print(text)
 
 

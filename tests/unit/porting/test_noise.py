@@ -10,7 +10,7 @@ from minclip.porting.runs import Runs
 from minclip.porting.search import Search
 from minclip.porting.target import Target
 from tests.benchmarks.diagnosis_table import port_features
-from tests.support import foreign_weights, oracles
+from tests.support import oracles
 
 FORMAT = {kind.id: kind for kind in FORMATS}
 
@@ -26,14 +26,14 @@ def tokens():
     return minclip.probe_tokens(77, 600)
 
 
-def quantized(params, tokens, kind, bugs=(), parts=PARTS[1]):
+def rounded_features(params, tokens, kind, bugs=(), parts=PARTS[1]):
     """Return the features of a port with quantized weights that shares no code with the catalogue."""
     return port_features(Candidate(FORMAT[kind], parts).apply(params, tokens), tokens, bugs)
 
 
 @pytest.mark.parametrize("kind", FORMAT)
 def test_quantized_weights_are_noise_and_the_format_is_named(params, tokens, kind):
-    diagnosis = minclip.diagnose(params, tokens, quantized(params, tokens, kind))
+    diagnosis = minclip.diagnose(params, tokens, rounded_features(params, tokens, kind))
     assert diagnosis.verdict == "noise", diagnosis
     assert diagnosis.findings == []
     summary = FORMAT[kind].summary
@@ -42,7 +42,7 @@ def test_quantized_weights_are_noise_and_the_format_is_named(params, tokens, kin
 
 @pytest.mark.parametrize("parts", PARTS)
 def test_the_matrices_that_are_quantized_are_named(params, tokens, parts):
-    diagnosis = minclip.diagnose(params, tokens, quantized(params, tokens, "q8_0", parts=parts))
+    diagnosis = minclip.diagnose(params, tokens, rounded_features(params, tokens, "q8_0", parts=parts))
     assert f"in {parts}, explain" in diagnosis.notes[0]
 
 
@@ -57,7 +57,7 @@ def test_the_matrices_that_are_quantized_are_named(params, tokens, parts):
     ],
 )
 def test_a_bug_beside_quantization_is_named(params, tokens, kind, bug, id):
-    diagnosis = minclip.diagnose(params, tokens, quantized(params, tokens, kind, (bug,)))
+    diagnosis = minclip.diagnose(params, tokens, rounded_features(params, tokens, kind, (bug,)))
     assert diagnosis.verdict == "known", diagnosis
     assert [fault.id for fault in diagnosis.findings[0].faults] == [id]
     assert "quantization explains" in diagnosis.findings[0].explanation
@@ -65,56 +65,20 @@ def test_a_bug_beside_quantization_is_named(params, tokens, kind, bug, id):
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q5_0", "Q4_0"])
 def test_blocks_of_the_gguf_package_are_noise(params, tokens, kind):
-    gguf = pytest.importorskip("gguf")
-    quant = gguf.GGMLQuantizationType[kind]
-
-    def stored(array):
-        return gguf.quants.dequantize(gguf.quants.quantize(np.ascontiguousarray(array), quant), quant)
-
-    matrices = {n: stored(a) for n, a in params.items() if a.ndim == 2 and n.startswith("transformer.")}
-    features = port_features(params | matrices, tokens)
+    quantized = pytest.importorskip("tests.support.quantized")
+    outside = [name for name in params if not name.startswith("transformer.")]
+    features = port_features(quantized.with_gguf_blocks(params, kind, outside), tokens)
     diagnosis = minclip.diagnose(params, tokens, features)
     assert diagnosis.verdict == "noise"
     assert f"{kind.lower()} weights" in diagnosis.notes[0].lower()
 
 
-def onnx_model(params, path, activation):
-    """Write transformers' text tower with these weights as an ONNX graph."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    config = transformers.CLIPTextConfig(
-        vocab_size=600, hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=2,
-        projection_dim=64, bos_token_id=598, eos_token_id=599, hidden_act=activation,
-    )  # fmt: skip
-    model = transformers.CLIPTextModelWithProjection(config).eval()
-    arrays = {n: a for n, a in foreign_weights.hugging_face(params).items() if a.ndim and "visual" not in n}
-    state = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-    state.pop("text_model.embeddings.position_ids", None)
-    model.load_state_dict(state, strict=False)
-
-    class Features(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.tower = model
-
-        def forward(self, ids):
-            return self.tower(ids).text_embeds
-
-    ids = torch.from_numpy(minclip.probe_tokens(77, 600)).long()
-    torch.onnx.export(Features(), (ids,), path, dynamo=False, opset_version=17, input_names=["ids"])
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-def test_onnxruntimes_own_dynamic_quantization_is_noise(params, tokens, tmp_path, activation):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    quantization = pytest.importorskip("onnxruntime.quantization")
-    onnx_model(params, tmp_path / "float.onnx", activation)
-    options = {"op_types_to_quantize": ["MatMul"]}
-    quantization.quantize_dynamic(tmp_path / "float.onnx", tmp_path / "int8.onnx", **options)
-    (features,) = onnxruntime.InferenceSession(tmp_path / "int8.onnx").run(
-        None, {"ids": tokens.astype(np.int64)}
-    )
+def test_onnxruntimes_own_dynamic_quantization_is_noise(params, tokens, activation):
+    quantized = pytest.importorskip("tests.support.quantized")
+    options = quantized.ONNX["the products"]
+    features = quantized.onnx_features(params, tokens, options, activation)
     diagnosis = minclip.diagnose(params, tokens, features)
     assert "dynamic quantization" in diagnosis.notes[0]
     if activation == "quick_gelu":

@@ -117,6 +117,45 @@ def test_block_outputs_or_features_alone_name_the_slip(params, tokens, slip, sho
     assert diagnosis.findings[0].faults[0].summary == NINE[slip]
 
 
+@pytest.mark.parametrize("shown", ["blocks", "features"])
+def test_a_block_that_was_never_loaded_is_pointed_at(params, tokens, monkeypatch, shown):
+    """Its random weights are no tensor of the reference, so nothing explains the port."""
+    monkeypatch.setattr("minclip.porting.search.Search.pairs", lambda search, *_: [])
+
+    def random_weights(p):
+        rng = np.random.default_rng(7)
+        for name in [name for name in p if name.startswith(B3) and p[name].ndim == 2]:
+            p[name] = 0.03 * rng.standard_normal(p[name].shape).astype(np.float32)
+
+    dump = broken(params, tokens, random_weights)
+    blocks = {
+        name: array for name, array in dump.items() if re.fullmatch(r"transformer\.resblocks\.\d", name)
+    }
+    trace = blocks if shown == "blocks" else None
+    diagnosis = minclip.diagnose(params, tokens, dump["text_features"], trace=trace)
+    assert diagnosis.verdict == "unknown"
+    said = {
+        "blocks": f"Only {B3[:-1]} differs: given the port's output of this block, every later stage agrees.",
+        "features": f"The nearest slip in one layer is W6-3 ({B3[:-1]} is left out).",
+    }
+    assert said[shown] in str(diagnosis)
+
+
+def test_no_block_alone_is_blamed_for_a_bug_in_every_block(params, tokens, monkeypatch):
+    monkeypatch.setattr("minclip.porting.search.Search.pairs", lambda search, *_: [])
+    monkeypatch.setattr("minclip.porting.dump.DEEPEST", 0)
+    port = minclip.Params(dict(params), activation="gelu", heads=2)
+    for name in [name for name in port if name.endswith("c_fc.bias")]:
+        port[name] = port[name] + np.float32(0.1)
+    dump = dict(minclip.trace(port, tokens))
+    blocks = {
+        name: array for name, array in dump.items() if re.fullmatch(r"transformer\.resblocks\.\d", name)
+    }
+    diagnosis = minclip.diagnose(params, tokens, dump["text_features"], trace=blocks)
+    assert diagnosis.verdict == "unknown"
+    assert not any(note.startswith("Only ") for note in diagnosis.notes)
+
+
 def test_a_fault_that_makes_nan_explains_no_block_output():
     """In the built-in model a slip in ln_2 was once explained by a mask that makes every number NaN."""
     params = minclip.load()
