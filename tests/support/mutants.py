@@ -31,12 +31,13 @@ LEFT_ALONE = ast.Raise | ast.JoinedStr  # Python 3.11 has no places for the part
 
 
 def mutants(text):
-    """Return (line number, changed line, changed text) of each mutant, in the order of the lines."""
+    """Return (line number, line, changed line, changed text) of each mutant, in the order of the lines."""
     source, found = Source(text), []
     for begin, end, new in sorted(set(changes(ast.parse(text), source))):
         changed = (source.bytes[:begin] + new.encode() + source.bytes[end:]).decode()
         number = source.bytes[:begin].count(b"\n") + 1
-        found.append((number, changed.splitlines()[number - 1].strip(), changed))
+        before, after = (lines.splitlines()[number - 1].strip() for lines in (text, changed))
+        found.append((number, before, after, changed))
     return found
 
 

@@ -371,6 +371,17 @@ def test_the_end_of_text_of_params_is_honored():
     )
 
 
+@pytest.mark.parametrize("parameters", [True, False])
+def test_the_gradients_know_the_run_that_they_belong_to(parameters):
+    tap = lambda name, array: array  # noqa: E731 - a tap of the forward pass
+    trace = minclip.trace(PARAMS, TOKENS, tap=tap)
+    gradients = minclip.backward(trace, GRAD, parameters=parameters)
+    assert gradients.params is PARAMS
+    assert gradients.tap is tap
+    np.testing.assert_array_equal(gradients.tokens, TOKENS)
+    np.testing.assert_array_equal(gradients.gradient, GRAD)
+
+
 # Inputs
 
 

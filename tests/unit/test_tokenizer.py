@@ -284,7 +284,16 @@ def test_the_error_for_a_long_text_quotes_only_its_beginning():
     assert len(str(raised.value)) < 250
 
 
+@pytest.mark.parametrize(("length", "shown"), [(9, 9), (60, 60), (61, 57)])
+def test_the_error_for_a_long_text_quotes_up_to_60_characters(length, shown):
+    text = ("a b c d " * 8)[:length]
+    with pytest.raises(ValueError, match="truncate=True") as raised:
+        minclip.tokenize(text, context_length=5)
+    assert str(raised.value).endswith(f": {text[:shown] + '...' * (shown < length)!r}")
+
+
 def test_a_context_that_cannot_hold_start_and_end_is_refused():
+    assert minclip.tokenize("", context_length=2).tolist() == [[49406, 49407]]
     with pytest.raises(ValueError, match="not 1"):
         minclip.tokenize("a", context_length=1)
 
@@ -311,6 +320,8 @@ def test_decode_stops_at_the_first_end_id_and_replaces_broken_bytes():
     assert "\ufffd" in minclip.decode([[half]])[0]
     with pytest.raises(ValueError, match="token id 49408 is outside the vocabulary, 0 to 49407"):
         minclip.decode([[3, 49408]])
+    with pytest.raises(ValueError, match="from 0 to 49407, not -1 to 3"):
+        minclip.decode([[-1, 3]])
 
 
 def test_the_merges_are_rebuilt_from_the_public_file():
