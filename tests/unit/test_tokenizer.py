@@ -278,6 +278,11 @@ def test_an_argument_that_is_not_text_raises_and_names_its_position(texts, messa
         minclip.tokenize(texts)
 
 
+def test_one_text_is_text_0_in_an_error():
+    with pytest.raises(TypeError, match="text 0 must be a str, not NoneType"):
+        tokenizer.encode(None)
+
+
 def test_the_error_for_a_long_text_quotes_only_its_beginning():
     with pytest.raises(ValueError, match="text 2 is 1048578 tokens long") as raised:
         minclip.tokenize(["a", "b", "1" * 2**20])
@@ -320,7 +325,7 @@ def test_decode_stops_at_the_first_end_id_and_replaces_broken_bytes():
     assert "\ufffd" in minclip.decode([[half]])[0]
     with pytest.raises(ValueError, match="token id 49408 is outside the vocabulary, 0 to 49407"):
         minclip.decode([[3, 49408]])
-    with pytest.raises(ValueError, match="from 0 to 49407, not -1 to 3"):
+    with pytest.raises(ValueError, match="token id -1 is outside the vocabulary"):
         minclip.decode([[-1, 3]])
 
 
