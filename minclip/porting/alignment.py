@@ -277,15 +277,27 @@ class Aligner:
     def take(self, name: str, stage: str, candidate: Candidate, by_value: bool) -> bool:
         """Record an array as a stage, or as q, k and v; tell whether the stage was free."""
         reading, free = candidate.reading, [part for part in parts(stage) if part not in self.result.matches]
+        kind = self.recognizer.kind_of(stage)
+        others = readings(self.port[name], kind.goal, {"B": self.recognizer.batch, **kind.sizes})
+        if not by_value:
+            reading = self.usual_reading(kind.goal, others, reading)
+        rivals = [r.layout for r in others if r.layout != reading.layout and not same(r.array, reading.array)]
         arrays = dict(
             zip(parts(stage), reading.array if stage.endswith(PACKED) else [reading.array], strict=True)
         )
-        kind = self.recognizer.kind_of(stage)
-        others = readings(self.port[name], kind.goal, {"B": self.recognizer.batch, **kind.sizes})
-        rivals = [r.layout for r in others if r.layout != reading.layout and not same(r.array, reading.array)]
         for part in free:
             self.result.matches[part] = Match(arrays[part], name, reading.layout, rivals, by_value)
         return bool(free)
+
+    def usual_reading(self, goal: str, others: list[Reading], nearest: Reading) -> Reading:
+        """Return the reading in the layout that most recognized arrays of such axes have, or the nearest.
+
+        Wrong numbers tell no layout. With two texts and two heads, say, several have the same shape.
+        """
+        layouts = [m.layout for s, m in self.result.matches.items() if m.by_value and axes(s) == goal]
+        count = max((layouts.count(reading.layout) for reading in others), default=0)
+        usual = [reading for reading in others if layouts.count(reading.layout) == count > 0]
+        return usual[0] if usual else nearest
 
 
 def parts(stage: str) -> list[str]:

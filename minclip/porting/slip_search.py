@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections import defaultdict
@@ -95,7 +96,8 @@ def not_loaded(places: Sequence[str], stages: Mapping[str, Any]) -> Slip:
     block = places[0].rpartition(f".{part_of(places[0])}")[0]
     several = f"all of {block}" if len(places) == len(INPUTS) else " and ".join(places)
     summary = f"{several} uses weights that are no tensor of the reference: were they loaded at all?"
-    return slip(f"W8-{places[0]}", layer_of(places[0]), summary, change)
+    found = slip(f"W8-{places[0]}", layer_of(places[0]), summary, change)
+    return dataclasses.replace(found, needs="batch")  # the recorded outputs are of all texts and positions
 
 
 def slips_near(search: Search, stage: str, port_array: Any, text: Any, chain: Sequence[Fault]) -> list[Slip]:

@@ -117,6 +117,14 @@ def test_block_outputs_or_features_alone_name_the_slip(params, tokens, slip, sho
     assert diagnosis.findings[0].faults[0].summary == NINE[slip]
 
 
+@pytest.mark.parametrize("slip", [k_from_q, last_layer_not_loaded], ids=lambda slip: slip.__name__)
+def test_two_texts_and_two_heads_are_not_mixed_up(params, tokens, slip):
+    """[2, 2, L, K] is also a layout of heads and texts, and wrong numbers cannot tell which it is."""
+    dump = broken(params, tokens[[2, 3]], slip)
+    diagnosis = minclip.diagnose(params, tokens[[2, 3]], dump["text_features"], trace=dump)
+    assert NINE[slip] in str(diagnosis), diagnosis
+
+
 @pytest.mark.parametrize("shown", ["blocks", "features"])
 def test_a_block_that_was_never_loaded_is_pointed_at(params, tokens, monkeypatch, shown):
     """Its random weights are no tensor of the reference, so nothing explains the port."""
