@@ -225,9 +225,9 @@ class Tower:
         for ours, names in self.sources.items():
             for name in names:
                 if name not in own:
-                    shape = list(self.shape_of(ours))
+                    shape = ", ".join(str(n or "any size") for n in self.shape_of(ours))
                     raise ValueError(
-                        f"{shown(self.prefix + name)}, {shape}, is missing{self.nearest(name, spare)}"
+                        f"{shown(self.prefix + name)}, [{shape}], is missing{self.nearest(name, spare)}"
                     )
         if spare:
             name = shown(self.prefix + spare[0])

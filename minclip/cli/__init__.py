@@ -25,8 +25,9 @@ examples:
 
 def main(argv=None):
     """Run the command line, and return the exit status. Errors are one line on standard error."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="replace")  # a terminal that has no emoji shows ? and goes on
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # no stream at all, or a StringIO, of a caller in Python
+            stream.reconfigure(errors="replace")  # a terminal that has no emoji shows ? and goes on
     usual, warnings.formatwarning = warnings.formatwarning, lambda message, *_: f"minclip: {message}\n"
     try:
         top = parser()

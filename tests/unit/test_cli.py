@@ -1,6 +1,7 @@
 """The command line, run as a person would."""
 
 import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -33,6 +34,14 @@ def run(*args, stdin=None, env=None):
         env={**os.environ, "PYTHONUTF8": "1", **(env or {})},
         timeout=120,
     )
+
+
+def test_buffers_of_a_caller_in_python_take_the_output():
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        assert cli.main(["encode", "a cat", "two dogs"]) == 0
+        assert cli.main(["encode", "a cat", "--model", "no.pt"]) == 1
+    assert "a cat" in out.getvalue()
+    assert err.getvalue().startswith("minclip: no file")
 
 
 def test_encode_shows_tokens_similarities_and_pictures_in_80_columns():
