@@ -11,7 +11,7 @@ from minclip.porting.agreement import Agreement, agree, resembles_rounding
 from minclip.porting.conclusions import agrees, known, seen_through, unknown
 from minclip.porting.dump import StagewiseSearch
 from minclip.porting.forgotten_scales import find_forgotten_scales
-from minclip.porting.noise import NoiseSearch, is_sure, noise_diagnosis
+from minclip.porting.noise import Noise, NoiseSearch, is_sure, noise_diagnosis
 from minclip.porting.repetition import find_repetition
 from minclip.porting.runs import Runs
 from minclip.porting.search import Search, Trial
@@ -22,6 +22,7 @@ from minclip.porting.tokens.diagnosis import without_texts
 from minclip.porting.verdict import ALL_ZERO, Diagnosis, Finding
 
 BUDGET = 50.0  # seconds; the best candidates are judged after them
+SLIPS = 2  # slips in one layer that quantization is sought beside
 LIKELY_PAIRS = 400  # pairs that are tried before quantization beside a bug, and slips in one layer
 
 
@@ -123,9 +124,16 @@ def decide(search: Search, dump: StagewiseSearch | None) -> Diagnosis:
             if len(found[0].faults) > 1 and has_slip(found[0]):
                 found = search.judge_nearest(search.pairs(), precision) or found
             return checked(known(search, found, [], precision), dump)
+    return explained_by_slip(search, dump, doubtful)
+
+
+def explained_by_slip(search: Search, dump: StagewiseSearch | None, doubtful: Diagnosis | None) -> Diagnosis:
+    """Return the verdict with slips in one layer, alone or beside quantization, or else with pairs."""
     tried, finest = try_slips(search), search.target.precisions[0]
     if found := judged(search, tried, finest):
         return checked(known(search, found, [], finest), dump)
+    if noise := noise_beside_slip(search, tried):
+        return checked(noise_diagnosis(search, noise), dump)
     return explained_by_pair(search, dump, doubtful, tried)
 
 
@@ -149,6 +157,16 @@ def accepted(search: Search, dump: StagewiseSearch | None, agreement: Agreement)
     diagnosis = agrees(search, agreement)
     diagnosis.notes.extend(filter(None, [slips_under(search, agreement)]))
     return diagnosis
+
+
+def noise_beside_slip(search: Search, tried: Sequence[Trial]) -> Noise | None:
+    """Return quantization that explains the port beside the nearest slip, where that explains most of it."""
+    clean = min(trial.error for trial in search.singles() if not trial.faults)
+    likely = [trial.faults for trial in tried[:SLIPS] if trial.error < 0.5 * clean]
+    if not likely or search.target.precisions[0] != "float32":
+        return None
+    noise = NoiseSearch(search).explaining(likely)
+    return noise if noise and is_sure(noise) else None
 
 
 def explained_by_pair(

@@ -26,6 +26,7 @@ INPUTS = {
 }
 POSITIONS = 96  # positions of the texts that a product is compared at
 RIGHT = 2e-3  # relative L2 at which a product of float32 or float16 is the reference's
+SCALED = 0.1  # the same where the matrix is too large: its scale may be lost beside quantization
 CLEAR = 0.3  # of quantized weights: the right matrix leaves less than this, and half of what the next leaves
 
 
@@ -96,7 +97,8 @@ def product_used(params: Mapping[str, Any], stage: str, places: list[str], x: An
         )
     centered, other = own - own.mean(axis=0), y - y.mean(axis=0)
     scale = float((centered * other).sum() / ((centered**2).sum() or 1))
-    if np.linalg.norm(other - scale * centered) <= RIGHT * size:
+    limit = RIGHT if 0.5 < scale < 2 else SCALED  # rounded weights are never that much too large
+    if np.linalg.norm(other - scale * centered) <= limit * size:
         bias = bias_used(params, stage, places, (y - scale * own).mean(axis=0))
         return Use(stage, stage, bias, scale=scale)
     tried = []

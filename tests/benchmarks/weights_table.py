@@ -183,7 +183,8 @@ def section(models, formats):
 
 def noise_lines(models, formats):
     """Return the lines on quantized ports, which end the section."""
-    return [line for model in models for line in noise_rows(model, formats)]
+    known = "The built-in model's blocks hold int8 numbers, one scale per row: there, such a port agrees."
+    return [known, "", *(line for model in models for line in noise_rows(model, formats))]
 
 
 def main():

@@ -7,8 +7,10 @@ import pytest
 
 import minclip
 from minclip.porting.faults import port_with
+from minclip.porting.noise import PARTS, Candidate
+from minclip.porting.quantization import CODES, FORMATS
 from minclip.porting.rounding import round_to
-from minclip.porting.slips import CODES, SlipRuns, slips
+from minclip.porting.slips import SlipRuns, slips
 from tests.support import oracles
 
 B0, B1, B2, B3 = (f"transformer.resblocks.{i}." for i in range(4))
@@ -207,6 +209,29 @@ def test_one_matrix_whose_scale_was_forgotten_is_named(params, tokens, shown, ki
     diagnosis = minclip.diagnose(params, tokens, dump["text_features"], trace=given)
     said = f"{B2}mlp.c_fc uses {kind} codes of {name}: their scale was forgotten"
     assert diagnosis.findings[0].faults[0].summary == said, diagnosis
+
+
+@pytest.mark.parametrize(
+    ("kind", "format", "shown"),
+    [
+        ("int8", "int8-tensor", "features"),
+        ("fp8 (e4m3)", "fp8-e4m3-scaled", "blocks"),
+        ("int8", "q8_0", "all"),
+    ],
+)
+def test_one_forgotten_scale_beside_quantized_weights_is_a_bug(params, tokens, kind, format, shown):
+    quantized = next(Candidate(f, PARTS[0]) for f in FORMATS if f.id == format).apply(params, tokens)
+    name = B2 + "mlp.c_fc.weight"
+    round_code, largest = CODES[kind]
+    codes = round_code(params[name] / (abs(params[name]).max() / np.float32(largest))).astype(np.float32)
+    dump = broken(quantized, tokens, lambda p: p.update({name: codes}))
+    blocks = {name: dump[name] for name in (B0[:-1], B1[:-1], B2[:-1], B3[:-1])}
+    given = {"features": None, "blocks": blocks, "all": dump}[shown]
+    diagnosis = minclip.diagnose(params, tokens, dump["text_features"], trace=given)
+    assert diagnosis.verdict == "known", diagnosis
+    said = diagnosis.findings[0].faults[0].summary
+    assert f"{B2}mlp.c_fc uses {kind if shown != 'all' else name}" in said
+    assert "forgotten" in said
 
 
 def test_a_matrix_too_large_by_any_factor_is_named_from_block_outputs(params, tokens):
