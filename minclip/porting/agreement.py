@@ -8,6 +8,7 @@ small uncertainty, shows the fault; one near 0 excludes it.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -85,18 +86,18 @@ def agree(search: Search) -> Agreement | None:
     return None
 
 
-def resembles_rounding(search: Search, precision: str) -> bool:
-    """Tell whether the port's error points where that of the reference's own run at a precision does."""
-    return alike(search, precision) >= RESEMBLING
+def resembles_rounding(search: Search, precision: str, faults: Sequence[Fault] = ()) -> bool:
+    """Tell whether the error that faults leave points where that of their own run at a precision does."""
+    return alike(search, precision, faults) >= RESEMBLING
 
 
-def alike(search: Search, precision: str) -> float:
-    """Return the cosine between the port's error and the error of the reference's own run at a precision."""
+def alike(search: Search, precision: str, faults: Sequence[Fault] = ()) -> float:
+    """Return the cosine between the error that faults leave and that of their own run at a precision."""
     target, runs = search.target, search.runs
     if not target.aligned:
         return 0.0
-    exact = target.transform(runs.run((), precision="float64"))
-    ours = target.transform(runs.run((), precision=precision)) - exact
+    exact = target.transform(runs.run(faults, precision="float64"))
+    ours = target.transform(runs.run(faults, precision=precision)) - exact
     error = target.features - exact
     sizes = float(np.linalg.norm(error) * np.linalg.norm(ours))
     return float((error * ours).sum()) / sizes if sizes else 0.0

@@ -194,11 +194,21 @@ def has_slip(finding: Finding) -> bool:
 def explained_by_single(
     search: Search, dump: StagewiseSearch | None, found: list[Finding], precision: str
 ) -> Diagnosis:
-    """Return the verdict with single bugs or, where they leave a coarse error, with pairs that leave less."""
+    """Return the verdict with single bugs or, where they leave a coarse error, with what leaves less."""
     finest = search.target.precisions[0]
-    if precision != finest and (better := search.judge_nearest(search.pairs_with(found), finest)):
+    if precision != finest and (better := finer_findings(search, found, precision)):
         found, precision = better, finest
     return checked(known(search, found, search.singles(), precision), dump)
+
+
+def finer_findings(search: Search, found: list[Finding], precision: str) -> list[Finding]:
+    """Return pairs, or slips in one layer, that explain the port to its finest precision."""
+    finest, faults = search.target.precisions[0], found[0].faults
+    if pairs := search.judge_nearest(search.pairs_with(found), finest):
+        return pairs
+    if not all(fault.change for fault in faults) or resembles_rounding(search, precision, faults):
+        return []
+    return judged(search, try_slips(search), finest)
 
 
 def checked(diagnosis: Diagnosis, dump: StagewiseSearch | None) -> Diagnosis:

@@ -196,6 +196,24 @@ def test_slips_that_coarse_rounding_hides_are_mentioned():
     assert re.search(r"at bfloat16 are also [1-9]\d* of \d+ slips in one layer's weights", str(diagnosis))
 
 
+def test_one_norm_with_another_eps_is_not_taken_for_all_norms(params, tokens):
+    """All norms with that eps come near enough for the rounding of bfloat16."""
+    seen = {}
+
+    def tap(name, array):
+        seen[name] = array
+        if name != B0 + "ln_1":
+            return array
+        x = seen["embedding"]
+        centered = x - x.mean(axis=-1, keepdims=True)
+        unit = centered / np.sqrt((centered**2).mean(axis=-1, keepdims=True) + np.float32(1e-3))
+        return unit * params[name + ".weight"] + params[name + ".bias"]
+
+    features = minclip.trace(params, tokens, tap=tap)["text_features"]
+    diagnosis = minclip.diagnose(params, tokens, features)
+    assert diagnosis.findings[0].faults[0].summary == f"{B0}ln_1 has eps 0.001, not 1e-5", diagnosis
+
+
 @pytest.mark.parametrize("kind", CODES)
 @pytest.mark.parametrize("shown", ["blocks", "features"])
 def test_one_matrix_whose_scale_was_forgotten_is_named(params, tokens, shown, kind):
