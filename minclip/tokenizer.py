@@ -59,20 +59,8 @@ def tokenize(
     >>> tokenize("a photo of a cat")[0, :8].tolist()
     [49406, 320, 1125, 539, 320, 2368, 49407, 0]
     """
-    if isinstance(texts, bytes | bytearray) or not hasattr(texts, "__iter__"):
-        raise TypeError(f"texts must be a str or a list of str, not {type(texts).__name__}")
-    texts = texts.item() if isinstance(texts, np.ndarray) and texts.ndim == 0 else texts
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    if isinstance(context_length, str):
-        raise TypeError("context_length must be an int, not str: give several texts as a list")
-    check_int("context_length", context_length)
-    check_int("pad", pad)
-    if not 0 <= pad < 2**31:
-        raise ValueError(f"pad must be the id of a token, not {pad}")
-    if context_length < 2:
-        raise ValueError(
-            f"context_length must be at least 2, for the start and end ids, not {context_length}"
-        )
+    texts = as_texts(texts)
+    check_row(context_length, pad)
     tokens = np.full((len(texts), context_length), pad, dtype=np.int32)
     start, end = vocabulary()[START], vocabulary()[END]
     for i, text in enumerate(texts):
@@ -87,6 +75,29 @@ def tokenize(
             ids[context_length - 1 :] = [end]
         tokens[i, : len(ids)] = ids
     return tokens
+
+
+def as_texts(texts):
+    """Return texts as a list. Raise TypeError for anything but a str, or an iterable or array of str."""
+    if isinstance(texts, np.ndarray) and texts.ndim == 0:
+        texts = texts.item()
+    if isinstance(texts, bytes | bytearray) or not hasattr(texts, "__iter__"):
+        raise TypeError(f"texts must be a str or a list of str, not {type(texts).__name__}")
+    return [texts] if isinstance(texts, str) else list(texts)
+
+
+def check_row(context_length, pad):
+    """Raise TypeError or ValueError unless rows of that length can be made with that padding."""
+    if isinstance(context_length, str):
+        raise TypeError("context_length must be an int, not str: give several texts as a list")
+    check_int("context_length", context_length)
+    check_int("pad", pad)
+    if context_length < 2:
+        raise ValueError(
+            f"context_length must be at least 2, for the start and end ids, not {context_length}"
+        )
+    if not 0 <= pad < 2**31:
+        raise ValueError(f"pad must be the id of a token, not {pad}")
 
 
 def decode(tokens: ArrayLike) -> list[str]:

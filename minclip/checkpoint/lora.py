@@ -155,7 +155,7 @@ def strength(pair: Pair, file: Path) -> float:
         plain = not (config.get("use_dora") or config.get("alpha_pattern") or config.get("fan_in_fan_out"))
         alpha = float(config["lora_alpha"])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise ValueError("adapter_config.json beside it says no lora_alpha") from None
+        raise ValueError("adapter_config.json beside it has no lora_alpha") from None
     if not plain:
         raise ValueError("adapter_config.json beside it is of DoRA or of another variant of LoRA")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

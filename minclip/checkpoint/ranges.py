@@ -41,7 +41,7 @@ from minclip.checkpoint.download import (
     why,
 )
 from minclip.checkpoint.pickle_machine import PickleMachine, Storage
-from minclip.checkpoint.tensor_files import DTYPES, Stored, map_file, only_when_whole, without_duplicates
+from minclip.checkpoint.tensor_files import DTYPES, Stored, map_file, only_when_complete, without_duplicates
 from minclip.checkpoint.torch_archive import check_size, flatten, refusing
 from minclip.checkpoint.zip_archive import MOST_ENTRIES, check_crc, read_entry
 
@@ -288,7 +288,7 @@ def fetch_text_tower(url: str, path: Path, *, activation: str | None = None) -> 
     except ValueError as error:
         raise ValueError(f"{url}: {error}") from None
     try:
-        with only_when_whole(path) as partial:
+        with only_when_complete(path) as partial:
             plan.write(Pieces(part, plan.spans), partial)
     except ValueError as error:
         part.unlink()

@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from minclip.arrays import as_array
 from minclip.checkpoint.loading import from_state_dict
-from minclip.checkpoint.tensor_files import only_when_whole
+from minclip.checkpoint.tensor_files import only_when_complete
 from minclip.params import Params, check_mapping
 
 OTHER_FORMATS = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle", ".npz", ".npy", ".gguf", ".onnx", ".h5"}
@@ -46,5 +46,5 @@ def save(params: Mapping[str, object], path: str | os.PathLike[str]) -> None:
         metadata["eot"] = str(params.eot)
     if "text_projection" not in params:
         metadata["projection"] = "none"
-    with only_when_whole(path) as partial:
+    with only_when_complete(path) as partial:
         safetensors.numpy.save_file(arrays, partial, metadata=metadata)

@@ -141,7 +141,7 @@ def in_a_row(data: Any, dtype: str, shape: Sequence[int], start: int, nbytes: in
 
 
 @contextlib.contextmanager
-def only_when_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+def only_when_complete(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a path to write to. The file gets its own name when the block ends, and is removed if it fails.
 
     An OSError of the block names path.

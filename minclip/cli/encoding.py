@@ -8,7 +8,7 @@ import numpy as np
 
 from minclip import arrays, builtin, corpus, fast, model, tokenizer
 from minclip.arrays import as_array
-from minclip.checkpoint.tensor_files import only_when_whole
+from minclip.checkpoint.tensor_files import only_when_complete
 from minclip.cli.options import add_command, add_model, add_which_states, columns, load_model, print_wrapped
 from minclip.cli.texts import (
     BUILTIN_IN_WORDS,
@@ -133,7 +133,7 @@ def write_texts(args, params, texts):
         features = fast.encode_text(params, tokens)
     features = as_array(arrays.normalize(features) if args.normalize else features)
     features = features.astype(dtype or features.dtype, copy=False)
-    with only_when_whole(args.output) as partial, open(partial, "wb") as file:
+    with only_when_complete(args.output) as partial, open(partial, "wb") as file:
         np.save(file, features)
     print_written(args.output, features)
 

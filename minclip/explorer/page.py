@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from minclip.checkpoint.tensor_files import only_when_whole
+from minclip.checkpoint.tensor_files import only_when_complete
 
 
 class Page:
@@ -39,5 +39,5 @@ class Page:
 
     def save(self, path: str | Path) -> None:
         """Write the page to path, where it appears only once it is complete."""
-        with only_when_whole(path) as partial:
+        with only_when_complete(path) as partial:
             Path(partial).write_text(self.source, encoding="utf-8")

@@ -321,7 +321,9 @@ def check_tokens(reference: Trace, arrays: dict[str, Any]) -> None:
         return
     ours, theirs = reference.tokens, given[0]
     if ours.shape != theirs.shape:
-        raise ValueError(f"the port's tokens are {list(theirs.shape)}, the reference's {list(ours.shape)}")
+        raise ValueError(
+            f"the port's tokens have the shape {list(theirs.shape)}, the reference's {list(ours.shape)}"
+        )
     other = (ours != theirs) & text_of(reference)
     if other.any():
         row, position = map(int, np.argwhere(other)[0])

@@ -222,36 +222,30 @@ def last_occurrence_only(pass_, name, gradient):
     return table
 
 
-SEEN = "no public thread known; no output of the forward pass shows it"
+UNREPORTED = "no public thread known; no output of the forward pass shows it"
 # fmt: off
 GRADIENT_FAULTS = (
-    Fault("G1", "the gradient of the residual stream stops at a residual connection", SEEN,
+    Fault("G1", "the gradient of the residual stream stops at a residual connection", UNREPORTED,
           "add x itself, not x.detach() or stop_gradient(x): x = x + attn(ln_1(x))", without_residual),
-    Fault("G2", "a layer norm's mean and variance count as constants in the backward pass", SEEN,
+    Fault("G2", "a layer norm's mean and variance count as constants in the backward pass", UNREPORTED,
           "differentiate through mean and variance; do not detach them", norm_statistics_constant),
-    Fault("G3", "the derivative of softmax is taken elementwise, as y * (1 - y)", SEEN,
+    Fault("G3", "the derivative of softmax is taken elementwise, as y * (1 - y)", UNREPORTED,
           "use y * (dy - (dy * y).sum(-1)): each weight of a row depends on each score", softmax_elementwise),
-    Fault("G4", "the backward pass leaves out the scale of the scores", SEEN,
+    Fault("G4", "the backward pass leaves out the scale of the scores", UNREPORTED,
           "multiply the gradients of q and of k by K ** -0.5, as q was multiplied", without_scale),
-    Fault("G5", "the backward pass has the derivative of the other GELU", SEEN,
+    Fault("G5", "the backward pass has the derivative of the other GELU", UNREPORTED,
           "use the derivative of the activation that the forward pass has", other_derivative),
-    Fault("G6", "the pooled gradient is spread over all positions, as that of a mean", SEEN,
+    Fault("G6", "the pooled gradient is spread over all positions, as that of a mean", UNREPORTED,
           "give it to the position of the end of text alone", spread_over_positions),
-    Fault("G7", "id 0 gets no gradient: padding_idx=0 in the token embedding", SEEN,
+    Fault("G7", "id 0 gets no gradient: padding_idx=0 in the token embedding", UNREPORTED,
           'leave padding_idx out: id 0 is the token "!"', id_0_left_out),
-    Fault("G8", "an id that occurs several times gets the gradient of one occurrence", SEEN,
+    Fault("G8", "an id that occurs several times gets the gradient of one occurrence", UNREPORTED,
           "add where an index repeats: np.add.at, index_add_, atomicAdd", last_occurrence_only),
 )
 # fmt: on
 
 
-def explain(
-    reference,
-    pairs,
-    limits,
-    new,
-    text,
-):
+def explain(reference, pairs, limits, new, text):
     """Yield the known bugs that reproduce every gradient that a port shows, within the errors allowed.
 
     limits   {name: relative L2 error allowed}

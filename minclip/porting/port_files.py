@@ -54,7 +54,7 @@ def read_gguf(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         import gguf
     except ImportError:
-        raise ImportError('a GGUF file needs gguf: pip install ".[gguf]"') from None
+        raise ImportError('a GGUF file needs gguf: in a clone of minclip, pip install ".[gguf]"') from None
     try:
         tensors = gguf.GGUFReader(path).tensors
         return {

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from minclip.arrays import as_array
-from minclip.checkpoint.tensor_files import only_when_whole, read_safetensors
+from minclip.checkpoint.tensor_files import only_when_complete, read_safetensors
 from minclip.params import Tokens, as_params, check_int, check_mapping
 from minclip.porting import probe_file
 from minclip.porting.rounding import PRECISIONS, rounding_of
@@ -90,7 +90,7 @@ def write_probe(path: str | os.PathLike[str], params: Mapping[str, Any], *, stag
     for precision in PRECISIONS[1:]:
         measured = rounding_of(traced, precision)
         arrays[f"rounding.{precision}"] = np.array([measured[name] for name in names])
-    with only_when_whole(path) as partial, open(partial, "wb") as file:
+    with only_when_complete(path) as partial, open(partial, "wb") as file:
         np.savez_compressed(file, **arrays)
     return Trace({name: traced[name] for name in names}, params=params, tokens=traced.tokens)
 

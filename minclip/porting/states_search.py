@@ -119,7 +119,9 @@ def read_states(output: Any, tokens: Any, params: Params) -> tuple[Any, str]:
             found.sort(key=lambda reading: text_error(reading.array, reference).mean())
         if found:
             return found[0].array, found[0].layout
-    raise ValueError(f"the output is {list(output.shape)}, no layout of hidden states [{B}, {L}, {width}]")
+    raise ValueError(
+        f"the output has the shape {list(output.shape)}, no layout of hidden states [{B}, {L}, {width}]"
+    )
 
 
 def find_order(states: Any, reference: Any) -> Any:

@@ -1,6 +1,7 @@
 """The plan of the house: imports go one way, and `dir(minclip)` shows the public names alone."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,12 @@ def test_every_room_says_how_to_read_it():
 def test_dir_shows_the_public_names_alone():
     assert dir(minclip) == sorted([*minclip.__all__, "__version__"])
     assert all(hasattr(minclip, name) for name in minclip.__all__)
+
+
+def test_contributing_says_where_every_room_is():
+    found = [path for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
+    rooms = {path.name for path in found}
+    table = (PACKAGE.parent / "CONTRIBUTING.md").read_text().partition("| room |")[2].partition("\n\n")[0]
+    first_column = "".join(line.split("|")[1] for line in table.splitlines()[2:])
+    named = re.findall(r"`(?:minclip/)?(\w+(?:\.py)?)/?`", first_column)
+    assert set(named) == rooms - {"__init__.py", "__main__.py"}

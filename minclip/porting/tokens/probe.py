@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from minclip.checkpoint.tensor_files import only_when_whole
+from minclip.checkpoint.tensor_files import only_when_complete
 
 TEXTS = (
     "",
@@ -84,7 +84,7 @@ def write_texts(path: str | Path) -> None:
 
     The file appears at path only once it is complete.
     """
-    with only_when_whole(path) as partial:
+    with only_when_complete(path) as partial:
         Path(partial).write_text(json.dumps({"texts": probe_texts()}, indent=0) + "\n", encoding="ascii")
 
 

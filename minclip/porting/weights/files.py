@@ -109,14 +109,13 @@ def read_keras(path: Path) -> dict[str, Any]:
                 raise ValueError(f"model.weights.h5 unpacks to more than {MOST_UNPACKED} times the file")
             data = archive.read(entry)
         arrays: dict[str, Any] = {}
+
+        def visit(name: str, item: Any) -> None:
+            if isinstance(item, h5py.Dataset) and item.dtype.kind in "fiu" and not item.external:
+                arrays[name] = np.asarray(item[()])
+
         with h5py.File(io.BytesIO(data), "r") as file:
-            file.visititems(
-                lambda name, item: (
-                    arrays.__setitem__(name, np.asarray(item[()]))
-                    if isinstance(item, h5py.Dataset) and item.dtype.kind in "fiu" and not item.external
-                    else None
-                )
-            )
+            file.visititems(visit)
         return arrays
     except (zipfile.BadZipFile, KeyError, OSError, RuntimeError, NotImplementedError) as error:
         raise ValueError(f"no Keras file with model.weights.h5: {error}") from None

@@ -185,29 +185,21 @@ class Findings:
                 h, k = layout.index("h"), layout.index("k")
                 layout[h], layout[k] = "k", "h"
                 if shape_fits(piece, replace(best, layout=tuple(layout))):
-                    return (
-                        None
-                        if self.heads_last
-                        else ("heads", f"{name} is {best.unit} with its heads interleaved: {how}")
-                    )
-            return (
-                "reshaped",
-                f"{name} is {best.unit}, reshaped where it should be transposed: its numbers are {how}",
-            )
+                    sentence = f"{name} is {best.unit} with its heads interleaved: {how}"
+                    return None if self.heads_last else ("heads", sentence)
+            sentence = f"{name} is {best.unit}, reshaped where it should be transposed: its numbers are {how}"
+            return "reshaped", sentence
         wanted, straight = self.wanted_orientation(piece, best), orientation(best.layout, best.kind)
         if wanted and straight != wanted:
-            return (
-                "transposed",
-                f"{name} is {best.unit} transposed: it is {straight}, and {wanted} belongs there",
-            )
+            sentence = f"{name} is {best.unit} transposed: it is {straight}, and {wanted} belongs there"
+            return "transposed", sentence
         return None
 
     def number_finding(self, piece: Piece, best: Reading) -> tuple[str, str] | None:
         """Return (kind, sentence) where the right tensor has other numbers."""
         name, unit, scale = shown(piece), best.unit, best.scale
-        coarse = (
-            0.15 if piece.rounding and piece.rounding not in FLOATS else 0
-        )  # coarse codes change a matrix's size, too
+        # Coarse codes change a matrix's size, too.
+        coarse = 0.15 if piece.rounding and piece.rounding not in FLOATS else 0
         if abs(scale - 1) > max(1e-5, 2 * piece.error, coarse) and (unit.layer, unit.part) not in self.folded:
             code = " (was the scale of its codes forgotten?)" if scale > 2 else ""
             return "scale", f"{name} is {scale:.6g} times {unit}{code}"

@@ -136,7 +136,7 @@ def test_another_adapter_is_refused_with_the_reason(make, reason, tmp_path):
 
 def test_a_config_of_another_variant_is_refused(tmp_path):
     save_file(in_dialect("PEFT", matrices()), tmp_path / "adapter_model.safetensors")
-    for config, reason in (({"use_dora": True, "lora_alpha": 2}, "DoRA"), ({}, "says no lora_alpha")):
+    for config, reason in (({"use_dora": True, "lora_alpha": 2}, "DoRA"), ({}, "has no lora_alpha")):
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match=reason):
             minclip.apply_lora(PARAMS, tmp_path)
