@@ -144,15 +144,18 @@ def in_a_row(data: Any, dtype: str, shape: Sequence[int], start: int, nbytes: in
 def only_when_complete(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a path to write to. The file gets its own name when the block ends, and is removed if it fails.
 
-    An OSError of the block names path.
+    An OSError of the block names path. Where path is a link, the file that it leads to is replaced. A device
+    or a pipe is never replaced: OSError.
     """
-    partial = Path(f"{path}.{os.getpid()}.partial")
+    check_replaceable(path)
+    place = os.path.realpath(path)
+    partial = Path(f"{place}.{os.getpid()}.partial")
     try:
         partial.touch()  # a missing or forbidden folder is an OSError here, with any writer
         mode = partial.stat().st_mode
         yield partial
         partial.chmod(mode)  # the safetensors library writes a file that only its owner may read
-        os.replace(partial, path)
+        os.replace(partial, place)
     except OSError as error:
         if str(error.filename) == str(partial) or error.errno == errno.ENOSPC:
             raise OSError(error.errno, error.strerror, os.fspath(path)) from None
@@ -160,3 +163,9 @@ def only_when_complete(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # the file was never there, say in a path that is no folder
             partial.unlink()
+
+
+def check_replaceable(path: str | os.PathLike[str]) -> None:
+    """Raise OSError where path is a device or a pipe, such as /dev/null: a file must not take its place."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise OSError(f"{os.fspath(path)} is a device or a pipe: give the name of a file")

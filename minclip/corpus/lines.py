@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from minclip import tokenizer
+from minclip.checkpoint.tensor_files import check_replaceable
 from minclip.corpus.progress import reporting
 
 LONGEST_LINE = 2**18  # bytes
@@ -25,6 +26,7 @@ def readable_twice(
 
     Raises OSError where source cannot be opened, or where no file can be written at output.
     """
+    check_replaceable(output)
     folder = Path(output).parent
     if not folder.is_dir() or Path(output).is_dir():
         raise OSError(f"{output}: {'is a folder' if Path(output).is_dir() else 'its folder does not exist'}")

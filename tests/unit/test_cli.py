@@ -355,6 +355,46 @@ def test_a_file_that_holds_no_arrays_is_named_without_advice_to_unpickle_it(tmp_
     assert done.stderr.endswith(f"port.npz is not an .npz or .safetensors file of plain arrays: {answer}\n")
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
+@pytest.mark.parametrize(
+    "command", ["encode", "encode --file", "encode --states", "show", "probe", "probe --texts"]
+)
+def test_no_file_takes_the_place_of_a_device_or_a_pipe(tmp_path, command):
+    """As root, `-o /dev/null` would otherwise replace the device."""
+    pipe, captions = tmp_path / "pipe", tmp_path / "captions"
+    os.mkfifo(pipe)
+    captions.write_text("a cat\n")
+    texts = {"encode --file": [str(captions)], "probe": [], "probe --texts": []}.get(command, ["a cat"])
+    done = run(*command.split(), *texts, "-o", str(pipe))
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"minclip: {pipe} is a device or a pipe: give the name of a file\n",
+    )
+    assert pipe.is_fifo()
+    assert sorted(tmp_path.iterdir()) == [captions, pipe]
+
+
+def test_a_link_stays_a_link_to_the_new_file(tmp_path):
+    (tmp_path / "link.html").symlink_to(tmp_path / "page.html")
+    for _ in range(2):
+        assert run("show", "a cat", "-o", str(tmp_path / "link.html")).returncode == 0
+        assert (tmp_path / "link.html").is_symlink()
+        assert (tmp_path / "page.html").read_text("utf-8").startswith("<!doctype html>")
+
+
+def test_a_probe_agrees_with_itself(tmp_path):
+    probe = str(tmp_path / "probe.npz")
+    assert run("probe", "-o", probe).returncode == 0
+    done = run("compare", probe, probe)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("agrees: 97 of 97 stages were compared")
+
+
+def test_check_weights_takes_the_name_of_a_model():
+    assert run("check-weights", "builtin").stdout.startswith("agrees: all 101 tensors")
+    assert "did you mean ViT-B/32?" in run("check-weights", "ViT-B-32").stderr
+
+
 def test_texts_are_utf8_in_any_locale():
     plain = {"PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
     ids = " ".join(map(str, minclip.tokenize("naïve 🍕")[0, :6]))

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from minclip.checkpoint.sources import find_weights, read_contents, split_prefix
+from minclip import builtin
+from minclip.checkpoint.sources import fetched, find_weights, read_contents, split_prefix
 from minclip.checkpoint.tensor_files import FLOATS, Stored, numbers
 from minclip.porting.weights.scales import dequantized
 
@@ -27,8 +28,12 @@ NAMELESS = re.compile(r"(onnx::|val_|const|_?\d+$|/)")  # names that an exporter
 def read_weights(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     """Return the arrays of a file or folder by name: arrays, or `Stored` ones that are read when asked for.
 
+    path   what `minclip.load` takes, or a file that only this function reads
     Raises OSError for a file that cannot be read, ValueError for one that holds no arrays that can be read.
     """
+    if path == "builtin":
+        return builtin.load_builtin()
+    path = fetched(path)
     file = Path(path)
     folder = file.is_dir()
     if not folder and file.exists():
