@@ -27,11 +27,7 @@ def contrastive_loss(
     >>> loss, (grad_features, _, _) = contrastive_loss(trace["text_features"], pictures[:3], 3.0)
     >>> grads = minclip.backward(trace, grad_features)
     """
-    check_floats(text_features)
-    check_floats(image_features)
-    if text_features.ndim != 2 or text_features.shape != image_features.shape:
-        shapes = f"{list(text_features.shape)} and {list(image_features.shape)}"
-        raise ValueError(f"texts and images must have features of the same shape [N, E], not {shapes}")
+    check_pairs(text_features, image_features)
     xp, N = array_module(text_features), len(text_features)
     scale = xp.exp(xp.asarray(logit_scale, dtype=text_features.dtype))
     texts, images = normalize(text_features), normalize(image_features)
@@ -42,6 +38,15 @@ def contrastive_loss(
     dtexts = normalize_backward(scale * (dlogits @ images), text_features)
     dimages = normalize_backward(scale * (dlogits.T @ texts), image_features)
     return loss, (dtexts, dimages, (dlogits * logits).sum().reshape(scale.shape))
+
+
+def check_pairs(texts: Any, images: Any) -> None:
+    """Raise ValueError where two sets of features are no arrays of floats, or have different shapes."""
+    check_floats(texts)
+    check_floats(images)
+    if texts.ndim != 2 or texts.shape != images.shape:
+        shapes = f"{list(texts.shape)} and {list(images.shape)}"
+        raise ValueError(f"texts and images must have features of the same shape [N, E], not {shapes}")
 
 
 def normalize_backward(grad: Floats, features: Floats) -> Floats:
