@@ -22,6 +22,7 @@ import html
 import itertools
 from collections.abc import Iterable
 from importlib import resources
+from typing import Any
 
 import numpy as np
 import regex
@@ -77,7 +78,7 @@ def tokenize(
     return tokens
 
 
-def as_texts(texts):
+def as_texts(texts: Any) -> list[str]:
     """Return texts as a list. Raise TypeError for anything but a str, or an iterable or array of str."""
     if isinstance(texts, np.ndarray) and texts.ndim == 0:
         texts = texts.item()
@@ -86,7 +87,7 @@ def as_texts(texts):
     return [texts] if isinstance(texts, str) else list(texts)
 
 
-def check_row(context_length, pad):
+def check_row(context_length: Any, pad: Any) -> None:
     """Raise TypeError or ValueError unless rows of that length can be made with that padding."""
     if isinstance(context_length, str):
         raise TypeError("context_length must be an int, not str: give several texts as a list")
