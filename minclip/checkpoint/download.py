@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import http.client
+
     from tqdm import tqdm
 
 BASE = "https://openaipublic.azureedge.net/clip/models"
@@ -110,11 +112,9 @@ def fetch(url: str, part: Path) -> None:
 def fetch_rest(url: str, part: Path, have: int, bar: tqdm) -> bool:
     """Append the missing bytes to part. Return whether part is complete."""
     import urllib.error
-    import urllib.request
 
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
-        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+        response = request(url, {"Range": f"bytes={have}-"} if have else {})
     except urllib.error.HTTPError as error:
         if error.code != 416 or not have:
             raise
@@ -134,6 +134,18 @@ def fetch_rest(url: str, part: Path, have: int, bar: tqdm) -> bool:
         with open(part, "ab" if resumed else "wb") as file:
             copy(response, file, bar)
             return file.tell() == size
+
+
+def request(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
+    """Return a server's response. Raises HTTPError, closed, where the server answers with an error."""
+    import urllib.error
+    import urllib.request
+
+    try:
+        return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        error.close()  # the error is a response too, and holds its connection
+        raise
 
 
 def copy(response, file, bar):

@@ -32,12 +32,12 @@ from minclip.checkpoint import dialects
 from minclip.checkpoint.download import (
     BASE,
     CHUNK,
-    TIMEOUT,
     cache_folder,
     download,
     fetch,
     find_model,
     progress_bar,
+    request,
     why,
 )
 from minclip.checkpoint.pickle_machine import PickleMachine, Storage
@@ -77,13 +77,10 @@ class RemoteFile(io.RawIOBase):
     def request(self, start: int, end: int) -> http.client.HTTPResponse:
         """Return the server's response to a request for the bytes from start to end."""
         import urllib.error
-        import urllib.request
 
         headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
         try:
-            response = urllib.request.urlopen(
-                urllib.request.Request(self.url, headers=headers), timeout=TIMEOUT
-            )
+            response = request(self.url, headers)
         except urllib.error.HTTPError as error:
             if error.code in NO_RANGES:
                 raise NoRangesError(f"the server refuses byte ranges ({error})") from None
@@ -243,10 +240,9 @@ def fetch_config(url: str) -> bytes | None:
     """Return a config of the hub, None where there is none. Raises OSError if the download fails."""
     import http.client
     import urllib.error
-    import urllib.request
 
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+        with request(url, {}) as response:
             return response.read(LARGEST_DIRECTORY)
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError) and error.code in (401, 404):

@@ -11,6 +11,8 @@ import struct
 import subprocess
 import sys
 import threading
+import urllib.error
+import urllib.request
 import warnings
 
 import numpy as np
@@ -231,6 +233,32 @@ def test_a_server_without_ranges_sends_the_complete_file(server, content, tmp_pa
     with pytest.warns(UserWarning, match=r"byte ranges.*: downloading all of ViT-B-32\.pt"):
         minclip.load("ViT-B/32", text_only=True)
     assert os.listdir(tmp_path) == ["ViT-B-32.pt"]
+
+
+def test_every_error_of_a_server_is_closed(server, content, tmp_path, monkeypatch):
+    """Python 3.14 warns of an HTTPError that is not."""
+    errors, urlopen = [], urllib.request.urlopen
+
+    def recording(*arguments, **options):
+        try:
+            return urlopen(*arguments, **options)
+        except urllib.error.HTTPError as error:
+            errors.append(error)
+            raise
+
+    def refuse(handler, first, last):
+        handler.send_error(416) if "Range" in handler.headers else serve_without_ranges(handler, first, last)
+
+    monkeypatch.setattr(urllib.request, "urlopen", recording)
+    server.misbehave = refuse
+    with pytest.warns(UserWarning, match="downloading all"):
+        minclip.load("ViT-B/32", text_only=True)
+    (tmp_path / "ViT-B-32.pt").rename(tmp_path / "ViT-B-32.pt.part")
+    download_module.download("ViT-B/32")
+    with pytest.raises(FileNotFoundError, match="owner/nothing"):
+        minclip.load("hf:owner/nothing")
+    assert [error.code for error in errors] == [416, 416, 404, 404]
+    assert all(error.closed for error in errors)
 
 
 @pytest.mark.parametrize(
