@@ -402,6 +402,7 @@ def test_names_that_the_hub_does_not_have_are_refused(server):
 
 
 def test_without_a_network_the_reason_is_plain_and_the_nearest_name_is_offered(server, monkeypatch):
+    server.shutdown()  # else the socket may live on for a moment, and answer with a reset
     server.server_close()
     for name in ("hf:openai/clip-vit-base-patch31", "hf:openai/CLIP-ViT-base-patch32"):
         with pytest.raises(OSError, match=r"cannot download .*: Connection refused; did you mean hf:openai/"):
