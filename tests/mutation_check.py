@@ -37,7 +37,7 @@ from tests.support.mutants import mutants
 ROOT = Path(__file__).parents[1]
 ENCODER = ["test_golden.py", "test_model.py", "test_parity.py"]
 TESTS = {  # the quick tests of each file
-    "minclip/model.py": ["test_hidden_states.py", *ENCODER],
+    "minclip/model.py": ["test_hidden_states.py", "test_golden.py", "test_model.py"],
     "minclip/tokenizer.py": ["test_tokenizer.py"],
     "minclip/backward.py": ["test_backward.py"],
 }
@@ -46,6 +46,18 @@ HARMLESS = {  # why no test of encode_text can fail
     "D1-zero": "the same; it is what clip.tokenize does",
 }
 HARMLESS_LINES = {  # (line, changed line): why no test can fail
+    (
+        "remembered_ids = functools.lru_cache(maxsize=2**16)(run_ids)",
+        "remembered_ids = functools.lru_cache(maxsize=2**15)(run_ids)",
+    ): "how many words are remembered",
+    (
+        "remembered_ids = functools.lru_cache(maxsize=2**16)(run_ids)",
+        "remembered_ids = functools.lru_cache(maxsize=2**17)(run_ids)",
+    ): "how many words are remembered",
+    (
+        "left, right = list(range(-1, n - 1)), list(range(1, n + 1))",
+        "left, right = list(range(-1, n - 1)), list(range(1, n + 2))",
+    ): "an element that nothing reads",
     ('if f"{block}.ln_1" not in stages:', "if True:"): "a block computed again has the same bits",
     (
         'dweights = tap(f"{name}.weights", dcontext @ v.swapaxes(-1, -2))  # (B, H, L, L)',
