@@ -162,7 +162,8 @@ def accepted(search: Search, dump: StagewiseSearch | None, agreement: Agreement)
 def noise_beside_slip(search: Search, tried: Sequence[Trial]) -> Noise | None:
     """Return quantization that explains the port beside the nearest slip, where that explains most of it."""
     clean = min(trial.error for trial in search.singles() if not trial.faults)
-    likely = [trial.faults for trial in tried[:SLIPS] if trial.error < 0.5 * clean]
+    nearest = sorted(tried, key=lambda trial: trial.error)[:SLIPS]
+    likely = [trial.faults for trial in nearest if trial.error < 0.5 * clean]
     if not likely or search.target.precisions[0] != "float32":
         return None
     noise = NoiseSearch(search).explaining(likely)

@@ -152,24 +152,25 @@ def best_factor(error_of: Callable[[float], float]) -> float:
 
 
 def try_slips(search: Search, seconds: float = SECONDS) -> list[Trial]:
-    """Return a trial of each slip on the texts of the search, nearest first, as many as the time allows."""
+    """Return a trial of each slip on the texts of the search, the likelier first, as the time allows."""
     target, trials = search.target, []
     for candidate, features in slip_features(search, seconds):
         error = float(relative_l2(target.features[search.rows], features).max())
         trials.append(Trial(error, (candidate,), ""))
-    return sorted(trials, key=lambda trial: trial.error)
+    return trials
 
 
 def note_on_slips(search: Search, trials: Sequence[Trial]) -> str:
     """Return a sentence on the slip that explains most of an unknown port's error, or nothing."""
     usual = min((t.error for t in search.singles() if t.faults and not t.transform), default=math.inf)
     clean = next(t.error for t in search.singles() if not t.faults and not t.transform)
-    if not trials or trials[0].error > min(1.001 * usual, 0.5 * clean):
+    best = min(trials, key=lambda trial: trial.error, default=None)
+    if best is None or best.error > min(1.001 * usual, 0.5 * clean):
         return ""
-    nearest = trials[0].faults[0]
+    nearest = best.faults[0]
     told = (
         f"The nearest slip in one layer is {nearest.id} ({nearest.summary}). It takes the error on one text "
-        f"from {clean:.2g} to {trials[0].error:.2g}."
+        f"from {clean:.2g} to {best.error:.2g}."
     )
     left_out = nearest.id.startswith("W6")
     return told + " A block whose weights were never loaded does nearly nothing as well." * left_out
