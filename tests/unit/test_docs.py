@@ -37,6 +37,7 @@ END = "\n--- end of a block of Python ---\n"
 LEFT_OUT = {
     "pip install .": "installs; test_a_newcomer_gets_this_far does it, in the deeper mode",
     'pip install -e ".[test]"': "fetches torch; .ci/run does it",
+    "pip install transformers torch": "fetches torch",
     "pytest": "this is pytest",
     "pytest -m deep tests/unit/corpus": "takes minutes, by its name",
     "pytest -m gpu tests/unit/gpu": "needs a GPU",
@@ -201,6 +202,12 @@ def test_what_the_walk_leaves_out_is_still_in_a_page():
     shown = [command for page in PAGES.values() for command in commands(page)]
     assert set(LEFT_OUT) <= set(shown)
     assert all(any(stand_in in command for command in shown) for stand_in in STAND_INS)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_walk_installs_nothing(name):
+    installs = [command for command in commands(PAGES[name]) if command.startswith("pip ")]
+    assert set(installs) <= set(LEFT_OUT)
 
 
 def test_the_readme_is_read_in_five_minutes():
