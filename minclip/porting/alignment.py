@@ -1,7 +1,8 @@
 """Recognize another implementation's arrays as stages: by their values, their names, and their shapes.
 
 Every array is compared with every stage that it can be by shape and layout, on a sample of the numbers up to
-the end of each text. Values decide. A name helps where the values fit no stage, as after a divergence.
+the end of each text. Values decide. A name helps where the values fit no stage. After a divergence, arrays
+are recognized by how they follow from each other, see `continuation`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import numpy as np
 
 from minclip.arrays import as_array
 from minclip.params import BLOCK
+from minclip.porting.continuation import EXACT, Continuation, hides, parts
 from minclip.porting.layouts import Match, Reading, readings, reversed_axes, same
 from minclip.porting.names import stages_of
 from minclip.porting.stages import AXES, axes, is_parameter, part_of, text_of
+from minclip.tracing import Trace
 
 FITS = 0.05  # the largest relative error at which an array counts as a stage by its values
 CLEARLY = 3  # how many times nearer to that stage than to any other
@@ -149,11 +152,10 @@ class Recognizer:
 
 def masked_if_hidden(candidate: Candidate) -> Candidate:
     """Return scores as masked scores if the first query's score of a later key is very low."""
-    if not candidate.stage.endswith("attn.scores") or candidate.reading.length < 2:
+    if not candidate.stage.endswith("attn.scores"):
         return candidate
-    hidden = candidate.reading.array[..., 0, 1]
     masked = candidate.stage.replace(".scores", ".masked")
-    return candidate._replace(stage=masked) if (hidden < -1000).all() else candidate
+    return candidate._replace(stage=masked) if hides(candidate.reading.array) else candidate
 
 
 def stage_kinds(arrays: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[Any]]]:
@@ -173,13 +175,21 @@ def stage_kinds(arrays: Mapping[str, Any]) -> Iterator[tuple[str, list[str], lis
         yield "P B H L K", list(packed), list(packed.values())
 
 
-def align(reference: Mapping[str, Any], port: Mapping[str, Any]) -> Alignment:
+def align(reference: Trace, port: Mapping[str, Any]) -> Alignment:
     """Read a port's arrays as stages of a reference."""
     recognizer = Recognizer(reference)
     layers = len({name.split(".")[2] for name in reference if name.startswith(BLOCK)})
     named = stages_of(list(port), layers)
     candidates = {name: recognizer.candidates(array) for name, array in port.items()}
-    return Aligner(recognizer, dict(port), named, candidates).align()
+    aligner = Aligner(recognizer, dict(port), named, candidates)
+    result = aligner.align()
+    if aligner.diverges and reference.params is not None:
+        after = Continuation(reference, port, result.matches)
+        after.extend()
+        result.strays.update(after.replaced)
+        used = {match.name for match in result.matches.values()}
+        result.unknown[:] = [name for name in result.unknown if name not in used]
+    return result
 
 
 class Aligner:
@@ -201,6 +211,12 @@ class Aligner:
         self.trusting = not recognizer.backwards and any(
             stage == "text_features" and named[name] in (stage, None) for name, stage in self.held.items()
         )
+
+    @property
+    def diverges(self) -> bool:
+        """Whether the features, if there are any, are off by more than float32 rounding."""
+        found = (c.error for name in self.port for c in self.candidates[name] if c.stage == "text_features")
+        return not self.recognizer.backwards and min(found, default=np.inf) > EXACT
 
     def align(self) -> Alignment:
         """Return the alignment: arrays whose values and name agree come first, then values, then names."""
@@ -298,11 +314,6 @@ class Aligner:
         count = max((layouts.count(reading.layout) for reading in others), default=0)
         usual = [reading for reading in others if layouts.count(reading.layout) == count > 0]
         return usual[0] if usual else nearest
-
-
-def parts(stage: str) -> list[str]:
-    """Return the stages that an array of packed q, k, v is, or the stage itself."""
-    return [f"{stage[:-3]}{part}" for part in "qkv"] if stage.endswith(PACKED) else [stage]
 
 
 def clear_stage(candidates: list[Candidate], named: str | None) -> str | None:

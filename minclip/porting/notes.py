@@ -54,6 +54,8 @@ def notes_on_first(comparison, compared):
         yield f"it is {stage.norm_ratio:.5g} times the reference's: right but for its scale"
     if stage.new is not None and stage.new <= stage.new_tolerance:
         yield "no stage up to there adds more than rounding: the errors add up over the stages"
+    if compared.reference.params is None and compared.alignment.unknown and not compared.backwards:
+        yield "with the reference's params (compare --model), arrays after it need no names to be recognized"
     if len(comparison.new) > 1:
         yield f"errors of their own are also in {listed(comparison.new[1:])}"
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import minclip
 from minclip.porting.rounding import round_to
+from minclip.porting.stages import STREAM
 from tests.support.oracles import random_params
 
 PARAMS = minclip.from_state_dict(
@@ -145,15 +146,55 @@ def test_julia_and_ggml_list_axes_in_reverse(how):
     assert len(compared.stages) >= 48
 
 
-def test_a_port_broken_half_way_is_bracketed_without_any_name():
-    name = f"{BLOCK}1.ln_2.weight"
-    port = minclip.trace(PARAMS | {name: np.ones_like(PARAMS[name])}, TOKENS)
-    dump = {f"val_{i}": array for i, array in enumerate(port.values())}
-    dump["text_features"] = dump.pop(f"val_{len(dump) - 1}")
-    compared = minclip.compare(REFERENCE, dump)
-    assert not compared.agrees
-    assert f"{BLOCK}1.residual" in compared.stages
-    assert compared.first == f"{BLOCK}1.ln_2" or f"after {BLOCK}1.residual" in str(compared)
+def packed_k_as_q(weight):
+    q, _, v = np.split(weight, 3)
+    return np.concatenate([q, q, v])
+
+
+WRONG = {  # the parameter that a conversion broke, how, and the stage that it breaks
+    "ln_1.weight": (np.ones_like, "ln_1"),
+    "attn.in_proj_weight": (packed_k_as_q, "attn.k"),
+    "attn.out_proj.weight": (lambda weight: weight.T.copy(), "attn"),
+    "ln_2.weight": (np.ones_like, "ln_2"),
+    "mlp.c_fc.bias": (np.zeros_like, "mlp.c_fc"),
+    "mlp.c_proj.weight": (lambda weight: np.float32(1.1) * weight, "mlp"),
+}
+
+
+def nameless(port, kept):
+    """Return some stages of a port as a dump without names, but for its features."""
+    dump = {f"val_{i}": array for i, (name, array) in enumerate(port.items()) if name in kept}
+    return {**dump, "text_features": port["text_features"]}
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("parameter", WRONG)
+def test_every_stage_after_a_divergence_is_recognized_without_any_name(parameter, layer):
+    change, stage = WRONG[parameter]
+    name = f"{BLOCK}{layer}.{parameter}"
+    port = minclip.trace(PARAMS | {name: change(PARAMS[name])}, TOKENS)
+    shown = [name for name in port if name not in ("eot", "text_features")]
+    compared = minclip.compare(REFERENCE, nameless(port, shown))
+    assert compared.new == [f"{BLOCK}{layer}.{stage}"]
+    assert compared.missing == ["eot"]
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("parameter", WRONG)
+def test_a_divergence_is_bracketed_by_what_a_port_without_names_shows(parameter, layer):
+    change, stage = WRONG[parameter]
+    name = f"{BLOCK}{layer}.{parameter}"
+    port = minclip.trace(PARAMS | {name: change(PARAMS[name])}, TOKENS)
+    order = list(REFERENCE)
+    wrong = order.index(f"{BLOCK}{layer}.{stage}")
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        kept = [name for name in port if rng.random() < 0.5 and name not in ("eot", "text_features")]
+        compared = minclip.compare(REFERENCE, nameless(port, kept))
+        stream = [s for s in kept if STREAM.search(s) and order.index(s) >= wrong]
+        before = [s for s in kept if order.index(s) < wrong]
+        assert wrong <= order.index(compared.first) <= order.index([*stream, "text_features"][0]), compared
+        assert all(compared.stages[s].state == "agrees" for s in before)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
