@@ -5,7 +5,8 @@ Read in this order:
 - stages (names and axes), rounding (how far a correct port may be from the reference)
 - torch_hooks and onnx_graph (record a torch model, an ONNX graph), port_files (read a dump), recipes,
   probe and probe_file (the tokens to run a port on)
-- names and layouts (how others call and store the stages), alignment (recognize arrays as stages)
+- names and layouts (how others call and store the stages), alignment (recognize arrays as stages),
+  continuation (and those after a divergence)
 - port (the reference with a change), faults and catalogue (the known bugs)
 - gradients (the same for a port's backward pass)
 - target, runs, search (which faults explain a port's features), agreement (whether the features agree)
