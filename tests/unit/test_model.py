@@ -254,6 +254,25 @@ def test_a_large_array_gives_the_same_bits_as_each_of_its_rows(gate, dtype):
     assert gate(x[:0]).shape == (0, 211, 301)
 
 
+STEPS = {name: [(5, 64)] for name in ("softmax", "quick_gelu", "gelu")} | {
+    "layer_norm": [(5, 64), (64,), (64,)],
+    "linear": [(5, 64), (9, 64), (9,)],
+    "add": [(5, 64), (5, 64)],
+    "matmul": [
+        (5, 4096),
+        (4096, 99),
+    ],  # large, as NumPy's own product of float16 is right to float32's rounding
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_of_float16_arrays_is_that_of_float32_rounded_once(step):
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(shape).astype(np.float16) for shape in STEPS[step]]
+    exact = getattr(model, step)(*(array.astype(np.float32) for array in arrays))
+    np.testing.assert_array_equal(getattr(model, step)(*arrays), exact.astype(np.float16), strict=True)
+
+
 def test_gelu_is_exact():
     import math
 
