@@ -233,9 +233,13 @@ class Search:
         visible = np.linalg.norm(effects, axis=-1) > 1e-6 * np.linalg.norm(target)
         misfit = pair_misfits(target, effects)[0]
         after = [self.runs.acts_after_blocks(fault) for fault in faults]
+        of_width = [self.target.has_width_of(self.features[fault.id]) for fault in faults]
+        any_width = self.target.has_width_of(self.features[None])
         quick: list[tuple[float, tuple[Fault, Fault]]] = []
         slow: list[tuple[float, tuple[Fault, Fault]]] = []
         for i, j in itertools.combinations(range(len(faults)), 2):
+            if not (any_width or of_width[i] or of_width[j]):
+                continue
             both = visible[i] and visible[j]
             # The effect of one fault after the end of text may become visible through the other.
             if (both or (faults[i].needs and faults[j].needs)) and not exclusive(faults[i], faults[j]):

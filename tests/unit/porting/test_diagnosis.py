@@ -67,6 +67,16 @@ def test_pairs_are_tried_in_parts_and_each_once(params, tokens):
     assert len(tried) == len(set(tried)) == len(search.pair_order) > 100
 
 
+def test_features_of_another_width_are_tried_only_with_faults_that_give_that_width(tokens):
+    params = table.random_model(5, 64, 2, 3, 48)
+    features = table.port_features(params, tokens, ("projection_missing", "erf"))
+    search = Search(target := Target(params, tokens, features), Runs(target))
+    assert search.pair_order
+    assert all("N8-missing" in {fault.id for fault in pair} for pair in search.pair_order)
+    other = Target(params, tokens, features[:, :50])
+    assert Search(other, Runs(other)).pair_order == []
+
+
 @pytest.mark.parametrize("fault", CATALOGUE, ids=lambda fault: fault.id)
 def test_a_port_frees_its_arrays_once_it_has_run(params, tokens, fault):
     """A search makes thousands of ports, each with weights of its own: none may wait for the collector."""
