@@ -113,7 +113,7 @@ def import_from(folder):
     resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
     resource.setrlimit(resource.RLIMIT_DATA, (4 * 2**30,) * 2)
     quick = [hypothesis.Phase.explicit, hypothesis.Phase.generate]  # a failure is enough: do not shrink it
-    hypothesis.settings.register_profile("quick", phases=quick, database=None)
+    hypothesis.settings.register_profile("quick", phases=quick, deadline=None, database=None)
     hypothesis.settings.load_profile("quick")
 
 
