@@ -3,4 +3,5 @@
 from hypothesis import settings
 
 settings.register_profile("default", deadline=None)  # tests time nothing
-settings.register_profile("deep", max_examples=100_000, deadline=None, database=None)  # see test_properties.py
+# For tests/unit/test_properties.py:
+settings.register_profile("deep", max_examples=100_000, deadline=None, database=None)
