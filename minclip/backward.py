@@ -7,7 +7,7 @@ dx is the gradient of a scalar loss by x, an array of x's shape. Three rules giv
     x is read in two places   dx is the sum of both gradients, as for the residual stream
 
 A `*_backward` function takes the gradient of a step's output and the inputs of that step, and returns the
-gradient of its input. It writes those of parameters to the dict grads, or computes none where grads is None.
+gradient of its input. It writes those of parameters to the dict grads, or none where grads is None.
 """
 
 from __future__ import annotations
@@ -23,11 +23,9 @@ from minclip.tracing import Trace, gradient_of_features, recorder, trimmed
 def backward(trace: Trace, grad_features: Any, *, tap: Tap | None = None, parameters: bool = True) -> Trace:
     """Return the gradient of (features * grad_features).sum() by every parameter, under its name in params.
 
-    trace           the forward pass, from `minclip.trace`. With stages="blocks", peak memory falls to a third
-                    (at 77 tokens, ViT-B/32's size), and each block is computed a second time here
+    trace           of `minclip.trace`. With stages="blocks", memory falls to a third; each block runs again here
     grad_features   [..., E], the gradient by the features (without projection: pooled rows); None means zeros
-    tap             called as tap(name, gradient) for every stage but "eot", in reverse order. The pass goes
-                    on with the result: record or stop a gradient, or add that of a loss on the stage
+    tap             called as tap(name, gradient) for every stage but "eot", last first. Its result goes on
     parameters      False returns the gradients of the stages instead, those that trace holds
 
     Gradients have the dtype of the features. A tap of the forward pass is not differentiated: where it

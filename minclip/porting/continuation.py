@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minclip import model
+from minclip.arrays import as_array
 from minclip.params import BLOCK, Params, architecture, block_of, count_layers, end_of_text
 from minclip.porting.layouts import Match, Reading, readings, same
 from minclip.porting.rounding import continue_with, host_params, relative_l2, run
@@ -78,7 +79,7 @@ class Continuation:
         length = end_of_text(self.params, self.batch) + 1
         cost = np.where(length < SHORTEST, length + 1000, length)
         if "text_features" in self.matches:
-            error = relative_l2(self.matches["text_features"].array, reference["text_features"])
+            error = relative_l2(self.matches["text_features"].array, as_array(reference["text_features"]))
             cost = cost + 10000 * ~(error >= 0.3 * error.max())
         return int(cost.argmin())
 

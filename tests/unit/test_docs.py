@@ -120,6 +120,7 @@ def walk(page, folder, environment, skip=()):
             command,
             cwd=folder,
             env=environment,
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             encoding="utf-8",
             timeout=300,
