@@ -23,7 +23,7 @@ from minclip.tracing import Trace, gradient_of_features, recorder, trimmed
 def backward(trace: Trace, grad_features: Any, *, tap: Tap | None = None, parameters: bool = True) -> Trace:
     """Return the gradient of (features * grad_features).sum() by every parameter, under its name in params.
 
-    trace           of `minclip.trace`. With stages="blocks", memory falls to a third; each block runs again here
+    trace           from `minclip.trace`. With stages="blocks", memory falls to a third, but blocks run twice
     grad_features   [..., E], the gradient by the features (without projection: pooled rows); None means zeros
     tap             called as tap(name, gradient) for every stage but "eot", last first. Its result goes on
     parameters      False returns the gradients of the stages instead, those that trace holds
