@@ -21,7 +21,7 @@ from minclip.porting.target import Target
 from minclip.porting.tokens.diagnosis import without_texts
 from minclip.porting.verdict import ALL_ZERO, Diagnosis, Finding
 
-BUDGET = 50.0  # seconds; the best candidates are judged after them
+BUDGET = 45.0  # seconds; the best candidates are judged after them
 SLIPS = 2  # slips in one layer that quantization is sought beside
 LIKELY_PAIRS = 400  # pairs that are tried before quantization beside a bug, and slips in one layer
 

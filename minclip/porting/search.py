@@ -25,6 +25,7 @@ from minclip.porting.verdict import Finding
 
 NEAR = {"float32": 300, "float16": 20, "bfloat16": 8}  # times rounding: near enough to be judged
 JUDGED = 12  # candidates judged at most, nearest first
+JUDGED_LATE = 4  # the same once the time of the search is over
 LIKELIEST = 400  # pairs that act in the blocks, tried at most
 QUICK = 3  # pairs with a fault after the blocks that are tried for each that acts in the blocks
 LIKE = 40  # pairs tried after one that fits, which share a bug with it
@@ -136,7 +137,8 @@ class Search:
         """Return the trials that explain all texts: best first, and ties in the catalogue's order."""
         found: dict[tuple[str, ...], Finding] = {}
         near = [trial for trial in trials if self.is_near(trial, precision)]
-        for trial in sorted(near[:JUDGED], key=lambda trial: trial.transform != ""):
+        most = JUDGED_LATE if self.expired else JUDGED
+        for trial in sorted(near[:most], key=lambda trial: trial.transform != ""):
             ids = tuple(fault.id for fault in trial.faults)
             judgment = self.judge(trial.faults, trial.transform, precision)
             if judgment.fits and self.is_explanation(judgment, precision):
