@@ -207,15 +207,10 @@ class Aligner:
             name: clear_stage(found, named[name]) for name, found in candidates.items()
         }
         self.result = Alignment({}, {}, {}, {}, [])
-        # Where there is no bug, values alone decide, and names that disagree mislead.
-        held = [stage for name, stage in self.held.items() if port[name].dtype.kind == "f"]
-        right = bool(held) and None not in held and len(set(held)) == len(held)
-        self.trusting = not recognizer.backwards and (right or self.features_agree)
-
-    @property
-    def features_agree(self) -> bool:
-        """Whether the features, if there are any, are near the reference's."""
-        return any(s == "text_features" and self.named[n] in (s, None) for n, s in self.held.items())
+        # Where the features agree there is no bug: values alone decide, and names that disagree mislead.
+        self.trusting = not recognizer.backwards and any(
+            stage == "text_features" and named[name] in (stage, None) for name, stage in self.held.items()
+        )
 
     @property
     def diverges(self) -> bool:

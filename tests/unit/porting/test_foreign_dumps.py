@@ -219,9 +219,6 @@ def test_a_correct_dump_agrees_however_it_is_renamed_reordered_dropped_and_trans
     order = rng.permutation(len(dump))
     dump = {list(dump)[i]: list(dump.values())[i] for i in order}
     dump.pop("text_features", None)
-    if dump and data.draw(st.booleans()):
-        compared = minclip.compare(REFERENCE, dump)
-        assert compared.agrees, compared
     dump["text_features"] = FEATURES
     compared = minclip.compare(REFERENCE, dump)
     assert compared.agrees, compared
