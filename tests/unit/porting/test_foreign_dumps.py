@@ -161,6 +161,13 @@ WRONG = {  # the parameter that a conversion broke, how, and the stage that it b
 }
 
 
+def broken_at(parameter, layer):
+    """Return the trace of a port whose conversion broke a parameter, and the stage that breaks."""
+    change, stage = WRONG[parameter]
+    name = f"{BLOCK}{layer}.{parameter}"
+    return minclip.trace(PARAMS | {name: change(PARAMS[name])}, TOKENS), f"{BLOCK}{layer}.{stage}"
+
+
 def nameless(port, kept):
     """Return some stages of a port as a dump without names, but for its features."""
     dump = {f"val_{i}": array for i, (name, array) in enumerate(port.items()) if name in kept}
@@ -170,23 +177,19 @@ def nameless(port, kept):
 @pytest.mark.parametrize("layer", [0, 1, 2])
 @pytest.mark.parametrize("parameter", WRONG)
 def test_every_stage_after_a_divergence_is_recognized_without_any_name(parameter, layer):
-    change, stage = WRONG[parameter]
-    name = f"{BLOCK}{layer}.{parameter}"
-    port = minclip.trace(PARAMS | {name: change(PARAMS[name])}, TOKENS)
+    port, stage = broken_at(parameter, layer)
     shown = [name for name in port if name not in ("eot", "text_features")]
     compared = minclip.compare(REFERENCE, nameless(port, shown))
-    assert compared.new == [f"{BLOCK}{layer}.{stage}"]
+    assert compared.new == [stage]
     assert compared.missing == ["eot"]
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 @pytest.mark.parametrize("parameter", WRONG)
 def test_a_divergence_is_bracketed_by_what_a_port_without_names_shows(parameter, layer):
-    change, stage = WRONG[parameter]
-    name = f"{BLOCK}{layer}.{parameter}"
-    port = minclip.trace(PARAMS | {name: change(PARAMS[name])}, TOKENS)
+    port, stage = broken_at(parameter, layer)
     order = list(REFERENCE)
-    wrong = order.index(f"{BLOCK}{layer}.{stage}")
+    wrong = order.index(stage)
     for seed in range(4):
         rng = np.random.default_rng(seed)
         kept = [name for name in port if rng.random() < 0.5 and name not in ("eot", "text_features")]
