@@ -107,7 +107,7 @@ def unknown(search: Search) -> Diagnosis:
     finest = target.precisions[0]
     notes += describe(target, allowed(search.rounding(finest), finest)) + notes_on_rows(target)
     nearest = next((t for t in trials if t.faults and not t.transform), None)
-    clean = next(t.error for t in trials if not t.faults and not t.transform)
+    clean = search.clean_error
     if nearest and nearest.error < 0.5 * clean:
         notes.append(
             f"The nearest known bug is {names(nearest.faults)} ({nearest.faults[0].summary}). It takes the "

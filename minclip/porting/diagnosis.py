@@ -101,7 +101,7 @@ def diagnose_features(target: Target, trace: Mapping[str, Any] | None, budget: f
 
 def decide(search: Search, dump: StagewiseSearch | None) -> Diagnosis:
     """Return the verdict on a port: agreement first, then single bugs, the dump's bugs, and pairs."""
-    agreement, doubtful = agree(search), None
+    agreement, doubtful, noises = agree(search), None, NoiseSearch(search)
     if agreement and dump and dump.refutes(agreement.precision):
         agreement = None
     for precision in search.target.precisions:
@@ -111,12 +111,11 @@ def decide(search: Search, dump: StagewiseSearch | None) -> Diagnosis:
         if found := found or find_forgotten_scales(search, precision):
             return explained_by_single(search, dump, found, precision)
         if precision == "float32":
-            search_for_noise = NoiseSearch(search)
-            if noise := search_for_noise.alone:
+            if noise := noises.alone:
                 return checked(noise_diagnosis(search, noise), dump)
             if found := exact_findings(search, dump, precision):
                 return checked(known(search, found, [], precision), dump)
-            if noise := search_for_noise.beside_a_fault:
+            if noise := noises.beside_a_fault:
                 if is_sure(noise):
                     return checked(noise_diagnosis(search, noise), dump)
                 doubtful = noise_diagnosis(search, noise)
@@ -124,15 +123,18 @@ def decide(search: Search, dump: StagewiseSearch | None) -> Diagnosis:
             if len(found[0].faults) > 1 and has_slip(found[0]):
                 found = search.judge_nearest(search.pairs(), precision) or found
             return checked(known(search, found, [], precision), dump)
-    return explained_by_slip(search, dump, doubtful)
+    return explained_by_slip(noises, dump, doubtful)
 
 
-def explained_by_slip(search: Search, dump: StagewiseSearch | None, doubtful: Diagnosis | None) -> Diagnosis:
+def explained_by_slip(
+    noises: NoiseSearch, dump: StagewiseSearch | None, doubtful: Diagnosis | None
+) -> Diagnosis:
     """Return the verdict with slips in one layer, alone or beside quantization, or else with pairs."""
+    search = noises.search
     tried, finest = try_slips(search), search.target.precisions[0]
     if found := judged(search, tried, finest):
         return checked(known(search, found, [], finest), dump)
-    if noise := noise_beside_slip(search, tried):
+    if noise := noise_beside_slip(noises, tried):
         return checked(noise_diagnosis(search, noise), dump)
     return explained_by_pair(search, dump, doubtful, tried)
 
@@ -159,14 +161,13 @@ def accepted(search: Search, dump: StagewiseSearch | None, agreement: Agreement)
     return diagnosis
 
 
-def noise_beside_slip(search: Search, tried: Sequence[Trial]) -> Noise | None:
+def noise_beside_slip(noises: NoiseSearch, tried: Sequence[Trial]) -> Noise | None:
     """Return quantization that explains the port beside the nearest slip, where that explains most of it."""
-    clean = min(trial.error for trial in search.singles() if not trial.faults)
-    nearest = sorted(tried, key=lambda trial: trial.error)[:SLIPS]
-    likely = [trial.faults for trial in nearest if trial.error < 0.5 * clean]
+    search, nearest = noises.search, sorted(tried, key=lambda trial: trial.error)[:SLIPS]
+    likely = [trial.faults for trial in nearest if trial.error < 0.5 * search.without_faults[0].error]
     if not likely or search.target.precisions[0] != "float32":
         return None
-    noise = NoiseSearch(search).explaining(likely)
+    noise = noises.explaining(likely)
     return noise if noise and is_sure(noise) else None
 
 

@@ -41,8 +41,7 @@ VARIANTS = list(itertools.product(CODES, LAYOUTS, (False, True)))
 
 def find_forgotten_scales(search: Search, precision: str) -> list[Finding]:
     """Return the codes and the layout of scales that explain a port, or nothing."""
-    clean = min(trial.error for trial in search.singles() if not trial.faults)
-    if precision != search.target.precisions[0] or clean < FAR:
+    if precision != search.target.precisions[0] or search.without_faults[0].error < FAR:
         return []
     tried = []
     for variant in VARIANTS:

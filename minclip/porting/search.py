@@ -87,6 +87,16 @@ class Search:
         """Whether the time of the search is over."""
         return time.monotonic() > self.deadline
 
+    @property
+    def without_faults(self) -> list[Trial]:
+        """The trials of the reference itself: as it is, scaled and in another order, nearest first."""
+        return [trial for trial in self.singles() if not trial.faults]
+
+    @property
+    def clean_error(self) -> float:
+        """The error of the reference as it is, on the text tried."""
+        return next(trial.error for trial in self.without_faults if not trial.transform)
+
     # Judging.
 
     def judge(self, faults: Sequence[Fault], transform: str, precision: str) -> Judgment:

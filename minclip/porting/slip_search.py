@@ -163,7 +163,7 @@ def try_slips(search: Search, seconds: float = SECONDS) -> list[Trial]:
 def note_on_slips(search: Search, trials: Sequence[Trial]) -> str:
     """Return a sentence on the slip that explains most of an unknown port's error, or nothing."""
     usual = min((t.error for t in search.singles() if t.faults and not t.transform), default=math.inf)
-    clean = next(t.error for t in search.singles() if not t.faults and not t.transform)
+    clean = search.clean_error
     best = min(trials, key=lambda trial: trial.error, default=None)
     if best is None or best.error > min(1.001 * usual, 0.5 * clean):
         return ""
