@@ -165,7 +165,10 @@ def on_a_terminal(*args, interrupt_after=None, env=None):
     termios.tcsetwinsize(slave, (24, 80))
     command = [sys.executable, "-W", "error", "-m", "minclip", *args]
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), slave)
+    # A shell starts a background job with SIGINT ignored, which the command would inherit from these tests.
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, **streams, start_new_session=True, env={**os.environ, **(env or {})})
+    signal.signal(signal.SIGINT, usual)
     os.close(slave)
     output = b""
     with contextlib.suppress(OSError):  # the end of a terminal's output is an OSError on Linux
