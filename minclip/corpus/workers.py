@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import os
 import pickle
-import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -71,13 +70,15 @@ def tokenized(first, texts, context, truncate, pad):
 @contextlib.contextmanager
 def tokenizing_process():
     """Start a process that runs `answer_requests`, and end it in any case."""
-    # multiprocessing would run the caller's script in that process too.
+    # multiprocessing would run the caller's script in that process too. In a session of its own, Ctrl-C does
+    # not reach the process: this one ends it.
     paths = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
     child = subprocess.Popen(
         [sys.executable, "-c", "from minclip.corpus.workers import answer_requests; answer_requests()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": paths},
+        start_new_session=True,
     )
     try:
         yield child
@@ -93,7 +94,6 @@ def tokenizing_process():
 
 def answer_requests() -> None:
     """Tokenize the requests on standard input until it ends, and write the answers to standard output."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent process, which ends this one
     answers = sys.stdout.buffer
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:

@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -174,3 +175,9 @@ def test_a_tokenizing_process_that_dies_is_named_and_none_is_left_behind(params,
     with pytest.raises(OSError, match="a process that tokenizes ended early"):
         list(stream)
     assert all(child.poll() is not None for child in children)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no process groups")
+def test_ctrl_c_does_not_reach_a_process_that_tokenizes_even_while_it_starts():
+    with workers.tokenizing_process() as child:
+        assert os.getpgid(child.pid) != os.getpgid(0)
