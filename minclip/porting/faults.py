@@ -313,15 +313,16 @@ def replace_lookup(dtype):
     return lambda port: port.replace("token_embedding", lambda at: port.embed(low_bits(port.tokens, dtype)))
 
 
-def codes_for_weights(port, kind, *, packed=False, by_row=False, projection=False, rounded=True):
+def codes_for_weights(port, kind, *, packed=False, projection=False, **how):
     """Replace every matrix of the blocks by its codes, without their scales.
 
-    packed, by_row   whether there is one scale for q, k and v together, and one for each row of a matrix
-    projection       whether text_projection holds codes as well
+    packed       whether there is one scale for q, k and v together
+    projection   whether text_projection holds codes as well
+    how          the other options of `codes_of`
     """
 
     def codes(w):
-        return codes_of(w, kind, by_row=by_row, rounded=rounded)
+        return codes_of(w, kind, **how)
 
     def of_parts(w):
         return codes(w) if packed else each_third(w, codes, codes, codes)

@@ -107,16 +107,27 @@ CODES: dict[str, tuple[Callable[[Any], Any], int]] = {
 }
 
 
-def codes_of(matrix: Any, kind: str, *, by_row: bool = False, rounded: bool = True) -> Any:
+# Quantizers divide in these orders. Their roundings differ in the last bit, and so a few of the codes.
+DIVISIONS: tuple[Callable[[Any, Any, Any], Any], ...] = (
+    lambda x, most, largest: x / (most / largest),
+    lambda x, most, largest: x * (largest / most),
+    lambda x, most, largest: x / most * largest,
+)
+
+
+def codes_of(
+    matrix: Any, kind: str, *, by_row: bool = False, rounded: bool = True, division: int = 0
+) -> Any:
     """Return a matrix divided by its scale, or by the scale of each row, and rounded to codes of a kind.
 
-    kind   a key of CODES. The arithmetic is that of float32, as quantizers have it
+    kind       a key of CODES. The arithmetic is that of float32, as quantizers have it
+    division   an index into DIVISIONS
     """
     round_code, largest = CODES[kind]
     x = np.asarray(matrix, np.float32)
-    scale = nonzero(abs(x).max(axis=1 if by_row else None, keepdims=True) / np.float32(largest))
-    codes = round_code(x / scale) if rounded else x / scale
-    return codes.astype(matrix.dtype)
+    most = nonzero(abs(x).max(axis=1 if by_row else None, keepdims=True))
+    codes = DIVISIONS[division](x, most, np.float32(largest))
+    return (round_code(codes) if rounded else codes).astype(matrix.dtype)
 
 
 def q8_0(x):

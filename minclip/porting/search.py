@@ -26,7 +26,7 @@ from minclip.porting.verdict import Finding
 NEAR = {"float32": 300, "float16": 20, "bfloat16": 8}  # times rounding: near enough to be judged
 JUDGED = 12  # candidates judged at most, nearest first
 JUDGED_LATE = 4  # the same once the time of the search is over
-LIKELIEST = 400  # pairs that act in the blocks, tried at most
+LIKELIEST = 600  # pairs that act in the blocks, tried at most
 QUICK = 3  # pairs with a fault after the blocks that are tried for each that acts in the blocks
 LIKE = 40  # pairs tried after one that fits, which share a bug with it
 
@@ -73,7 +73,7 @@ class Search:
         self.rows = target.rows
         self.tried: list[Trial] | None = None
         self.features: dict[str | None, Any] = {}  # fault id -> transformed features of the texts tried
-        self.judgments: dict[tuple[str, ...], Judgment] = {}
+        self.judgments: dict[tuple[tuple[Fault, ...], str, str], Judgment] = {}
         self.pairs_tried: list[Trial] = []
         self.next_pair = 0
 
@@ -101,7 +101,7 @@ class Search:
 
     def judge(self, faults: Sequence[Fault], transform: str, precision: str) -> Judgment:
         """Compare the reference with these faults with the port, on all texts."""
-        key = (*(fault.id for fault in faults), transform, precision)
+        key = (tuple(faults), transform, precision)
         if key not in self.judgments:
             self.judgments[key] = self.compare_all(faults, transform, precision)
         return self.judgments[key]

@@ -80,6 +80,24 @@ def test_codes_rounded_the_other_way_here_and_there_are_still_recognized(params,
     assert [fault.id for fault in found(params, tokens, features)] == ["Q1-fp8-packed"]
 
 
+ORDERS = (
+    lambda x, most: x / (most / 448),
+    lambda x, most: x * (448 / most),
+    lambda x, most: 448 * (x / most),
+)
+
+
+@pytest.mark.parametrize("divide", ORDERS)
+def test_codes_are_exact_in_whatever_order_the_quantizer_divides(params, tokens, divide):
+    wrong = params.copy()
+    for name in [name for name in params if name.startswith("transformer.") and params[name].ndim == 2]:
+        x = torch.from_numpy(params[name])
+        wrong[name] = divide(x, x.abs().max()).to(torch.float8_e4m3fn).float().numpy()
+    diagnosis = minclip.diagnose(params, tokens, minclip.encode_text(wrong, tokens))
+    assert [fault.id for fault in diagnosis.findings[0].faults] == ["Q1-fp8-packed"]
+    assert diagnosis.findings[0].error < 1e-6
+
+
 def test_matrices_that_are_too_large_but_no_codes_are_not_called_codes(params, tokens):
     wrong = params.copy()
     for name in [name for name in params if name.startswith("transformer.") and params[name].ndim == 2]:
