@@ -81,21 +81,24 @@ def test_codes_rounded_the_other_way_here_and_there_are_still_recognized(params,
 
 
 ORDERS = (
-    lambda x, most: x / (most / 448),
-    lambda x, most: x * (448 / most),
-    lambda x, most: 448 * (x / most),
+    lambda x, most: x / (most / 127),
+    lambda x, most: x * (127 / most),
+    lambda x, most: 127 * (x / most),
 )
 
 
 @pytest.mark.parametrize("divide", ORDERS)
 def test_codes_are_exact_in_whatever_order_the_quantizer_divides(params, tokens, divide):
-    wrong = params.copy()
+    right, wrong = params.copy(), params.copy()
     for name in [name for name in params if name.startswith("transformer.") and params[name].ndim == 2]:
-        x = torch.from_numpy(params[name])
-        wrong[name] = divide(x, x.abs().max()).to(torch.float8_e4m3fn).float().numpy()
-    diagnosis = minclip.diagnose(params, tokens, minclip.encode_text(wrong, tokens))
-    assert [fault.id for fault in diagnosis.findings[0].faults] == ["Q1-fp8-packed"]
-    assert diagnosis.findings[0].error < 1e-6
+        most = abs(params[name]).max()
+        between_codes = np.floor(params[name] / most * 120) + np.float32(0.5)
+        between_codes[0, 0] = 127
+        x = torch.from_numpy(between_codes * most / np.float32(127))
+        right[name], wrong[name] = x.numpy(), torch.round(divide(x, x.abs().max())).numpy()
+    findings = minclip.diagnose(right, tokens, minclip.encode_text(wrong, tokens)).findings
+    assert [fault.id for fault in findings[0].faults] == ["Q1-int8-packed"]
+    assert findings[0].error < 1e-6
 
 
 def test_matrices_that_are_too_large_but_no_codes_are_not_called_codes(params, tokens):
