@@ -207,10 +207,27 @@ class Aligner:
             name: clear_stage(found, named[name]) for name, found in candidates.items()
         }
         self.result = Alignment({}, {}, {}, {}, [])
-        # Where the features agree there is no bug: values alone decide, and names that disagree mislead.
-        self.trusting = not recognizer.backwards and any(
-            stage == "text_features" and named[name] in (stage, None) for name, stage in self.held.items()
-        )
+        # Where there is no bug, values alone decide, and names that disagree mislead.
+        self.trusting = not recognizer.backwards and (self.features_agree or self.names_are_mixed_up)
+
+    @property
+    def features_agree(self) -> bool:
+        """Whether there are features near the reference's."""
+        return any(s == "text_features" and self.named[n] in (s, None) for n, s in self.held.items())
+
+    @property
+    def names_are_mixed_up(self) -> bool:
+        """Whether the arrays clearly are the stages that they name, but in another order.
+
+        A bug leaves an array that is no stage, or a name whose stage is nowhere, or the q, k and v of a block
+        in each other's places.
+        """
+        floats = [name for name, array in self.port.items() if array.dtype.kind == "f"]
+        held, named = [self.held[name] for name in floats], [self.named[name] for name in floats]
+        if None in held or len(set(held)) < len(held) or set(held) != set(named):
+            return False
+        moved = {part_of(stage) for stage, name in zip(held, named, strict=True) if stage != name}
+        return not moved <= {"attn.q", "attn.k", "attn.v"}
 
     @property
     def diverges(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 from minclip.porting.catalogue import FORGOTTEN
 from minclip.porting.faults import Fault, codes_for_weights
@@ -22,7 +22,7 @@ LAYOUTS = {"": {}, "packed": {"packed": True}, "rows": {"by_row": True}}
 TOLD = {"": "", "packed": ", one for q, k and v together,", "rows": ", one per row,"}
 FAR = 0.5  # relative L2 error of the text tried: codes, some hundred times as large as weights, leave no less
 SHARE = 0.1  # of the error of unrounded codes: a few codes of many may be rounded the other way
-WAYS = list(itertools.product(CODES, LAYOUTS, range(len(DIVISIONS))))
+Tried = tuple[Trial, tuple[str, str, int, bool]]  # kind, layout, division, projection
 
 
 def forgotten(kind: str, layout: str, division: int, projection: bool, *, rounded: bool = True) -> Fault:
@@ -42,23 +42,33 @@ def find_forgotten_scales(search: Search, precision: str) -> list[Finding]:
     """Return the codes and the layout of scales that explain a port, or nothing."""
     if precision != search.target.precisions[0] or search.without_faults[0].error < FAR:
         return []
-    best, variant = min(tried(search), key=lambda pair: pair[0].error)
+    trials = try_all(search, ((kind, layout, 0) for kind, layout in itertools.product(CODES, LAYOUTS)))
+    kind, layout, *_ = nearest(trials)[1]
+    trials += try_all(search, ((kind, layout, division) for division in range(1, len(DIVISIONS))))
+    best, variant = nearest(trials)
     judgment = search.judge(best.faults, best.transform, precision)
     unrounded = search.judge((forgotten(*variant, rounded=False),), best.transform, precision)
     fits = judgment.fits or judgment.finding.error < SHARE * unrounded.finding.error
     return [judgment.finding] if fits else []
 
 
-def tried(search: Search) -> Iterator[tuple[Trial, tuple[str, str, int, bool]]]:
-    """Try all codes on one text. Codes in the projection need no second run of the blocks."""
-    runs = search.runs
+def try_all(search: Search, ways: Iterable[tuple[str, str, int]]) -> list[Tried]:
+    """Try codes on one text, with and without codes in the projection, which need no second run.
+
+    ways   (kind, layout, division)
+    """
+    runs, tried = search.runs, []
     tokens, rows = runs.texts((), search.rows)
-    for kind, layout, division in WAYS:
-        faults = {
-            projection: (forgotten(kind, layout, division, projection),) for projection in (False, True)
-        }
+    for way in ways:
+        faults = {projection: (forgotten(*way, projection),) for projection in (False, True)}
         port = runs.port(faults[False], tokens)
         features = {False: port.run(), True: runs.finish(faults[True], tokens, port.at["x"])}
         for projection in faults:
-            for trial in search.try_faults(faults[projection], features[projection][rows]):
-                yield trial, (kind, layout, division, projection)
+            trials = search.try_faults(faults[projection], features[projection][rows])
+            tried += [(trial, (*way, projection)) for trial in trials]
+    return tried
+
+
+def nearest(tried: list[Tried]) -> Tried:
+    """Return the trial that leaves the least error."""
+    return min(tried, key=lambda pair: pair[0].error)

@@ -18,7 +18,7 @@ LAYOUTS = {
         *("B H L K", "B L (H K)", "L B (H K)", "(B H) L K", "B L H K", "L B H K", "H B L K"),
         *("(B L) (H K)", "(L B) (H K)", "B H K L", "(H K) L B", "K L H B", "K H L B", "K L (B H)"),
     ),
-    "B H L M": ("B H L M", "(B H) L M", "H B L M", "M L H B", "M L (B H)"),
+    "B H L M": ("B H L M", "(B H) L M", "H B L M", "B L H M", "M L H B", "M L (B H)"),
     "P B H L K": (
         *("B L (P H K)", "L B (P H K)", "P B H L K", "P B L (H K)", "P L B (H K)", "B L P H K"),
         *("B L P (H K)", "B L (H P K)", "B L H P K", "(B L) (P H K)", "(L B) (P H K)", "(P H K) L B"),

@@ -111,13 +111,13 @@ CODES: dict[str, tuple[Callable[[Any], Any], int]] = {
 DIVISIONS: tuple[Callable[[Any, Any, Any], Any], ...] = (
     lambda x, most, largest: x / (most / largest),
     lambda x, most, largest: x * (largest / most),
+    lambda x, most, largest: x * (1 / most * largest),  # how torch takes largest / most
+    lambda x, most, largest: x * (1 / (most / largest)),  # ggml's id
     lambda x, most, largest: x / most * largest,
 )
 
 
-def codes_of(
-    matrix: Any, kind: str, *, by_row: bool = False, rounded: bool = True, division: int = 0
-) -> Any:
+def codes_of(matrix: Any, kind: str, *, by_row: bool = False, rounded: bool = True, division: int = 0) -> Any:
     """Return a matrix divided by its scale, or by the scale of each row, and rounded to codes of a kind.
 
     kind       a key of CODES. The arithmetic is that of float32, as quantizers have it

@@ -82,7 +82,9 @@ def test_codes_rounded_the_other_way_here_and_there_are_still_recognized(params,
 
 ORDERS = (
     lambda x, most: x / (most / 127),
-    lambda x, most: x * (127 / most),
+    lambda x, most: x * (127 / most),  # torch multiplies by most.reciprocal()
+    lambda x, most: x * (127 / most.numpy()),
+    lambda x, most: x * (1 / (most / 127)),
     lambda x, most: 127 * (x / most),
 )
 
