@@ -20,6 +20,7 @@ from minclip.params import architecture, input_of_block
 from tests.support.oracles import random_params, random_tokens, token_rows
 
 V, L, HEADS = 97, 12, 2
+HEADS_AND_WIDTHS = [(1, 8), (2, 10), (2, 16), (3, 9), (3, 24)]
 BARS = {"float16": 2e-2, "float32": 2e-5, "float64": 1e-12}  # rounding, amplified by the smallest towers
 
 
@@ -41,10 +42,13 @@ def examples(quick, deep):
 
 @st.composite
 def towers(draw, dtypes=tuple(BARS)):
-    """A small random tower, often of an awkward size, of either activation."""
-    heads, dtype = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from(dtypes))
+    """A small random tower, often of an awkward size, of either activation.
+
+    The width is 8 at least: a layer norm over two numbers that nearly agree amplifies rounding without bound.
+    """
+    (heads, width), dtype = draw(st.sampled_from(HEADS_AND_WIDTHS)), draw(st.sampled_from(dtypes))
     params = random_params(
-        width=heads * draw(st.sampled_from([2, 5, 8])),
+        width=width,
         layers=draw(st.integers(1, 2)),
         embed=draw(st.integers(1, 9)),
         context=L,
