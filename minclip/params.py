@@ -135,6 +135,11 @@ def check_int(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be an int, not {type(value).__name__}")
 
 
+def in_a_clone(extra: str) -> str:
+    """Return the command that installs one of minclip's extras, for an error message."""
+    return f'in a clone of minclip, pip install ".[{extra}]"'
+
+
 def nearest_key(name: Any, mapping: Mapping[str, Any], kind: str) -> str:
     """Return the message of a KeyError: the name that is not there, and the nearest one that is."""
     near = difflib.get_close_matches(str(name), mapping, n=1)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from minclip.checkpoint.tensor_files import Stored, in_a_row, map_file
+from minclip.params import in_a_clone
 
 PLAIN = {0: ("float32", 4), 1: ("float16", 2), 28: ("float64", 8), 30: ("bfloat16", 2)}
 SCALARS = ("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?", "", "", "<Q", "<q", "<d")  # by type id
@@ -132,4 +133,4 @@ def check_end(data: Any, name: str, end: int) -> None:
 
 
 def needs_gguf(name: str) -> np.ndarray:
-    raise ValueError(f'{name!r:.80} is quantized: in a clone of minclip, pip install ".[gguf]" to read it')
+    raise ValueError(f"{name!r:.80} is quantized: {in_a_clone('gguf')} to read it")

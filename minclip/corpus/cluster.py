@@ -25,7 +25,7 @@ from minclip import checkpoint
 from minclip.arrays import as_array
 from minclip.corpus.encoding import fingerprint
 from minclip.fast import encode_text, hidden_states
-from minclip.params import Floats, Params, Tokens, check_projection, text_dtype
+from minclip.params import Floats, Params, Tokens, check_projection, in_a_clone, text_dtype
 
 LOADING = threading.Lock()
 
@@ -148,5 +148,5 @@ def import_client():
     try:
         from distributed import Client
     except ImportError:
-        raise ValueError('Dask is not installed: in a clone of minclip, pip install ".[dask]"') from None
+        raise ValueError(f"Dask is not installed: {in_a_clone('dask')}") from None
     return Client

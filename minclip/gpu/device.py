@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-REMEDY = 'in a clone of minclip, pip install ".[cuda13]" (NVIDIA driver 580 or newer) or ".[cuda12]"'
+from minclip.params import in_a_clone
+
+REMEDY = in_a_clone("cuda13") + ' (NVIDIA driver 580 or newer) or ".[cuda12]"'
 NO_DEVICE = 100  # cudaErrorNoDevice
 
 

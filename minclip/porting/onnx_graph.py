@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from minclip.params import in_a_clone
+
 FIRST = 24  # tensors that the first run reads
 READ = 1 << 27  # bytes that each later run reads, about, which bounds the memory that a run takes
-INSTALL = 'an ONNX graph needs onnx and onnxruntime: pip install ".[onnx]"'
+INSTALL = f"an ONNX graph needs onnx and onnxruntime: {in_a_clone('onnx')}"
 TOKENS = ("input_ids", "text", "tokens", "ids", "token_ids", "x")
 FEATURES = ("text_features", "text_embeds", "sentence_embedding", "embeddings", "output", "features")
 COPIES = ("Identity", "Cast", "Dropout")

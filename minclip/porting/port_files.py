@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from minclip.params import in_a_clone
 from minclip.porting.onnx_graph import trace_onnx
 from minclip.porting.probe import read_dump
 
@@ -35,8 +36,8 @@ def read_raw(path: Path) -> dict[str, Any]:
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))
         shapes = {str(entry["name"]): [int(size) for size in entry["shape"]] for entry in listed}
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f'{path} must be a list of {{"name": ..., "shape": [...]}}: {error!r}') from None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise ValueError(f'{path} must be a list of {{"name": ..., "shape": [...]}}') from None
     binary = path.with_suffix(".bin")
     sizes = [math.prod(shape) for shape in shapes.values()]
     wanted, found = 4 * sum(sizes), binary.stat().st_size
@@ -54,7 +55,7 @@ def read_gguf(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         import gguf
     except ImportError:
-        raise ImportError('a GGUF file needs gguf: in a clone of minclip, pip install ".[gguf]"') from None
+        raise ImportError(f"a GGUF file needs gguf: {in_a_clone('gguf')}") from None
     try:
         tensors = gguf.GGUFReader(path).tensors
         return {

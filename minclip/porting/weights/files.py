@@ -17,6 +17,7 @@ import numpy as np
 from minclip import builtin
 from minclip.checkpoint.sources import fetched, find_weights, read_contents, split_prefix
 from minclip.checkpoint.tensor_files import FLOATS, Stored, numbers
+from minclip.params import in_a_clone
 from minclip.porting.weights.scales import dequantized
 
 MOST_UNPACKED = 20  # an HDF5 file may unpack to at most so many times its size
@@ -44,7 +45,7 @@ def read_weights(path: str | os.PathLike[str]) -> Mapping[str, Any]:
             try:
                 return reader(file)
             except ImportError as error:
-                hint = f'in a clone of minclip, pip install ".[weights]" ({error.name} is missing)'
+                hint = f"{in_a_clone('weights')} ({error.name} is missing)"
                 raise ValueError(f"{path}: to read this file, {hint}") from None
             except ValueError as error:
                 raise ValueError(f"{path}: {str(error).splitlines()[0]:.300}") from None
