@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from minclip.checkpoint import dialects
-from minclip.checkpoint.loading import one_line
+from minclip.checkpoint.loading import check_loads, one_line
 from minclip.checkpoint.sources import (
     OpenTower,
     Source,
@@ -22,30 +22,48 @@ from minclip.checkpoint.sources import (
 BLOCK_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-def inspect(source: Source, *, activation: str | None = None, heads: int | None = None) -> str:
-    """Return the contents of a source as text: dialect, sizes, activation, dtypes, parameters, tensors.
+class Inspected(NamedTuple):
+    """The contents of a source as text, and whether it loads."""
+
+    text: str
+    loads: bool
+
+
+def inspect(source: Source, *, activation: str | None = None, heads: int | None = None) -> Inspected:
+    """Return the contents of a source as text, and whether it loads.
+
+    The text holds the dialect, sizes, activation, dtypes, number of parameters, and tensors.
 
     source              the same as for `load`
     activation, heads   the same as for `load`
 
     Blocks whose tensors are alike share their lines. For a file that does not load, the text says why and
-    lists the tensors that are there. Raises OSError where there is nothing to read, ValueError where a
-    download is not OpenAI's file.
+    lists the tensors that are there. No number is read, so a damaged tensor goes unnoticed. Raises OSError
+    where there is nothing to read, ValueError where a download is not OpenAI's file.
     """
     path = fetched(source)
     try:
         opened = open_tower(path, activation, heads)
     except ValueError as error:
-        line = f"{path} does not load: {one_line(error)}"
+        line = does_not_load(path, error)
         try:
             weights, _ = find_weights(*split_prefix(path))
-            return "\n".join([line, *tensor_lines(read_contents(weights).tensors)])
+            return Inspected("\n".join([line, *tensor_lines(read_contents(weights).tensors)]), False)
         except ValueError:
-            return line
+            return Inspected(line, False)
     tower = opened.tower
     tensors = {name: tower.tensors[name] for name in tower.tensor_names()}
     behind = {name.removeprefix(tower.prefix): tensor for name, tensor in tensors.items()}
-    return "\n".join([str(path), *describe(opened, tensors), *tensor_lines(behind)])
+    lines, loads = [str(path), *describe(opened, tensors), *tensor_lines(behind)], True
+    try:
+        check_loads(tower, opened.config)
+    except ValueError as error:
+        lines[0], loads = does_not_load(path, error), False
+    return Inspected("\n".join(lines), loads)
+
+
+def does_not_load(path: Source, error: ValueError) -> str:
+    return f"{path} does not load: {one_line(error)}"
 
 
 def describe(opened: OpenTower, tensors: Mapping[str, Any]) -> list[str]:

@@ -117,13 +117,7 @@ def to_params(
     tower: dialects.Tower, config: Mapping[str, Any], dtype: np.dtype[Any] | None = None
 ) -> tuple[Params, list[str]]:
     """Read the tower's arrays, each converted to dtype. Return them and the warnings that they deserve."""
-    heads = checked_heads(config.get("heads"), tower.sizes["D"])
-    activation = config.get("activation")
-    if activation is None:
-        raise ValueError(
-            "no config tells the activation: pass activation= (--activation), 'quick_gelu' for "
-            "OpenAI's weights (Stable Diffusion 1, clip_l), 'gelu' for most of OpenCLIP's (clip_g)"
-        )
+    heads, activation = check_loads(tower, config)
     spoiled: dict[str, bool] = {}  # a parameter's name: whether its source was finite
 
     def read(name: str) -> tuple[str, np.ndarray]:
@@ -149,6 +143,23 @@ def to_params(
     return params, notes_on(spoiled, dtype)
 
 
+def check_loads(tower: dialects.Tower, config: Mapping[str, Any]) -> tuple[int, str]:
+    """Return the heads and the activation of a tower. Raises ValueError where it does not load.
+
+    No number is read.
+    """
+    heads = checked_heads(config.get("heads"), tower.sizes["D"])
+    activation = config.get("activation")
+    if activation is None:
+        raise ValueError(
+            "no config tells the activation: pass activation= (--activation), 'quick_gelu' for "
+            "OpenAI's weights (Stable Diffusion 1, clip_l), 'gelu' for most of OpenCLIP's (clip_g)"
+        )
+    for name in tower.tensor_names():
+        check_stored_floats(tower.tensors[name], name)
+    return heads, activation
+
+
 def checked_heads(heads: Any, width: int) -> int:
     """Return the number of heads, OpenAI's where none is given. Raises ValueError for an impossible one."""
     if heads is None and (width % 64 or not width):
@@ -158,8 +169,10 @@ def checked_heads(heads: Any, width: int) -> int:
         )
     heads = width // 64 if heads is None else heads
     heads = int(heads) if isinstance(heads, np.integer) else heads
-    if type(heads) is not int or heads < 1 or width % heads:
-        raise ValueError(f"{heads!r:.80} heads do not divide width {width}")
+    if type(heads) is not int:
+        raise ValueError(f"heads must be an int, not {heads!r:.80}")
+    if heads < 1 or width % heads:
+        raise ValueError(f"{heads} heads do not divide width {width}")
     return heads
 
 
@@ -180,10 +193,15 @@ def listed(names: list[str]) -> str:
     return ", ".join(sorted(names)[:5]) + more
 
 
-def as_floats(tensor: Any, name: str) -> np.ndarray:
-    """Return a parameter as a NumPy array on the host. Raises ValueError where it holds no floats."""
+def check_stored_floats(tensor: Any, name: str) -> None:
+    """Raise ValueError where a tensor of a file holds no floats, as its dtype says."""
     if isinstance(tensor, Stored) and not tensor.floats:
         raise ValueError(f"{name} holds {tensor.dtype}, not floats")
+
+
+def as_floats(tensor: Any, name: str) -> np.ndarray:
+    """Return a parameter as a NumPy array on the host. Raises ValueError where it holds no floats."""
+    check_stored_floats(tensor, name)
     array = as_array(tensor)
     if array.dtype.kind != "f":
         raise ValueError(f"{name} holds {array.dtype}, not floats")

@@ -5,7 +5,14 @@ import sys
 from pathlib import Path
 
 from minclip import checkpoint, explorer, tokenizer
-from minclip.cli.options import add_architecture, add_command, add_model, load_model, print_wrapped
+from minclip.cli.options import (
+    add_architecture,
+    add_command,
+    add_model,
+    check_output,
+    load_model,
+    print_wrapped,
+)
 from minclip.cli.texts import BUILTIN_IN_WORDS, add_texts, given_texts, note_on_rare_words, tokenized
 
 
@@ -48,6 +55,7 @@ def add_show(commands):
 
 def run_show(args):
     """Run the encoder on each text and write every stage to one HTML page, which opens in any browser."""
+    check_output(args.parser, args.output, ".html")
     params = load_model(args)
     texts = list(given_texts(args))
     tokens = tokenized(params, texts, "text")
@@ -73,6 +81,10 @@ def add_inspect(commands):
 
 
 def run_inspect(args):
-    """Print a checkpoint's dialect, sizes, activation, dtype and tensors, or why it does not load."""
-    print_wrapped(checkpoint.inspect(args.source, activation=args.activation, heads=args.heads))
-    return 0
+    """Print a checkpoint's dialect, sizes, activation, dtype and tensors.
+
+    If it does not load, the first line says why, and the exit status is 1.
+    """
+    inspected = checkpoint.inspect(args.source, activation=args.activation, heads=args.heads)
+    print_wrapped(inspected.text)
+    return int(not inspected.loads)

@@ -59,9 +59,8 @@ def test_gguf_files_load_as_their_own_package_reads_them(kind, tmp_path):
     stored = write(path, renamed(PARAMS), {"layers": kind, "token": kind})
     loaded = minclip.load(path, activation="quick_gelu")
     assert_same(loaded, minclip.from_state_dict(stored, activation="quick_gelu"))
-    assert {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(kind, kind) in checkpoint.inspect(
-        path
-    )
+    shown = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(kind, kind)
+    assert shown in checkpoint.inspect(path, activation="quick_gelu").text
 
 
 def test_clip_cpps_names_and_metadata_are_read(tmp_path):
@@ -72,7 +71,7 @@ def test_clip_cpps_names_and_metadata_are_read(tmp_path):
     loaded = minclip.load(path)
     assert_same(loaded, PARAMS)
     assert (loaded.activation, loaded.heads) == ("gelu", 4)
-    assert "dialect      clip.cpp" in checkpoint.inspect(path)
+    assert "dialect      clip.cpp" in checkpoint.inspect(path).text
 
 
 def test_a_quantized_file_asks_for_the_package_that_reads_it(tmp_path, monkeypatch):
@@ -83,7 +82,7 @@ def test_a_quantized_file_asks_for_the_package_that_reads_it(tmp_path, monkeypat
         ValueError, match=re.escape('is quantized: in a clone of minclip, pip install ".[gguf]"')
     ):
         minclip.load(path, activation="quick_gelu")
-    assert "quantized" in checkpoint.inspect(path)
+    assert "quantized" in checkpoint.inspect(path).text
     write(path, renamed(PARAMS), {})
     assert_same(minclip.load(path, activation="quick_gelu"), PARAMS)
 

@@ -160,27 +160,31 @@ def test_cuda_loads_float16_onto_the_gpu_by_default(monkeypatch):
 
 
 def test_inspect_prints_the_contents_of_a_file(files, tmp_path):
-    text = checkpoint.inspect(files[0]["traced.pt"])
+    text = checkpoint.inspect(files[0]["traced.pt"]).text
     for line in ("dialect OpenAI", "layers 2", "width 64", "heads 1", "context 16", "vocabulary 100"):
         assert line in " ".join(text.split())
     count = sum(array.size for array in PARAMS.values())
     for line in ("embedding 48", "activation quick_gelu", "dtype float16, float32", f"parameters {count:,}"):
         assert line in " ".join(text.split())
     assert "transformer.resblocks.{0..1}.attn.in_proj_weight float16 [192, 64]" in " ".join(text.split())
-    assert "load needs activation=" in checkpoint.inspect(files[0]["state.pt"])
+    text, loads = checkpoint.inspect(files[0]["state.pt"])
+    assert text.startswith(f"{files[0]['state.pt']} does not load: no config tells the activation: pass")
+    assert "load needs activation=" in text
+    assert not loads
+    assert checkpoint.inspect(files[0]["state.pt"], activation="gelu").loads
     broken = {name: tensor for name, tensor in openai_model().state_dict().items() if name != "ln_final.bias"}
     torch.save(broken, tmp_path / "broken.pt")
-    text = checkpoint.inspect(tmp_path / "broken.pt")
+    text = checkpoint.inspect(tmp_path / "broken.pt").text
     assert "does not load: ln_final.bias, [64], is missing" in text
     assert "visual.proj" in text
     (tmp_path / "page.pt").write_text("<html>")
-    assert checkpoint.inspect(tmp_path / "page.pt").endswith("download it again")
+    assert checkpoint.inspect(tmp_path / "page.pt").text.endswith("download it again")
 
 
 def test_inspect_accepts_every_name_that_load_accepts(files, monkeypatch):
     monkeypatch.setattr(sources, "download", lambda name: files[0]["traced.pt"])
-    assert checkpoint.inspect("ViT-B/32") == checkpoint.inspect(files[0]["traced.pt"])
-    text, params = checkpoint.inspect("builtin"), minclip.load()
+    assert checkpoint.inspect("ViT-B/32").text == checkpoint.inspect(files[0]["traced.pt"]).text
+    text, params = checkpoint.inspect("builtin").text, minclip.load()
     for line in ("builtin dialect OpenAI layers 6", "heads 2", "activation quick_gelu", "dtype float32"):
         assert line in " ".join(text.split())
     assert f"{sum(array.size for array in params.values()):,} in {len(params)} tensors" in text
@@ -207,6 +211,9 @@ def test_the_command_line_inspects(files, tmp_path, capsys):
     from minclip.cli import main
 
     assert main(["inspect", str(files[0]["traced.pt"])]) == 0
-    assert capsys.readouterr().out == checkpoint.inspect(files[0]["traced.pt"]) + "\n"
+    assert capsys.readouterr().out == checkpoint.inspect(files[0]["traced.pt"]).text + "\n"
+    (tmp_path / "page.pt").write_text("<html>")
+    assert main(["inspect", str(tmp_path / "page.pt")]) == 1
+    assert " ".join(capsys.readouterr().out.split()).startswith(f"{tmp_path / 'page.pt'} does not load: ")
     assert main(["inspect", str(tmp_path / "no.pt")]) == 1
     assert capsys.readouterr().err.startswith("minclip: no file, folder or model")

@@ -164,7 +164,7 @@ def test_only_the_text_tower_is_fetched_and_only_once(server, content, tmp_path)
     assert_same(minclip.load("ViT-B/32", text_only=True), params)
     assert_same(minclip.load("ViT-B/32"), params)  # it is used although it was not asked for
     assert len(server.requests) == before
-    assert "ViT-B-32.text.safetensors" in minclip.checkpoint.inspect("ViT-B/32")
+    assert "ViT-B-32.text.safetensors" in minclip.checkpoint.inspect("ViT-B/32").text
     assert_same(minclip.load("ViT-B/32", text_only=False), params)
     assert (tmp_path / "ViT-B-32.pt").read_bytes() == content
 

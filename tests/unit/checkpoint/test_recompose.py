@@ -32,7 +32,7 @@ def test_float8_towers_load_as_torch_converts_them(dtype, suffix, tmp_path):
     else:
         save_file(state, path) if suffix == "safetensors" else torch.save(state, path)
         loaded = minclip.load(path, activation="quick_gelu")
-        assert f"dtype        {dtype}" in checkpoint.inspect(path)
+        assert f"dtype        {dtype}" in checkpoint.inspect(path).text
     assert_same(loaded, {name: tensor.float().numpy() for name, tensor in state.items()})
     assert {array.dtype.name for array in loaded.values()} == {"float32"}
 

@@ -71,7 +71,7 @@ def test_sharded_folders_load_by_folder_index_or_any_shard(kind, tmp_path):
         params = minclip.load(source)
         assert_same(params, PARAMS)
         assert (params.activation, params.heads) == ("gelu", 4)
-    assert "37 in all" in checkpoint.inspect(folder)
+    assert "37 in all" in checkpoint.inspect(folder).text
 
 
 def test_a_missing_shard_and_a_hostile_index_are_named(tmp_path):
@@ -273,7 +273,7 @@ def test_the_end_of_text_rule_is_saved_loaded_and_kept(tmp_path):
     loaded = minclip.load(tmp_path / "tower.safetensors")
     assert (loaded.eot, loaded.activation, loaded.heads) == (7, "gelu", 1)
     assert minclip.from_state_dict(loaded).eot == 7
-    assert "end of text  id 7" in checkpoint.inspect(tmp_path / "tower.safetensors")
+    assert "end of text  id 7" in checkpoint.inspect(tmp_path / "tower.safetensors").text
 
 
 @pytest.mark.parametrize("suffix", ["pt", "npz", "bin", "ckpt", "gguf", "ONNX", "h5"])
@@ -311,7 +311,7 @@ def test_inspect_collapses_alike_blocks_only(tmp_path):
         name = f"transformer.resblocks.{i}.ln_1.bias"
         state[name] = state[name].astype(np.float16)
     save_file(state, tmp_path / "tower.safetensors")
-    text = " ".join(checkpoint.inspect(tmp_path / "tower.safetensors").split())
+    text = " ".join(checkpoint.inspect(tmp_path / "tower.safetensors").text.split())
     assert "transformer.resblocks.{0..4}.ln_1.weight float32 [64]" in text
     assert "transformer.resblocks.{0..2,4}.ln_1.bias float16 [64]" in text
     assert "transformer.resblocks.3.ln_1.bias float32 [64]" in text

@@ -89,7 +89,7 @@ def refused(path, **given):
         tracemalloc.stop()
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1500
-    assert "\n" not in checkpoint.inspect(path).partition("\n  ")[0]
+    assert "\n" not in checkpoint.inspect(path).text.partition("\n  ")[0]
     return str(caught.value), peak
 
 
@@ -189,7 +189,7 @@ def test_foreign_objects_beside_the_weights_are_inert(beside, protocol, tmp_path
 
 def test_inspect_names_the_foreign_objects(tmp_path, model):
     torch.save({"state_dict": model.state_dict(), "args": argparse.Namespace()}, tmp_path / "beside.pt")
-    text = checkpoint.inspect(tmp_path / "beside.pt")
+    text = checkpoint.inspect(tmp_path / "beside.pt").text
     assert "ignored      objects of argparse.Namespace: nothing in a file is run" in text
 
 
