@@ -65,7 +65,7 @@ def parser():
     """Return the parser of the command line, with a function `run` for each command."""
     top = Parser(prog="minclip", description="CLIP's text encoder on NumPy or CuPy.", epilog=EXAMPLES)
     top.add_argument(
-        "--version", action="version", version=f"minclip {__version__}", help="print the version"
+        "-V", "--version", action="version", version=f"minclip {__version__}", help="print the version"
     )
     commands = top.add_subparsers(metavar="COMMAND")
     encoding.add_encode(commands)

@@ -2,14 +2,21 @@
 
 import contextlib
 import itertools
-from pathlib import Path
 
 import numpy as np
 
 from minclip import arrays, builtin, corpus, fast, model, tokenizer
 from minclip.arrays import as_array
 from minclip.checkpoint.tensor_files import only_when_complete
-from minclip.cli.options import add_command, add_model, add_which_states, columns, load_model, print_wrapped
+from minclip.cli.options import (
+    add_command,
+    add_model,
+    add_which_states,
+    check_output,
+    columns,
+    load_model,
+    print_wrapped,
+)
 from minclip.cli.texts import (
     BUILTIN_IN_WORDS,
     add_texts,
@@ -28,7 +35,6 @@ SHOWN = 12  # texts whose similarities fit an 80-column terminal side by side
 SCENE_SHARE = 0.75  # a scene is shown if its similarity is at least this part of the nearest picture's
 NEAREST = 3
 EMPTY = "(empty)"  # shown for a text without words
-OTHER_FORMATS = {".csv", ".h5", ".json", ".npz", ".parquet", ".pkl", ".pt", ".safetensors", ".tsv", ".txt"}
 
 EXAMPLES = """
 minclip encode "a photo of a cat" "a photo of a dog"
@@ -82,6 +88,8 @@ def run_encode(args):
         args.file = "-"
     if wrong := wrong_usage(args):
         args.parser.error(wrong)
+    if args.output is not None:
+        check_output(args.parser, args.output, ".npy")
     if args.file and args.output:
         write_file(args)
         return 0
@@ -103,18 +111,17 @@ def run_encode(args):
 
 def wrong_usage(args):
     """Return what is wrong with a combination of options, or None."""
-    if "" in (args.file, args.output):
-        return "--file and -o take the name of a file"
+    if args.file == "":
+        return "--file takes the name of a file"
     if args.texts and args.file:
         return "give TEXT or --file, not both"
     if args.states and (args.normalize or not args.output):
         return "--states goes with -o and without --normalize"
-    if not args.states and (args.skip or args.no_norm):
-        return "--skip and --no-norm go with --states"
+    if not args.states and (args.skip or args.no_norm or args.pad):
+        return "--skip, --no-norm and --pad go with --states"
     if args.dask and not (args.file and args.output):
         return "--dask goes with --file and -o"
-    suffix = Path(args.output or "").suffix.lower()
-    return f"-o writes a .npy file, and {args.output} ends in {suffix}" if suffix in OTHER_FORMATS else None
+    return None
 
 
 def working_dtype(args):

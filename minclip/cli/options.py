@@ -5,12 +5,17 @@ import difflib
 import inspect
 import re
 import shutil
+import sys
 import textwrap
+from pathlib import Path
 
 from minclip import checkpoint
 from minclip.params import ACTIVATIONS
 
 WHOLE_WORDS = {"break_long_words": False, "break_on_hyphens": False}
+# Suffixes that tell of a format: a file that a command writes must not have the wrong one.
+TABLES = {".csv", ".h5", ".json", ".npy", ".npz", ".parquet", ".pkl", ".pt", ".safetensors", ".tsv", ".txt"}
+SUFFIXES = TABLES | {".html", ".md", ".pdf", ".png", ".svg"}
 NARROWEST = 24  # columns: less is no use to a table
 
 
@@ -35,6 +40,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=Help, **options)
 
     def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        if self._subparsers and args and self.is_misplaced(args[0]):
+            self.error(f"unknown option {args[0]}; a command comes first, and then its options")
         args, left = super().parse_known_args(args, namespace)
         if left and getattr(args, "texts", None) and not any(text.startswith("-") for text in left):
             args.texts += left
@@ -45,11 +53,19 @@ class Parser(argparse.ArgumentParser):
             )
         return args, []
 
+    def is_misplaced(self, typed):
+        """Tell whether an option of a command, or a misspelled one, was typed before the command."""
+        name = typed.partition("=")[0]
+        return name.startswith("-") and not any(
+            known.startswith(name) for known in self._option_string_actions
+        )
+
     def error(self, message, known=(), otherwise=""):
         """Exit with status 2 and one line: the message, and the nearest of the known names, or otherwise."""
         command = re.search(r"COMMAND: invalid choice: '(.*?)'.*\(choose from (.*)\)", message, re.DOTALL)
         if command:
-            message, known = f"unknown command {command[1]!r}", re.findall(r"[\w-]+", command[2])
+            message = f"unknown command {command[1]!r}"
+            known = [*re.findall(r"[\w-]+", command[2]), *self._option_string_actions]
         typed = command[1] if command else message.split()[-1].partition("=")[0]
         near = difflib.get_close_matches(typed, known, n=1)
         if near:
@@ -96,6 +112,15 @@ def add_which_states(command):
     command.add_argument(
         "--no-norm", action="store_true", help="leave out the final layer norm of the hidden states"
     )
+
+
+def check_output(parser, path, suffix, option="-o"):
+    """Exit with status 2 where path is no name of a file, or has the suffix of another format."""
+    if path in ("", "-"):
+        parser.error(f"{option} takes the name of a file")
+    given = Path(path).suffix.lower()
+    if given in SUFFIXES and given != suffix:
+        parser.error(f"{option} writes a {suffix} file, and {path} ends in {given}")
 
 
 def load_model(args, **options):

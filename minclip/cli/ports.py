@@ -12,6 +12,7 @@ from minclip.cli.options import (
     add_command,
     add_model,
     add_which_states,
+    check_output,
     columns,
     load_model,
     print_wrapped,
@@ -97,6 +98,7 @@ def run_probe(args):
 
     Run the port on the tokens, save its stages, and run minclip compare. The recipes below show how.
     """
+    check_output(args.parser, args.output, ".json" if args.texts else ".npz")
     if args.texts:
         token_probe.write_texts(args.output)
         print(f"{args.output}: {len(token_probe.TEXTS)} texts; give a tokenizer's ids to diagnose-tokens")
@@ -134,6 +136,8 @@ def add_compare(commands):
 
 def run_compare(args):
     """Compare a port's arrays with a probe, stage by stage. Exit status 1 if they diverge."""
+    if args.html is not None:
+        check_output(args.parser, args.html, ".html", "--html")
     compared = comparison.compare_files(
         args.probe,
         args.port,

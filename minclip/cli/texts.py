@@ -36,7 +36,7 @@ def opened(path):
 def given_texts(args):
     """Yield the texts of the arguments, or the lines of standard input. Without either, exit with help."""
     if args.texts:
-        warn_about_files(args.texts)
+        warn_about_texts(args.texts)
         yield from map(as_typed, args.texts)
     elif piped():
         with opened("-") as file:
@@ -59,8 +59,10 @@ def as_typed(text):
         raise ValueError(f"a text is not UTF-8: {text!a}") from None
 
 
-def warn_about_files(texts):
-    """Tell the user of texts that are names of files: probably the lines of the file were meant."""
+def warn_about_texts(texts):
+    """Tell the user of texts that are names of files, or -: probably the lines of the file were meant."""
+    if "-" in texts:
+        print("minclip: - is encoded as a text; without TEXT, standard input is read", file=sys.stderr)
     for text in texts:
         if text.endswith((".txt", ".csv", ".tsv")) and Path(text).is_file():
             note = f"{text} is a file, but is encoded as a text; to read its lines: --file {text}"

@@ -105,16 +105,16 @@ def surely_fits(text: str, context: int) -> bool:
 
 
 def read_texts(file: BinaryIO) -> Iterator[str]:
-    r"""Yield the lines of a binary file as str, without "\n" or "\r\n".
+    r"""Yield the lines of a binary file as str, without "\n", "\r\n" or a byte order mark at the start.
 
     Raises ValueError, with the line's number, where a line is not UTF-8 or longer than 256 KiB.
     """
     for number, line in enumerate(read_lines(file), 1):
         try:
-            yield line.removesuffix(b"\r").decode("utf-8")
+            yield line.removesuffix(b"\r").decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             where = f"{name_of(file)}, line {number}"
-            raise ValueError(f"{where}: not UTF-8 at byte {error.start}") from None
+            raise ValueError(f"{where}: not UTF-8 at byte {error.start}: save the file as UTF-8") from None
 
 
 def read_lines(file):
@@ -125,6 +125,7 @@ def read_lines(file):
         yield from lines
         count += len(lines)
         if len(rest) > LONGEST_LINE:
-            raise ValueError(f"{name_of(file)}, line {count + 1}: longer than {LONGEST_LINE:,} bytes")
+            where = f"{name_of(file)}, line {count + 1}"
+            raise ValueError(f"{where}: longer than {LONGEST_LINE:,} bytes: give one text per line")
     if rest:
         yield rest

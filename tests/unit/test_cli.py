@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ except ImportError:  # Windows
     pty = None
 
 HERE = os.path.dirname(__file__)
+ROOT = Path(__file__).parents[2]
 needs_a_terminal = pytest.mark.skipif(pty is None, reason="Windows has no pseudo-terminals")
 
 
@@ -109,6 +112,16 @@ def test_an_interrupt_is_one_line_and_status_130(monkeypatch, capsys):
     assert capsys.readouterr().err == "minclip: interrupted\n"
 
 
+def test_an_interrupt_during_the_import_is_one_line_and_status_130(tmp_path):
+    (tmp_path / "numpy.py").write_text("raise KeyboardInterrupt")
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, function = scripts["minclip"].partition(":")
+    script = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+    script += f"from {module} import {function}; sys.exit({function}())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8", cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "minclip: interrupted\n")
+
+
 def test_encode_with_a_saved_model(tmp_path):
     path = tmp_path / "model.safetensors"
     minclip.save(minclip.load(), path)
@@ -132,12 +145,22 @@ def test_encode_with_a_saved_model(tmp_path):
         (["encode", "a", "-o", "no/such/folder/f.npy"], 1, "no/such/folder"),
         (["encode"], 1, "standard input is empty"),
         (["encode", "a", "--file", "b.txt"], 2, "give TEXT or --file, not both"),
-        (["encode", "a", "--file", ""], 2, "take the name of a file"),
+        (["encode", "a", "--file", ""], 2, "--file takes the name of a file"),
+        (["encode", "a", "-o", ""], 2, "-o takes the name of a file"),
+        (["encode", "a", "-o", "-"], 2, "-o takes the name of a file"),
+        (["show", "a", "-o", "page.pdf"], 2, "-o writes a .html file, and page.pdf ends in .pdf"),
+        (["probe", "-o", "probe.npy"], 2, "-o writes a .npz file, and probe.npy ends in .npy"),
+        (["probe", "--texts", "-o", "texts.txt"], 2, "-o writes a .json file, and texts.txt ends in .txt"),
+        (["compare", "a.npz", "b.npz", "--html", "c.png"], 2, "--html writes a .html file"),
+        (["encode", "a", "--pad", "49407"], 2, "--skip, --no-norm and --pad go with --states"),
         (["encode", "a", "--skip", "1"], 2, "go with --states"),
         (["encode", "a", "-o", "features.csv"], 2, "-o writes a .npy file"),
         (["encode", "a", "--dask", "tcp://nowhere:1"], 2, "--dask goes with --file and -o"),
         (["encod", "a"], 2, "unknown command 'encod'; did you mean encode?"),
         (["a cat"], 2, "unknown command 'a cat'; to encode a text: minclip encode \"a cat\""),
+        (["help"], 2, "unknown command 'help'; did you mean --help?"),
+        (["version"], 2, "unknown command 'version'; did you mean --version?"),
+        (["--model", "builtin", "encode", "a"], 2, "unknown option --model; a command comes first"),
         (["encode", "a", "--modle=builtin"], 2, "unknown option --modle=builtin; did you mean --model?"),
         (["encode", "a", "--device", "tpu"], 2, "invalid choice"),
     ],
@@ -156,7 +179,7 @@ def test_a_line_that_is_not_utf8_is_named(tmp_path):
     path.write_bytes(b"fine\ncaf\xe9\n")
     done = run("encode", "--file", str(path))
     assert done.returncode == 1
-    assert f"{path}, line 2: not UTF-8 at byte 3" in done.stderr
+    assert f"{path}, line 2: not UTF-8 at byte 3: save the file as UTF-8" in done.stderr
 
 
 def on_a_terminal(*args, interrupt_after=None, env=None):
@@ -250,6 +273,18 @@ def test_a_name_of_a_file_in_place_of_a_text_is_pointed_out(tmp_path):
     done = run("tokenize", str(tmp_path / "captions.txt"))
     assert done.returncode == 0
     assert done.stderr.endswith(f"to read its lines: --file {tmp_path / 'captions.txt'}\n")
+
+
+def test_a_hyphen_in_place_of_a_text_is_pointed_out():
+    done = run("encode", "-", stdin="a cat")
+    assert done.returncode == 0
+    assert done.stderr == "minclip: - is encoded as a text; without TEXT, standard input is read\n"
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_text():
+    done = run("tokenize", stdin="\ufeffa cat\n\ufeffa dog\n")
+    assert done.stdout.startswith("'a cat': 4 tokens\n")
+    assert "'\\ufeffa dog'" in done.stdout
 
 
 def test_a_file_without_output_shows_its_first_twelve_lines(tmp_path):
