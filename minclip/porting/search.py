@@ -147,8 +147,9 @@ class Search:
         """Return the trials that explain all texts: best first, and ties in the catalogue's order."""
         found: dict[tuple[str, ...], Finding] = {}
         near = [trial for trial in trials if self.is_near(trial, precision)]
-        most = JUDGED_LATE if self.expired else JUDGED
-        for trial in sorted(near[:most], key=lambda trial: trial.transform != ""):
+        for judged, trial in enumerate(sorted(near[:JUDGED], key=lambda trial: trial.transform != "")):
+            if judged >= JUDGED_LATE and self.expired:
+                break
             ids = tuple(fault.id for fault in trial.faults)
             judgment = self.judge(trial.faults, trial.transform, precision)
             if judgment.fits and self.is_explanation(judgment, precision):
