@@ -1,6 +1,6 @@
 """The gradient of CLIP's text encoder, as array operations: minclip/model.py read from its end to its start.
 
-dx is the gradient of a scalar loss by x, an array of x's shape. Three rules give every line:
+dx is the gradient of a scalar loss with respect to x: an array of x's shape. Three rules give every line:
 
     y = x @ W.T               dx = dy @ W  and  dW = dy.T @ x
     y = f(x)                  dx = dy * f'(x)
@@ -21,10 +21,10 @@ from minclip.tracing import Trace, gradient_of_features, recorder, trimmed
 
 
 def backward(trace: Trace, grad_features: Any, *, tap: Tap | None = None, parameters: bool = True) -> Trace:
-    """Return the gradient of (features * grad_features).sum() by every parameter, under its name in params.
+    """Return the gradient of (features * grad_features).sum() with respect to every parameter, by name.
 
     trace           from `minclip.trace`. With stages="blocks", memory falls to a third, but blocks run twice
-    grad_features   [..., E], the gradient by the features (without projection: pooled rows); None means zeros
+    grad_features   [..., E], the gradient of the features, or of the pooled rows of no projection; None is 0
     tap             called as tap(name, gradient) for every stage but "eot", last first. Its result goes on
     parameters      False returns the gradients of the stages instead, those that trace holds
 

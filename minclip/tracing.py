@@ -21,7 +21,7 @@ class Trace(dict[str, Floats]):
     params      the parameters of the run; None for a trace that was read from a file
     tokens      the tokens of the run [B, L]
     tap         the tap of the run, or None
-    gradient    the gradient by the features [B, E] that a trace of gradients started from; else None
+    gradient    the gradient of the features [B, E] that a trace of gradients started from; else None
     roundings   {precision: {stage: how far rounding moves it}}, as far as measured or read from a file;
                 see `minclip.porting.rounding`
 
@@ -146,7 +146,7 @@ def trimmed(trace: Trace) -> Trace:
 
 
 def gradient_of_features(trace: Trace, gradient: Any) -> Floats:
-    """Return a loss's gradient by the features as a new array [B, E] of their dtype; None means zeros.
+    """Return the gradient of the features as a new array [B, E] of their dtype; None means zeros.
 
     Without a text projection the features are the pooled rows [B, D].
     Raises ValueError where the trace is not of `trace`, is in float16, or has features of another shape.

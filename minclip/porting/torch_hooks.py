@@ -14,8 +14,8 @@ def trace_torch(torch_model: Any, tokens: Any, *, grad: Any = None) -> dict[str,
 
     torch_model   OpenAI's CLIP, OpenCLIP's, Hugging Face's CLIPModel, CLIPTextModelWithProjection and
                   CLIPTextModel, or any module that is called as module(tokens)
-    grad          [B, E]: return the gradients of (features * grad).sum() instead, by the same tensors and,
-                  under their own names, by the parameters. Their .grad stays as it is
+    grad          [B, E]: return the gradients of (features * grad).sum() instead, with respect to the same
+                  tensors and, under their own names, to the parameters. Their .grad stays as it is
 
     The names are the model's own module names, which `minclip.compare` knows. A tensor made between
     modules and passed to one, such as the residual stream, has that module's name and ".input". Tensors

@@ -49,7 +49,7 @@ PASSES = ("minclip", "minclip, blocks", "minclip, stages only", "OpenAI's clip",
 
 
 def inputs(size, length, texts):
-    """Return params, tokens without padding, and a gradient by the features."""
+    """Return params, tokens without padding, and a gradient of the features."""
     params = random_params(**size, context=length)
     grad = np.random.default_rng(1).standard_normal((texts, size["embed"])).astype(np.float32)
     return params, random_tokens([length] * texts, context=length), grad

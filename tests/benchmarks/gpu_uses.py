@@ -74,7 +74,7 @@ def backward(folder):
     gradient = np.random.default_rng(1).standard_normal((len(tokens), host["text_projection"].shape[1]))
     ours, truth = (minclip.backward(minclip.trace(params, tokens), gradient) for params in (gpu, host))
     found = worst([ours[name].get() for name in truth], truth.values(), 1e-4)
-    return f"the worst of the gradients by {len(truth)} parameters, float32", *found
+    return f"the worst of the gradients of {len(truth)} parameters, float32", *found
 
 
 def resume(folder):

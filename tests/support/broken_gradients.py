@@ -18,7 +18,7 @@ BUGS = {
 
 
 class WithBackward(torch.autograd.Function):
-    """value as it is, with a gradient by x of the port's own: rule(gradient, x, value)."""
+    """value as it is, with a gradient of x of the port's own: rule(gradient, x, value)."""
 
     @staticmethod
     def forward(ctx, x, value, rule):

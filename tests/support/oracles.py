@@ -160,7 +160,7 @@ def torch_features(state, tokens, activation="quick_gelu", heads=None, keep=lamb
 
 
 def torch_gradients(params, tokens, grad, dtype="float32", **options):
-    """The gradient of (features * grad).sum() by every parameter, from torch's autograd."""
+    """The gradient of (features * grad).sum() with respect to every parameter, from torch's autograd."""
     state = {name: tensor.requires_grad_() for name, tensor in torch_state(params, dtype).items()}
     features = torch_features(state, tokens, **options)
     features.backward(features.new_tensor(np.asarray(grad)))

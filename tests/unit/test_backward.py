@@ -1,4 +1,4 @@
-"""Gradients are those of torch's autograd and of finite differences, by every parameter and every stage."""
+"""Gradients are those of torch's autograd and of finite differences, for every parameter and every stage."""
 
 import importlib
 import inspect
