@@ -243,7 +243,8 @@ def as_ids(tokens: Any) -> Tokens:
     if isinstance(tokens, list) and not ids.size:  # [] has no dtype: NumPy makes it float64
         ids = ids.astype(np.int32)
     if ids.dtype.kind not in "iu":
-        kinds = {"U": "text: give minclip.tokenize(texts)", "O": type(tokens).__name__}
+        kind = type(tokens).__name__ + (" of objects" if ids.ndim else "")
+        kinds = {"U": "text: give minclip.tokenize(texts)", "O": kind}
         raise ValueError(f"{wanted}, not {kinds.get(ids.dtype.kind, ids.dtype)}")
     return ids
 

@@ -26,7 +26,7 @@ def load_builtin():
 
 
 def pictures():
-    """Return (emoji, names, features): N emoji and their names, and unit float32 rows [N, E].
+    """Return (emoji, names, features) of N pictures: features [N, E] are float32 rows of length 1.
 
     >>> emoji, names, features = pictures()
     >>> emoji[names.index("cat face")], features.shape
@@ -43,7 +43,7 @@ def common_ids():
 
 
 def scenes():
-    """Return (descriptions, features): N scenes of emoji and shapes, and unit float32 rows [N, E].
+    """Return (descriptions, features) of N scenes of emoji and shapes: features [N, E], rows of length 1.
 
     A description is a dict: "picture" (the scene in emoji), "sentence", "relation", "first" and "second".
     A scene's features come from a small network over the pictures' features, not from pixels.

@@ -148,6 +148,7 @@ def nearest_on_hub(name: str) -> str | None:
 
 def why_missing(name: str) -> str:
     """Return one line for a name that is no file: the nearest name that works, and how to get the files."""
+    name = re.sub(r"^https?://(www\.)?huggingface\.co/([\w.-]+/[\w.-]+).*", r"\2", name)
     models = ["builtin", *available_models()]
     on_hub = nearest_on_hub(name)
     hint = nearest_file(name) or (HUB_NAMES[on_hub] if on_hub else nearest_model(name, models))
@@ -157,6 +158,8 @@ def why_missing(name: str) -> str:
         re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not hint and Path(name).suffix not in SUFFIXES
     ):
         line += by_hand(name)
+    elif "://" in name:
+        line += " Download the file, and give its path."
     return f"{line} The models are {', '.join(models)}"
 
 

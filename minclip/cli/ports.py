@@ -94,7 +94,7 @@ def add_probe(commands):
 
 
 def run_probe(args):
-    """Write tokens and every stage of the reference for them, to check a port in any language against.
+    """Write a probe, to check a port in any language: tokens, and the reference's stages for them.
 
     Run the port on the tokens, save its stages, and run minclip compare. The recipes below show how.
     """
@@ -212,7 +212,8 @@ def run_diagnose(args):
 
     PORT is a file with `tokens` [B, L] and the port's `text_features` [B, E] for them, or its `hidden_states`
     [B, L, D]. Other stages, under any names, make the diagnosis more certain. An ONNX graph is run on the
-    probe's tokens. Use --skip and --no-norm if the port gives other hidden states than the last, normed.
+    probe's tokens. If the hidden states are not those after the last block and the final norm, say so with
+    --skip and --no-norm.
     """
     params = load_model(args)
     dump = port_files.read_port(args.port, probe.tokens_for(params))

@@ -9,3 +9,8 @@ from minclip.corpus import cluster
 from minclip.corpus.encoding import encode_file, encode_stream, write_states
 
 __all__ = ["cluster", "encode_file", "encode_stream", "write_states"]
+
+
+def __dir__() -> list[str]:
+    """Return the public names alone."""
+    return __all__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shutil
 from collections.abc import Iterator
@@ -33,7 +34,9 @@ def readable_twice(
     with contextlib.ExitStack() as stack:
         if isinstance(source, str | os.PathLike):
             source = stack.enter_context(open(source, "rb"))
-        elif not hasattr(source, "seekable"):
+        elif isinstance(source, io.TextIOBase):
+            raise TypeError("source must be a path or an open binary file: open it with mode 'rb'")
+        elif isinstance(source, io.BytesIO) or not hasattr(source, "seekable"):
             kind = type(source).__name__
             raise TypeError(
                 f"source must be a path or an open binary file, not {kind}: encode_stream takes texts"

@@ -16,3 +16,8 @@ from minclip.fast.encoder import Encoder
 from minclip.fast.states import hidden_states
 
 __all__ = ["Encoder", "encode_text", "hidden_states"]
+
+
+def __dir__() -> list[str]:
+    """Return the public names alone."""
+    return __all__

@@ -1,5 +1,7 @@
 """The mistakes that people make first: each is answered in one line, with the place and the remedy."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -188,6 +190,43 @@ MISTAKES = {
     "one text for many": (
         lambda: next(minclip.corpus.encode_stream(PARAMS, "a cat")),
         "texts must be an iterable of str, not one text: give a list",
+    ),
+    "no texts for a loss": (
+        lambda: minclip.contrastive_loss(FEATURES[:0], FEATURES[:0], 1),
+        "the same shape [N, E], not [0, 128] and [0, 128]",
+    ),
+    "a factor for its logarithm": (
+        lambda: minclip.contrastive_loss(FEATURES, FEATURES, 100.0),
+        "logit_scale is a logarithm: give math.log(100.0), not 100.0",
+    ),
+    "the first factor of training": (
+        lambda: minclip.contrastive_loss(FEATURES, FEATURES, np.float32(1 / 0.07)),
+        "logit_scale is a logarithm: give math.log(14.28",
+    ),
+    "text for a scale": (
+        lambda: minclip.contrastive_loss(FEATURES, FEATURES, "4.6"),
+        "logit_scale must be a number or an array, not str",
+    ),
+    "ids that are objects": (
+        lambda: minclip.encode_text(PARAMS, TOKENS.astype(object)),
+        "tokens must be integers, such as minclip.tokenize returns, not ndarray of objects",
+    ),
+    "text for heads": (lambda: minclip.load(heads="2"), "builtin: heads must be an int, not '2'"),
+    "the address of a model on the hub": (
+        lambda: minclip.load("https://huggingface.co/laion/CLIP-ViT-H-14/tree/main"),
+        "hf:laion/CLIP-ViT-H-14 downloads it from the Hugging Face hub",
+    ),
+    "another address": (
+        lambda: minclip.load("https://example.com/clip.pt"),
+        "clip.pt. Download the file, and give its path. The models are",
+    ),
+    "a file open for text": (
+        lambda: minclip.corpus.encode_file(PARAMS, io.StringIO("a cat"), "features.npy"),
+        "source must be a path or an open binary file: open it with mode 'rb'",
+    ),
+    "bytes in memory": (
+        lambda: minclip.corpus.encode_file(PARAMS, io.BytesIO(b"a cat"), "features.npy"),
+        "source must be a path or an open binary file, not BytesIO: encode_stream takes texts",
     ),
     "a tap that forgets to return": (
         lambda: minclip.encode_text(PARAMS, TOKENS, tap=lambda name, array: None),

@@ -118,7 +118,9 @@ def test_every_room_says_how_to_read_it():
 
 def test_dir_shows_the_public_names_alone():
     assert dir(minclip) == sorted([*minclip.__all__, "__version__"])
-    assert all(hasattr(minclip, name) for name in minclip.__all__)
+    for public in (minclip, minclip.corpus, minclip.fast):
+        assert set(dir(public)) - {"__version__"} == set(public.__all__)
+        assert all(hasattr(public, name) for name in public.__all__)
 
 
 def test_contributing_says_where_every_room_is():

@@ -23,8 +23,8 @@ def read(name: str) -> str:
 def text() -> str:
     """Return all recipes, as `minclip probe --help` prints them."""
     head = (
-        "PyTorch: minclip.trace_torch(model, tokens). ONNX: minclip compare probe.npz model.onnx.\n"
-        "Other frameworks, each followed by: minclip compare probe.npz port.npz\n"
+        "For PyTorch, call minclip.trace_torch(model, tokens). For ONNX, run minclip compare probe.npz\n"
+        "model.onnx. For another framework, run its recipe, and then minclip compare probe.npz port.npz\n"
     )
     return head + "".join(f"\n{title}\n\n{indented(read(name))}" for name, title in TITLES.items())
 

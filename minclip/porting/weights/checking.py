@@ -101,11 +101,11 @@ def check_weights(params: Mapping[str, Any], arrays: Mapping[str, Any], *, trace
     """Tell which of the reference's tensors each of a port's arrays holds, and which arrays are wrong.
 
     params   the model that was ported, as `encode_text` takes it
-    trace    a dump of the port's stages with its tokens. The tensors are then recognized by the inputs and
-             outputs of products, and arrays may be empty
     arrays   the port's weights: a mapping from any names to arrays, nested or flat. Arrays are recognized by
              their values: transposed, with heads split, packed, flattened, stacked, scaled or rounded, in any
              float format, or as integers with scales beside them
+    trace    a dump of the port's stages with its tokens. The tensors are then recognized by the inputs and
+             outputs of products, and arrays may be empty
 
     The name of an array gives its place if it is a known framework's, or if most layers agree on it.
     Arrays that are not tensors of the text tower are ignored.
