@@ -798,7 +798,7 @@ def check_reshapes(predicted):
         ("C", (4, 14, 24)): "that is sheets[1, 1]: the first index is the head",
     }
     moves = {
-        "A": ((3, 4, 5), "reshape reads 0, 1, 2, 3, 4, 5, 10 ... in order, three numbers a row"),
+        "A": ((3, 4, 5), "reshape reads 0, 1, 2, 3, 4, 5, 10 ... in order, three numbers per row"),
         "B": ((10, 12, 14), "row 1 of x is cut into the pairs 10 11, 12 13, 14 15"),
         "C": ((1, 11, 21), "row 1 of x.T is column 1 of x"),
     }
@@ -2915,8 +2915,8 @@ def check_to_skip(to_skip):
         ("diffusers SD 1", 2, 2, "entry -(2 + 1) is two blocks before the last"),
         ("webui SD 1", None, 0, "its setting starts at 1, the last state"),
         ("webui SD 1", 1, 0, "it counts states from the end, and 1 is the last: nothing is skipped"),
-        ("webui SD 1", 2, 1, "2 is the last but one"),
-        ("diffusers SDXL", None, 1, "without a setting it takes entry -2, the last but one"),
+        ("webui SD 1", 2, 1, "2 is the second-to-last"),
+        ("diffusers SDXL", None, 1, "without a setting it takes entry -2, the second-to-last"),
         ("diffusers SDXL", 1, 2, "entry -(1 + 2) is two blocks before the last"),
         ("diffusers SDXL", 2, 3, "entry -(2 + 2) is three blocks before the last"),
     ):

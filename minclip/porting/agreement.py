@@ -104,7 +104,7 @@ def alike(search: Search, precision: str, faults: Sequence[Fault] = ()) -> float
 
 
 def likelier(search: Search, precision: str) -> str:
-    """Return bfloat16 in the place of float16 where the port's error looks more like bfloat16's."""
+    """Return bfloat16 in place of float16 where the port's error looks more like bfloat16's."""
     if precision != "float16" or "bfloat16" not in search.target.precisions:
         return precision
     more = alike(search, "bfloat16") > max(RESEMBLING, alike(search, "float16"))

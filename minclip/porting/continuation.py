@@ -98,7 +98,7 @@ class Continuation:
                 self.accept(link)
 
     def accept(self, link: Link) -> None:
-        """Take an array for a stage, in the place of one that only has the stage's name."""
+        """Take an array for a stage, in place of one that only has the stage's name."""
         for stage, array in link.stages:
             if stage in self.matches:
                 self.replaced[self.matches[stage].name] = stage

@@ -1,7 +1,7 @@
 """A port's gradients beside the reference's: how to read them, what rounding does, and the known bugs.
 
 A trace of gradients holds those of the stages, in the order of the backward pass, then those of the
-parameters. `compare` takes one in the place of a trace, and asks this module where the two differ.
+parameters. `compare` takes one in place of a trace, and asks this module where the two differ.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def slip(id: str, first: int, summary: str, change: Callable[[Port], Any]) -> Sl
     return Slip(id.replace(BLOCK, ""), summary, SOURCE, CHECK, change, first=first)
 
 
-# One tensor in the place of another. A place is a stage, whose weight and bias may come from elsewhere.
+# One tensor in place of another. A place is a stage, whose weight and bias may come from elsewhere.
 
 
 def parameters_of(stage: str) -> tuple[str, str, slice | None]:

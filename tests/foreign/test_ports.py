@@ -139,7 +139,7 @@ def mlx_port():
 
 
 def use_zig():
-    """Let tinygrad compile by zig, in the place of clang."""
+    """Let tinygrad compile by zig, in place of clang."""
     compiler = Path("clang").absolute()
     compiler.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{zig_clang.__file__}" "$@"\n')
     compiler.chmod(0o755)

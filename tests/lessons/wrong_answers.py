@@ -1529,7 +1529,7 @@ WRONG["check_padding"] = [
     ({"states"}, "the names are"),
 ]  # fmt: skip
 WRONG["check_to_skip"] = [
-    (skip_by({**RIGHT_SKIP, "diffusers SDXL": lambda n: n or 0}), "entry -2, the last but one"),
+    (skip_by({**RIGHT_SKIP, "diffusers SDXL": lambda n: n or 0}), "entry -2, the second-to-last"),
     (skip_by({**RIGHT_SKIP, "diffusers SDXL": lambda n: n or 1}), "entry -(1 + 2)"),
     (skip_by({**RIGHT_SKIP, "webui SD 1": lambda n: n or 0}), "1 is the last"),
     (skip_by({**RIGHT_SKIP, "diffusers SD 1": lambda n: (n or 0) + 1}), "nothing is skipped"),

@@ -31,7 +31,7 @@ def torch_dump(tower, dtype="float32"):
 
 
 def port(params=PARAMS, tokens=TOKENS, **stages):
-    """A dump of the reference with some stages put in the place of its own as it runs."""
+    """A dump of the reference with some stages put in place of its own as it runs."""
     dump = {}
 
     def tap(name, array):
