@@ -439,7 +439,7 @@ def ladder(word):
 
 
 def merge_ladder(word):
-    """The pieces of a word by CLIP's merges, one row per step, with the piece just joined filled, and the ids."""
+    """The pieces of a word by CLIP's merges, one row per step, the piece just joined filled, and the ids."""
     rungs = ladder(word)
     ids = [tokenizer.vocabulary()[piece] for piece in rungs[-1][0]]
     unit = 1.35  # width of one character
