@@ -69,6 +69,13 @@ def add_encode(commands):
     )
     encode.add_argument("--normalize", action="store_true", help="write features of length 1")
     encode.add_argument("--truncate", action="store_true", help="truncate texts too long for the model")
+    encode.add_argument(
+        "--dask", metavar="ADDRESS", help="encode on the workers of a Dask scheduler, tcp://host:8786"
+    )
+    add_states(encode)
+
+
+def add_states(encode):
     states = encode.add_argument_group("hidden states", "as Stable Diffusion's models read them")
     states.add_argument(
         "--states", action="store_true", help="write the states [texts, L, D] of all positions, as float16"
@@ -76,9 +83,6 @@ def add_encode(commands):
     add_which_states(states)
     states.add_argument(
         "--pad", type=int, default=0, metavar="ID", help="pad texts with this id: 49407 for SD 1, 0 for SD 2"
-    )
-    encode.add_argument(
-        "--dask", metavar="ADDRESS", help="encode on the workers of a Dask scheduler, tcp://host:8786"
     )
 
 

@@ -26,7 +26,6 @@ CHAIN = 8  # faults that are added one by one where no combination fits
 SEARCHED = 90  # texts that are searched on; the findings are checked on all
 LONGEST, LONGEST_WORD = 2000, 200  # characters of a text that faults are tried on, and of its words
 SHOWN = 5  # findings that fit equally well
-PIECES_SHOWN = 12
 PLACE = {fault.id: i for i, fault in enumerate(CATALOGUE)}
 
 
@@ -343,12 +342,6 @@ def piece(id):
     """Return the spelling of an id, or its number where the vocabulary does not hold it."""
     pieces = tokenizer.spellings()
     return pieces[id] if 0 <= id < len(pieces) else f"[{id}]"
-
-
-def show_pieces(pieces):
-    """Return pieces with bars between them, in quotes, the first of them where there are many."""
-    more = f" and {len(pieces) - PIECES_SHOWN} more" if len(pieces) > PIECES_SHOWN else ""
-    return f"{'|'.join(pieces[:PIECES_SHOWN])!r}{more}" if pieces else "nothing"
 
 
 def shorten(text):

@@ -38,10 +38,6 @@ class Unit:
         """Return the name without its block, and the part: the same for every layer."""
         return (self.name if self.layer is None else self.name.split(".", 3)[3]), self.part
 
-    def in_layer(self, layer: int) -> "Unit":
-        """Return the same tensor of another layer."""
-        return Unit(f"{BLOCK}{layer}.{self.role[0]}", self.part)
-
 
 class Kind:
     """Units with the same axes and sizes.
