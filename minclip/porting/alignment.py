@@ -16,16 +16,15 @@ import numpy as np
 
 from minclip.arrays import as_array
 from minclip.params import BLOCK
-from minclip.porting.continuation import EXACT, Continuation, hides, parts
+from minclip.porting.continuation import EXACT, Continuation, hides
 from minclip.porting.layouts import Match, Reading, readings, reversed_axes, same
 from minclip.porting.names import stages_of
-from minclip.porting.stages import AXES, axes, is_parameter, part_of, text_of
+from minclip.porting.stages import AXES, PACKED, axes, is_parameter, packed_stages, part_of, parts, text_of
 from minclip.tracing import Trace
 
 FITS = 0.05  # the largest relative error at which an array counts as a stage by its values
 CLEARLY = 3  # how many times nearer to that stage than to any other
 SAMPLE = 2000  # numbers of an array that are compared
-PACKED = "attn.qkv"  # q, k and v in one array
 SILENT = (".masked", "eot")  # recognized by name only: integers, and scores with any large negative number
 
 
@@ -166,13 +165,8 @@ def stage_kinds(arrays: Mapping[str, Any]) -> Iterator[tuple[str, list[str], lis
             kinds.setdefault((axes(name), array.shape), []).append(name)
     for (goal, _), names in kinds.items():
         yield goal, names, [arrays[name] for name in names]
-    packed = {
-        f"{name[:-1]}qkv": np.stack([arrays[f"{name[:-1]}{part}"] for part in "qkv"])
-        for name in arrays
-        if part_of(name) == "attn.q" and all(f"{name[:-1]}{part}" in arrays for part in "qkv")
-    }
-    if packed:
-        yield "P B H L K", list(packed), list(packed.values())
+    if packed := packed_stages(arrays):
+        yield axes(PACKED), packed, [np.stack([arrays[part] for part in parts(name)]) for name in packed]
 
 
 def align(reference: Trace, port: Mapping[str, Any]) -> Alignment:

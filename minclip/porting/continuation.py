@@ -17,7 +17,7 @@ from minclip.arrays import as_array
 from minclip.params import BLOCK, Params, architecture, block_of, count_layers, end_of_text
 from minclip.porting.layouts import Match, Reading, readings, same
 from minclip.porting.rounding import continue_with, host_params, relative_l2, run
-from minclip.porting.stages import axes
+from minclip.porting.stages import axes, packed_stages, parts
 
 FOLLOWS = 0.01  # the largest relative error at which an array follows from others
 EXACT = 1e-5  # a relative error that rounding makes at any precision
@@ -61,6 +61,7 @@ class Continuation:
         self.params: Params = host_params(reference.params)
         self.batch, self.matches = reference.tokens, matches
         self.shapes = {name: array.shape for name, array in reference.items()}
+        self.shapes |= {packed: (3, *self.shapes[parts(packed)[0]]) for packed in packed_stages(self.shapes)}
         self.row = self.choose_row(reference)
         length = int(end_of_text(self.params, self.batch)[self.row]) + 1
         self.tokens = self.batch[self.row : self.row + 1, :length]
@@ -123,6 +124,8 @@ class Continuation:
 
         with np.errstate(all="ignore"):
             compute(tap)
+        for packed in filter(self.is_free, packed_stages(kept)):
+            kept[packed] = np.stack([kept[part] for part in parts(packed)])
         return kept
 
     def following(self, predicted: Mapping[str, Any]) -> list[Link]:
@@ -149,15 +152,18 @@ class Continuation:
         return named_only and stage != "text_features" and self.nearest(stage, array) > NAMED
 
     def diverging(self, predicted: Mapping[str, Any]) -> list[Link]:
-        """Return the array from which the most others follow, as a stage that does not follow itself."""
+        """Return the array from which the most others follow, as a stage that does not follow itself.
+
+        Such a stage is looked for before each place that does not follow, or else after the last place shown.
+        """
         shown = [stage for stage in self.order if stage in self.matches]
         errors = {stage: self.nearest(stage, predicted[stage]) for stage in shown}
         rounding = max(EXACT, 10 * sorted([0.0, *errors.values()])[len(errors) // 4])
         broken = [stage for stage in shown if errors[stage] > rounding]
-        for stage in broken[:REGIONS]:
-            sound = [s for s in shown[: shown.index(stage)] if s not in broken]
+        for end in broken[:REGIONS] or [None]:
+            sound = [s for s in shown[: shown.index(end) if end else None] if s not in broken]
             start = self.order.index(f"{block_of(sound[-1])}.ln_1") if sound and block_of(sound[-1]) else 0
-            region = [s for s in self.order[start : self.order.index(stage)] if self.is_free(s)]
+            region = [s for s in self.order[start : self.order.index(end) if end else None] if self.is_free(s)]
             best = self.best_link(predicted, region[:REACH])
             if best:
                 return [best]
@@ -192,11 +198,10 @@ class Continuation:
 
     def readings(self, name: str, stage: str) -> list[Reading]:
         """Return the ways to read an array as a stage with all positions."""
-        first = parts(stage)[0]
-        goal, shape = axes(first), self.shapes[first]
+        goal, shape = axes(stage), self.shapes[stage]
         sizes = {"B": len(self.batch), **dict(zip(goal.split(), shape, strict=True))}
-        found = readings(self.loose[name], f"P {goal}" if first != stage else goal, sizes)
-        return [reading for reading in found if reading.array.shape[-len(shape) :] == shape]
+        found = readings(self.loose[name], goal, sizes)
+        return [reading for reading in found if reading.array.shape == shape]
 
     def numbers_of_loose(self) -> Iterator[tuple[str, tuple[list[Link], Any]]]:
         """Yield (stage, (links, their numbers on the text)) of the stages that some loose arrays can be."""
@@ -221,12 +226,9 @@ class Continuation:
 
     def on_text(self, stage: str, array: Any) -> Any:
         """Return an array's numbers on the text, up to its end."""
-        length = self.tokens.shape[1]
-        letters = axes(stage).split()
-        index = [slice(length if letter in "LM" else None) for letter in letters]
-        if letters[0] == "B":
-            index[0] = slice(self.row, self.row + 1)
-        return array[tuple(index)]
+        here = slice(self.tokens.shape[1])
+        cut = {"B": slice(self.row, self.row + 1), "L": here, "M": here}
+        return array[tuple(cut.get(letter, slice(None)) for letter in axes(stage).split())]
 
     def follow(self, predicted: Mapping[str, Any], stage: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the stages of a stage's block and of the next one, computed from given arrays."""
@@ -272,11 +274,6 @@ class Continuation:
         errors = np.linalg.norm(numbers - expected, axis=1) / (np.linalg.norm(expected) or 1)
         taken = [link.name not in self.loose for link in links]
         return links, np.where(np.isfinite(errors) & ~np.array(taken), errors, np.inf)
-
-
-def parts(stage: str) -> list[str]:
-    """Return the stages that an array of packed q, k, v is, or the stage itself."""
-    return [f"{stage[:-3]}{part}" for part in "qkv"] if stage.endswith("attn.qkv") else [stage]
 
 
 def hides(scores: Any) -> bool:

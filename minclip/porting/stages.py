@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,13 @@ from minclip.params import block_of, end_of_text
 
 HIDDEN = -104  # exp of it is 0 in float32: a key so far below the row's highest score is masked
 
+PACKED = "attn.qkv"  # q, k and v in one array
+
 # The axes of each stage. Stages not named here have the stream's axes, B L D; the MLP's F counts as D here.
-# M is L again, seen as keys.
+# M is L again, seen as keys; P is the 3 of q, k, v packed.
 AXES = {
     "positional_embedding": "L D",
+    PACKED: "P B H L K",
     "attn.q": "B H L K",
     "attn.k": "B H L K",
     "attn.v": "B H L K",
@@ -31,6 +35,17 @@ LOOKED_UP = ("token_embedding", "positional_embedding")  # parameters as they st
 def part_of(name: str) -> str:
     """Return a stage's name inside its block ("" for the block's output), or name itself outside blocks."""
     return name.removeprefix(block_of(name) or "").lstrip(".")
+
+
+def parts(stage: str) -> list[str]:
+    """Return the stages that an array of packed q, k, v is, or the stage itself."""
+    return [f"{stage[:-3]}{part}" for part in "qkv"] if stage.endswith(PACKED) else [stage]
+
+
+def packed_stages(names: Collection[str]) -> list[str]:
+    """Return the packed q, k, v of each block whose q, k and v are among some stages."""
+    packed = (f"{name[:-1]}qkv" for name in names if part_of(name) == "attn.q")
+    return [name for name in packed if all(part in names for part in parts(name))]
 
 
 def is_parameter(name: str) -> bool:

@@ -200,6 +200,21 @@ def test_a_divergence_is_bracketed_by_what_a_port_without_names_shows(parameter,
         assert all(compared.stages[s].state == "agrees" for s in before)
 
 
+def test_packed_q_k_v_after_a_divergence_need_no_name():
+    port, _ = broken_at("attn.out_proj.weight", 0)
+    packed = np.concatenate([flat(port[f"{BLOCK}1.attn.{part}"]) for part in "qkv"], axis=-1)
+    shown = [name for name in port if ".1.attn." not in name and name not in ("eot", "text_features")]
+    dump = {**nameless(port, shown), "packed": packed}
+    compared = minclip.compare(REFERENCE, dump)
+    assert compared.new == [f"{BLOCK}0.attn"]
+    assert {compared.stages[f"{BLOCK}1.attn.{part}"].name for part in "qkv"} == {"packed"}
+
+
+def flat(heads):
+    """Return heads [B, H, L, K] as [B, L, D]."""
+    return heads.transpose(0, 2, 1, 3).reshape(len(heads), heads.shape[2], -1)
+
+
 ORDERS = {3: [(1, 0, 2), (2, 1, 0), (0, 2, 1)], 4: [(1, 0, 2, 3), (0, 2, 1, 3), (3, 2, 1, 0)]}
 DEEP = settings.default.max_examples == 100_000  # the profile of tests/conftest.py
 
