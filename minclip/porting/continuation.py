@@ -154,20 +154,26 @@ class Continuation:
     def diverging(self, predicted: Mapping[str, Any]) -> list[Link]:
         """Return the array from which the most others follow, as a stage that does not follow itself.
 
-        Such a stage is looked for before each place that does not follow, or else after the last place shown.
+        Such a stage is looked for before each place that does not follow, and after the last stage shown.
         """
         shown = [stage for stage in self.order if stage in self.matches]
         errors = {stage: self.nearest(stage, predicted[stage]) for stage in shown}
         rounding = max(EXACT, 10 * sorted([0.0, *errors.values()])[len(errors) // 4])
         broken = [stage for stage in shown if errors[stage] > rounding]
-        for end in broken[:REGIONS] or [None]:
-            sound = [s for s in shown[: shown.index(end) if end else None] if s not in broken]
-            start = self.order.index(f"{block_of(sound[-1])}.ln_1") if sound and block_of(sound[-1]) else 0
-            region = [s for s in self.order[start : self.order.index(end) if end else None] if self.is_free(s)]
+        for end in [*broken[:REGIONS], None]:
+            before = shown[: shown.index(end) if end else None]
+            region = self.region([s for s in before if s not in broken], end)
             best = self.best_link(predicted, region[:REACH])
             if best:
                 return [best]
         return []
+
+    def region(self, sound: list[str], end: str | None) -> list[str]:
+        """Return the open stages from the block of the last sound stage on, up to another stage or the end."""
+        last = sound[-1] if sound else self.order[0]
+        start = self.order.index(f"{block_of(last)}.ln_1" if block_of(last) else last)
+        stop = self.order.index(end) if end else len(self.order)
+        return [stage for stage in self.order[start:stop] if self.is_free(stage)]
 
     def is_free(self, stage: str) -> bool:
         """Tell whether no array is recognized as a stage."""
