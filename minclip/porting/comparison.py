@@ -133,7 +133,7 @@ def compare(
     """
     reference = reference if isinstance(reference, Trace) else as_trace(reference)
     reference = reference if reference.gradient is None else gradients.complete(reference)
-    arrays = unpack(port)
+    arrays = unpack(port, reference.tokens)
     check_tokens(reference, arrays)
     alignment = (
         align_gradients(reference, arrays) if reference.gradient is not None else align(reference, arrays)

@@ -169,7 +169,7 @@ class Continuation:
         return []
 
     def region(self, sound: list[str], end: str | None) -> list[str]:
-        """Return the open stages from the block of the last sound stage on, up to another stage or the end."""
+        """Return the open stages from the block of the last sound stage to another stage, or to the end."""
         last = sound[-1] if sound else self.order[0]
         start = self.order.index(f"{block_of(last)}.ln_1" if block_of(last) else last)
         stop = self.order.index(end) if end else len(self.order)

@@ -60,7 +60,7 @@ class StagewiseSearch:
     def read(self, dump: Mapping[str, Any]) -> None:
         """Recognize the dump's arrays."""
         reference = record_trace(self.target.params, self.target.tokens)
-        found = align(reference, {**unpack(dump), "text_features": self.target.features})
+        found = align(reference, {**unpack(dump, self.target.batch), "text_features": self.target.features})
         # Masked scores show nothing: a mask of -1e4 is as good as one of -inf. eot is no float.
         self.order = [name for name in reference if name in found.matches and not name.endswith(SILENT)]
         self.stages = {

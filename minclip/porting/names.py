@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from minclip.arrays import as_array
 from minclip.params import BLOCK, check_mapping
 
@@ -144,17 +146,34 @@ def rename(port: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     return {renamed.get(name, name): array for name, array in port.items()}
 
 
-def unpack(port: Mapping[str, Any]) -> dict[str, Any]:
+def unpack(port: Mapping[str, Any], tokens: Any = None) -> dict[str, Any]:
     """Return a port's dump as a flat dict of arrays on the host: tuples and stacks get a number each.
 
+    Stacked hidden states may lie along the first axis or, as tokens [B, L] tell, along the second. States of
+    all positions that are called "text_features" are called "hidden_states".
     Raises TypeError where the port is no mapping.
     """
     check_mapping(port, "the port must be a mapping from stages to arrays (minclip.diagnose takes features)")
     arrays: dict[str, Any] = {}
     for name, value in port.items():
-        stacked = name.endswith(("hidden_states", "attentions")) and not isinstance(value, (tuple, list))
-        if isinstance(value, (tuple, list)) or (stacked and as_array(value).ndim > 3):
-            arrays |= {f"{name}.{i}": as_array(part) for i, part in enumerate(value) if part is not None}
-        elif value is not None:
-            arrays[name] = as_array(value)
+        listed = isinstance(value, (tuple, list))
+        array = value if listed or value is None else as_array(value)
+        if not listed and name.endswith(("hidden_states", "attentions")) and array.ndim > 3:
+            array, listed = first_axis_stacked(array, tokens), True
+        if listed:
+            arrays |= {f"{name}.{i}": as_array(part) for i, part in enumerate(array) if part is not None}
+        elif array is not None:
+            states = name == "text_features" and "hidden_states" not in port and has_positions(array, tokens)
+            arrays["hidden_states" if states else name] = array
     return arrays
+
+
+def first_axis_stacked(array: Any, tokens: Any) -> Any:
+    """Return stacked arrays [N, B, ...], given as [B, N, ...] where the batch tells so."""
+    texts = None if tokens is None else len(tokens)
+    return array.swapaxes(0, 1) if array.shape[0] == texts != array.shape[1] else array
+
+
+def has_positions(array: Any, tokens: Any) -> bool:
+    """Tell whether an array has an axis for each of the axes B and L of tokens, and one more."""
+    return tokens is not None and array.ndim == 3 and all(size in array.shape for size in np.shape(tokens))

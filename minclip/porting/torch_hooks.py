@@ -20,7 +20,8 @@ def trace_torch(torch_model: Any, tokens: Any, *, grad: Any = None) -> dict[str,
     The names are the model's own module names, which `minclip.compare` knows. A tensor made between
     modules and passed to one, such as the residual stream, has that module's name and ".input". Tensors
     inside a fused attention are not recorded: q, k, v of nn.MultiheadAttention, scores, and weights
-    where it returns none.
+    where it returns none. The model's output is also there as "text_features", or as "hidden_states"
+    where it has a row for each position.
 
     The hooks are removed again, and minclip itself never imports torch.
 
@@ -49,8 +50,9 @@ def trace_torch(torch_model: Any, tokens: Any, *, grad: Any = None) -> dict[str,
             recorder.stages["text_features"] = as_array(output["text_embeds"]).copy()
     else:  # of a tuple the first; under this name also where a module has returned it already
         output = output[0] if isinstance(output, tuple) else output
-        recorder.stages["text_features"] = as_array(output).copy()
-        recorder.tensors["text_features"] = output
+        name = "text_features" if output.ndim < 3 else "hidden_states"
+        recorder.stages[name] = as_array(output).copy()
+        recorder.tensors[name] = output
     return recorder.stages if grad is None else gradients_of(recorder.tensors, torch_model, output, grad)
 
 

@@ -116,6 +116,14 @@ def test_a_live_torch_model_is_traced_under_its_own_names_and_left_as_it_was(tow
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in torch_model.modules())
 
 
+def test_a_torch_model_that_returns_all_positions_has_hidden_states_and_no_features():
+    model = openai_model(PARAMS)
+    model.encode_text = lambda ids: model.ln_final(model.token_embedding(ids))
+    dump = minclip.trace_torch(model, TOKENS)
+    assert dump["hidden_states"].shape == dump["token_embedding"].shape
+    assert "text_features" not in dump
+
+
 def test_hooks_are_taken_away_when_the_model_fails():
     torch_model = openai_model(PARAMS)
     with pytest.raises(IndexError):

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from minclip.arrays import as_array
 from minclip.params import Params, architecture, as_params
 from minclip.porting.alignment import align
 from minclip.porting.names import unpack
@@ -138,11 +139,11 @@ def check_weights(params: Mapping[str, Any], arrays: Mapping[str, Any], *, trace
 
 def findings_of_trace(params: Params, trace: Mapping[str, Any]) -> list[WeightFinding]:
     """Return the findings about the tensors that a port's recorded products used."""
-    dump = unpack(trace)
-    tokens = getattr(trace, "tokens", None)
-    tokens = next((dump[name] for name in ("tokens", "input_ids") if name in dump), tokens)
+    given = getattr(trace, "tokens", None)
+    tokens = next((as_array(trace[name]) for name in ("tokens", "input_ids") if name in trace), given)
     if tokens is None:
         raise ValueError("trace needs the tokens that the port was given, under the name 'tokens'")
+    dump = unpack(trace, tokens)
     reference = record_trace(params, tokens)
     matches = align(reference, dump).matches
     stages = {name: m.array for name, m in matches.items() if m.array.shape == reference[name].shape}

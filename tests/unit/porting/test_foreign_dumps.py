@@ -70,6 +70,32 @@ def test_hidden_states_without_the_embedding_are_counted_from_the_first_block():
     assert {f"{BLOCK}{i}" for i in range(3)} <= set(compared.stages)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_stacked_hidden_states_may_have_the_blocks_before_or_after_the_batch(axis):
+    states = np.stack([REFERENCE[f"{BLOCK}{i}"] for i in range(3)], axis=axis)
+    compared, _ = assert_agrees({"hidden_states": states, "text_features": FEATURES})
+    assert {f"{BLOCK}{i}" for i in range(3)} <= set(compared.stages)
+
+
+def test_states_of_all_positions_are_no_features_of_another_shape():
+    dump = {
+        **{f"{BLOCK}{i}": REFERENCE[f"{BLOCK}{i}"] for i in range(3)},
+        "text_features": REFERENCE["ln_final"],
+    }
+    assert minclip.compare(REFERENCE, dump).agrees
+    assert minclip.diagnose(PARAMS, TOKENS, dump["text_features"], trace=dump).verdict == "agrees"
+
+
+def test_a_port_that_ends_in_hidden_states_is_recognized_after_its_divergence():
+    port, stage = broken_at("mlp.c_fc.bias", 1)
+    order = list(REFERENCE)
+    shown = [name for name in port if name != "eot" and order.index(name) <= order.index("ln_final")]
+    dump = {f"val_{i}": port[name] for i, name in enumerate(shown)}
+    compared = minclip.compare(REFERENCE, dump)
+    assert compared.new == [stage]
+    assert compared.missing == ["eot", "pooled", "text_features"]
+
+
 def test_another_shape_does_not_hide_the_first_divergence():
     port = PARAMS | {"ln_final.weight": PARAMS[f"{BLOCK}1.ln_1.weight"]}
     dump = dict(minclip.trace(port, TOKENS))
