@@ -13,46 +13,34 @@ from minclip.arrays import as_array
 from minclip.params import BLOCK, check_mapping
 
 # A block's stages in other implementations, after the block's number: OpenAI, OpenCLIP, Hugging Face, timm,
-# MLX, Keras and Flax. ".input" is how `minclip.trace_torch` names a module's input.
+# MLX, Keras, Flax and torchtune. ".input" is how `minclip.trace_torch` names a module's input. "_" does not
+# matter.
 INSIDE = {
     "": ("output", "0", "output.0"),
-    "ln_1": ("layer_norm1", "norm1", "ln1", "layer_norm_1", "layernorm1", "attn.ln_q.input"),
-    "attn.qkv": (
-        "self_attn.qkv", "attn.in_proj", "self_attn.qkv_proj", "attn.qkv_proj", "attention.in_proj",
-    ),
-    "attn.q": (
-        "self_attn.q_proj", "self_attn.q", "attn.q_proj", "attention.query_proj", "attention.q_proj",
-        "attention.query", "self_attn.query", "query", "query_proj", "self_attn.query_proj",
-    ),
-    "attn.k": (
-        "self_attn.k_proj", "self_attn.k", "attn.k_proj", "attention.key_proj", "attention.k_proj",
-        "attention.key", "self_attn.key", "key", "key_proj", "self_attn.key_proj",
-    ),
-    "attn.v": (
-        "self_attn.v_proj", "self_attn.v", "attn.v_proj", "attention.value_proj", "attention.v_proj",
-        "attention.value", "self_attn.value", "value", "value_proj", "self_attn.value_proj",
-    ),
+    "ln_1": ("layer_norm_1", "norm_1", "sa_norm", "input_layernorm", "attn_norm", "attn.ln_q.input"),
+    "attn.qkv": ("qkv", "in_proj", "qkv_proj"),
+    "attn.q": ("q", "q_proj", "query", "query_proj"),
+    "attn.k": ("k", "k_proj", "key", "key_proj"),
+    "attn.v": ("v", "v_proj", "value", "value_proj"),
     "attn.scores": ("self_attn.scores", "attention.scores"),
     "attn.masked": ("self_attn.masked", "attention.masked"),
     "attn.weights": ("attn.1", "self_attn.1", "self_attn.weights", "attn.probs", "attention.weights"),
-    "attn.context": (
-        "attn.out_proj.input", "self_attn.out_proj.input", "self_attn.context", "attention.out_proj.input",
-    ),
+    "attn.context": ("self_attn.context", "out_proj.input", "output_proj.input", "attn.c_proj.input"),
     "attn": (
-        "attn.0", "self_attn", "self_attn.0", "attn.out_proj", "self_attn.out_proj", "attn.proj", "ls_1",
-        "attention", "attention.out_proj", "attention.0",
+        "self_attn", "attention", "self_attention", "attn.0", "self_attn.0", "attention.0", "out_proj",
+        "output_proj", "attn.proj", "attn.c_proj", "attn.out", "attention.out", "ls_1",
     ),
-    "residual": ("ln_2.input", "layer_norm2.input", "norm2.input", "layer_norm_2.input"),
-    "ln_2": ("layer_norm2", "norm2", "ln2", "layer_norm_2", "layernorm2"),
-    "mlp.c_fc": ("mlp.fc1", "linear1", "dense_1", "mlp.dense_1", "fc1"),
+    "residual": ("ln_2.input", "layer_norm_2.input", "norm_2.input", "mlp_norm.input"),
+    "ln_2": ("layer_norm_2", "norm_2", "mlp_norm", "post_attention_layernorm"),
+    "mlp.c_fc": ("c_fc", "fc_1", "linear_1", "dense_1", "mlp.w1"),
     "mlp.gelu": (
-        "mlp.activation_fn", "mlp.act", "mlp.c_proj.input", "mlp.fc2.input", "linear2.input", "dense_2.input",
-        "activation", "quick_gelu", "gelu", "fc2.input",
+        "mlp.activation_fn", "mlp.act", "activation", "quick_gelu", "gelu", "c_proj.input", "fc_2.input",
+        "linear_2.input", "dense_2.input", "mlp.w2.input",
     ),
-    "mlp": ("mlp.fc2", "mlp.c_proj", "ls_2", "linear2", "dense_2", "mlp.dense_2", "fc2"),
+    "mlp": ("c_proj", "fc_2", "linear_2", "dense_2", "mlp.w2", "ls_2"),
 }  # fmt: skip
 OUTSIDE = {
-    "token_embedding": ("embedding.token_embedding", "embeddings.token_embedding"),
+    "token_embedding": (),
     "positional_embedding": ("position_embedding", "pos_embed"),
     "embedding": ("embeddings", "transformer.input", "encoder.input", "resblocks.input", "layers.input"),
     "ln_final": (
@@ -67,20 +55,46 @@ OUTSIDE = {
     "pooled": ("pooler_output", "pooled_output", "text_projection.input"),
     "text_features": ("text_embeds", "text_projection", "features", "encode_text", "sentence_embedding"),
 }
-INSIDE_BY_WORD = {word: stage for stage in INSIDE for word in (stage, *INSIDE[stage])}
-OUTSIDE_BY_WORD = {word: stage for stage in OUTSIDE for word in (stage, *OUTSIDE[stage])}
-LISTS = "resblocks|layers|layer|blocks|block|h|encoder_block|encoder_layer"
-IN_LIST = re.compile(rf"(?:^|\.)(?:{LISTS})[._](\d+)(?:\.(.+))?$")
+LAYER = re.compile(
+    r"(?<![a-z0-9])(?:layers?|blocks?|resblocks?|blk|h|encoder_?block|\w+_layer|\w+_block)[._]?(\d+)(?=[._]|$)"
+)
 
 
-def stage_of(name: str, layers: int, first_state: int = 0) -> str | None:
+def plain(name: str) -> str:
+    """Return a name in lower case with its words between dots: "layers.3.self_attn.q_proj.weight"."""
+    name = re.sub(r"\s*\(.*\)$", "", name)  # an ONNX initializer's own name, behind its place
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+    return re.sub(r"[^a-z0-9_]+", ".", name.replace(":0", "")).strip(".")
+
+
+def by_word(stages: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """Return word -> stage, with every word squeezed."""
+    return {squeezed(word): stage for stage in stages for word in (stage, *stages[stage])}
+
+
+def squeezed(word: str) -> str:
+    """Return a word without "_"."""
+    return word.replace("_", "")
+
+
+CONTAINERS = {
+    "att": "attn",
+    "mlp|ffn|feedforward": "mlp",
+}  # of a module, and of its stages
+INSIDE_BY_WORD, OUTSIDE_BY_WORD = by_word(INSIDE), by_word(OUTSIDE)
+# Names of the last block's output, and, in a block, of its input.
+BEFORE_FINAL = {"transformer", "encoder", "lnfinal.input", "finallayernorm.input", "finalnorm.input"}
+BEFORE_BLOCK = {f"{squeezed(norm)}.input" for norm in ("ln_1", *INSIDE["ln_1"])}
+
+
+def stage_of(name: str, layers: int, first_state: int = 0, first_layer: int = 0) -> str | None:
     """Return minclip's name for another implementation's name, or None.
 
     Words in front (model., text_model., module.) do not matter. hidden_states.{i} are the embedding, counted
-    as `first_state`, and then each block's output, as Hugging Face counts.
+    as `first_state`, and then each block's output, as Hugging Face counts. The blocks count from
+    `first_layer`.
     """
-    name = re.sub(r"(?<=\w):\d+$", "", name.replace("/", ".").replace("__call__", "").strip("."))
-    name = re.sub(r"\.{2,}", ".", name)
+    name = plain(name.replace("__call__", ""))
     if re.search(r"visual|vision", name):
         return None
     counted = re.search(r"(hidden_states|attentions)[._](\d+)$", name)
@@ -89,21 +103,31 @@ def stage_of(name: str, layers: int, first_state: int = 0) -> str | None:
         if counted[1] == "attentions":
             return f"{BLOCK}{i}.attn.weights"
         return block_before(i - first_state)
-    inside = IN_LIST.search(name)
+    inside = LAYER.search(name)
     if inside:
-        return inside_block(int(inside[1]), inside[2] or "")
-    words = name.split(".")
-    tails = [".".join(words[n:]) for n in range(len(words))]
-    if {"ln_final.input", "final_layer_norm.input"} & set(tails) or words[-1] in ("transformer", "encoder"):
+        return inside_block(int(inside[1]) - first_layer, name[inside.end() :].strip("._"))
+    ends = tails(name)
+    if BEFORE_FINAL & {*ends}:
         return f"{BLOCK}{layers - 1}"
-    return next((OUTSIDE_BY_WORD[tail] for tail in tails if tail in OUTSIDE_BY_WORD), None)
+    return next((OUTSIDE_BY_WORD[end] for end in ends if end in OUTSIDE_BY_WORD), None)
+
+
+def tails(name: str) -> list[str]:
+    """Return the ends of a name, the longest first, squeezed: a.b.c, b.c, c."""
+    words = squeezed(name).split(".")
+    return [".".join(words[n:]) for n in range(len(words))]
 
 
 def inside_block(i: int, word: str) -> str | None:
-    """Return the stage of block i that a word names, or None."""
-    if word in ("input", "ln_1.input", "layer_norm1.input", "layer_norm_1.input"):
+    """Return the stage of block i that a word names, or None. Words in front do not matter."""
+    if word == "input" or BEFORE_BLOCK & {*tails(word)}:
         return block_before(i)
-    stage = INSIDE_BY_WORD.get(word)
+    whole, *ends = tails(word)
+    stage = INSIDE_BY_WORD.get(whole)
+    if stage is None:  # "0" and "output" alone are the block's output
+        part = next((part for words, part in CONTAINERS.items() if re.search(words, whole)), "")
+        found = (INSIDE_BY_WORD.get(end) for end in ends)
+        stage = next((stage for stage in found if stage and stage.startswith(part)), None)
     return None if stage is None else f"{BLOCK}{i}.{stage}".rstrip(".")
 
 
@@ -116,11 +140,14 @@ def stages_of(names: list[str], layers: int) -> dict[str, str | None]:
     """Return the stage that each name of a dump means, or None.
 
     A list of as many hidden states as there are blocks holds the blocks' outputs, without the embedding.
+    The blocks count from 1 where their numbers go from 1 to the number of blocks.
     """
     counts = [re.search(r"hidden_states[._](\d+)$", name) for name in names]
     states = {int(count[1]) for count in counts if count}
     without_embedding = states == set(range(layers))
-    return {name: stage_of(name, layers, -1 if without_embedding else 0) for name in names}
+    numbers = {int(found[1]) for found in map(LAYER.search, map(plain, names)) if found}
+    first = int(numbers == set(range(1, layers + 1)))
+    return {name: stage_of(name, layers, -1 if without_embedding else 0, first) for name in names}
 
 
 def rename(port: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 
 from minclip.params import BLOCK
+from minclip.porting.names import LAYER, plain
 from minclip.porting.weights.layouts import Unit
 
 WEIGHT = {"weight", "kernel", "w", "scale", "gamma", "g", "embedding", "embeddings"}
@@ -44,17 +45,7 @@ OUTSIDE = (
     (r"ln_final|final_layer_?norm|final_norm|post_ln|ln_f", "ln_final.{}"),
     (r"text_projection|text_proj", "text_projection"),
 )
-LAYER = re.compile(
-    r"(?:layers?|blocks?|resblocks|blk|h|encoder_?block|\w+_layer|\w+_block)[._]?(\d+)(?=[._]|$)"
-)
 IMAGE = re.compile(r"visual|vision|image|(?:^|\.)v\.blk")
-
-
-def plain(name: str) -> str:
-    """Return a name in lower case with its words between dots: "layers.3.self_attn.q_proj.weight"."""
-    name = re.sub(r"\s*\(.*\)$", "", name)  # an ONNX initializer's own name, behind its place
-    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
-    return re.sub(r"[^a-z0-9_]+", ".", name.replace(":0", "")).strip(".")
 
 
 def ends_with(words: str, name: str) -> bool:

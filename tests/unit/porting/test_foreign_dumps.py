@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import minclip
+from minclip.porting.names import stage_of, stages_of
 from minclip.porting.rounding import round_to
 from minclip.porting.stages import STREAM
 from tests.support.oracles import random_params
@@ -94,6 +95,30 @@ def test_a_port_that_ends_in_hidden_states_is_recognized_after_its_divergence():
     compared = minclip.compare(REFERENCE, dump)
     assert compared.new == [stage]
     assert compared.missing == ["eot", "pooled", "text_features"]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [  # of students' ports of Stable Diffusion, torchtune, CLIP_JAX, refiners, and a slip of the pen
+        ("layers.1.layernorm_2.input", "1.residual"),
+        ("layers.1.attention.in_proj", "1.attn.qkv"),
+        ("layers.1.attetion.out_proj.input", "1.attn.context"),
+        ("layers.1.linear_2.input", "1.mlp.gelu"),
+        ("layers.1.attn.output_proj", "1.attn"),
+        ("layers.1.mlp.w2", "1.mlp"),
+        ("clip/~/transformer/resblocks1/attn/out_proj", "1.attn"),
+        ("TransformerLayer_1.Residual_2.FeedForward.Linear_1", "1.mlp.c_fc"),
+        ("TransformerLayer_1.Residual_1.SelfAttention.Distribute.Linear_1", None),
+    ],
+)
+def test_names_of_public_ports_are_known(theirs, ours):
+    assert stage_of(theirs, layers=3) == (None if ours is None else f"{BLOCK}{ours}")
+
+
+def test_blocks_may_be_counted_from_1():
+    names = [f"TransformerLayer_{i}.FeedForward.Linear_2" for i in (1, 2, 3)]
+    assert [*stages_of(names, layers=3).values()] == [f"{BLOCK}{i}.mlp" for i in range(3)]
+    assert stages_of(names[:2], layers=3)[names[0]] == f"{BLOCK}1.mlp"
 
 
 def test_another_shape_does_not_hide_the_first_divergence():
