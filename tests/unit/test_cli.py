@@ -112,11 +112,13 @@ def test_an_interrupt_is_one_line_and_status_130(monkeypatch, capsys):
     assert capsys.readouterr().err == "minclip: interrupted\n"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process for os.kill")
 def test_an_interrupt_during_the_import_is_one_line_and_status_130(tmp_path):
-    (tmp_path / "numpy.py").write_text("raise KeyboardInterrupt")
+    (tmp_path / "numpy.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     module, _, function = scripts["minclip"].partition(":")
     script = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+    script += "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     script += f"from {module} import {function}; sys.exit({function}())"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8", cwd=ROOT)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "minclip: interrupted\n")
@@ -275,10 +277,17 @@ def test_a_name_of_a_file_in_place_of_a_text_is_pointed_out(tmp_path):
     assert done.stderr.endswith(f"to read its lines: --file {tmp_path / 'captions.txt'}\n")
 
 
+def test_every_command_that_asks_to_truncate_can_do_so(tmp_path):
+    page = tmp_path / "page.html"
+    assert "(--truncate)" in run("show", "cat " * 99, "-o", str(page)).stderr
+    assert run("show", "cat " * 99, "-o", str(page), "--truncate").returncode == 0
+    assert page.exists()
+
+
 def test_a_hyphen_in_place_of_a_text_is_pointed_out():
     done = run("encode", "-", stdin="a cat")
     assert done.returncode == 0
-    assert done.stderr == "minclip: - is encoded as a text; without TEXT, standard input is read\n"
+    assert done.stderr == "minclip: - is taken as a text; without TEXT, standard input is read\n"
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_text():
