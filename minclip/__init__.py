@@ -1,5 +1,8 @@
 """CLIP's text encoder as explicit array operations, on NumPy or CuPy.
 
+Begin with `load`, `tokenize` and `encode_text`. `trace` keeps every stage. `compare` and `diagnose` check a
+port. `corpus` and `fast` encode many texts. In a terminal, `minclip --help` lists the commands.
+
 >>> import minclip
 >>> params = minclip.load()
 >>> minclip.encode_text(params, minclip.tokenize("a photo of a cat")).shape

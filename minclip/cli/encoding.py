@@ -20,6 +20,7 @@ from minclip.cli.options import (
 from minclip.cli.texts import (
     BUILTIN_IN_WORDS,
     add_texts,
+    add_truncate,
     fitted,
     given_texts,
     note_on_rare_words,
@@ -68,7 +69,7 @@ def add_encode(commands):
         help="dtype of the features; by default float32 on the CPU and float16 on the GPU",
     )
     encode.add_argument("--normalize", action="store_true", help="write features of length 1")
-    encode.add_argument("--truncate", action="store_true", help="truncate texts too long for the model")
+    add_truncate(encode)
     encode.add_argument(
         "--dask", metavar="ADDRESS", help="encode on the workers of a Dask scheduler, tcp://host:8786"
     )

@@ -13,7 +13,14 @@ from minclip.cli.options import (
     load_model,
     print_wrapped,
 )
-from minclip.cli.texts import BUILTIN_IN_WORDS, add_texts, given_texts, note_on_rare_words, tokenized
+from minclip.cli.texts import (
+    BUILTIN_IN_WORDS,
+    add_texts,
+    add_truncate,
+    given_texts,
+    note_on_rare_words,
+    tokenized,
+)
 
 
 def add_tokenize(commands):
@@ -50,6 +57,7 @@ def add_show(commands):
     )
     add_texts(page, "a text to encode; the first two are shown side by side")
     page.add_argument("-o", dest="output", metavar="page.html", required=True, help="the file to write")
+    add_truncate(page)
     add_model(page)
 
 
@@ -58,7 +66,7 @@ def run_show(args):
     check_output(args.parser, args.output, ".html")
     params = load_model(args)
     texts = list(given_texts(args))
-    tokens = tokenized(params, texts, "text")
+    tokens = tokenized(params, texts, "text", args.truncate)
     name = BUILTIN_IN_WORDS if args.model == "builtin" else Path(args.model).name
     explorer.show(params, tokens, model=name).save(args.output)
     print(f"{args.output}: {os.path.getsize(args.output) / 1e6:.1f} MB, open it in a browser")

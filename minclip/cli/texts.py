@@ -19,6 +19,10 @@ def add_texts(command, summary):
     )
 
 
+def add_truncate(command):
+    command.add_argument("--truncate", action="store_true", help="truncate texts too long for the model")
+
+
 def piped():
     """Tell whether standard input is a pipe or a file, not a terminal."""
     return sys.stdin is not None and not sys.stdin.isatty()
@@ -62,10 +66,10 @@ def as_typed(text):
 def warn_about_texts(texts):
     """Tell the user of texts that are names of files, or -: probably the lines of the file were meant."""
     if "-" in texts:
-        print("minclip: - is encoded as a text; without TEXT, standard input is read", file=sys.stderr)
+        print("minclip: - is taken as a text; without TEXT, standard input is read", file=sys.stderr)
     for text in texts:
         if text.endswith((".txt", ".csv", ".tsv")) and Path(text).is_file():
-            note = f"{text} is a file, but is encoded as a text; to read its lines: --file {text}"
+            note = f"{text} is a file, but is taken as a text; to read its lines: --file {text}"
             print(f"minclip: {note}", file=sys.stderr)
 
 
