@@ -116,10 +116,10 @@ def config_of(weights: Path, tower: dialects.Tower, chosen: dict[str, Any]) -> d
 
 
 def check_room(tower: dialects.Tower, room: int) -> None:
-    """Raise ValueError where the tensors are larger than the file, and so lie on each other."""
+    """Raise ValueError where the tensors are larger than the file, and so overlap."""
     needed = sum(getattr(tower.tensors[name], "nbytes", 0) for name in tower.tensor_names())
     if needed > room:
-        raise ValueError(f"its tensors, {needed} bytes, lie on each other in a file of {room}")
+        raise ValueError(f"its tensors overlap: they have {needed} bytes, in a file of {room}")
 
 
 def split_prefix(source: Source) -> tuple[Path, str | None]:

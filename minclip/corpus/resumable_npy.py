@@ -106,7 +106,7 @@ class ResumableNpy:
         changed = [name for name in {**self.job, **begun} if begun.get(name) != self.job.get(name)]
         if changed:
             raise ValueError(
-                f"{self.output} was begun with another {', '.join(changed)}: give the same as then, "
+                f"{self.output} was begun with another {', '.join(changed)}: give the same again, "
                 f"or delete {self.partial.name} and {self.journal_path.name} to start over"
             )
 

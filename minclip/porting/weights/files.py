@@ -124,7 +124,7 @@ def read_keras(path: Path) -> dict[str, Any]:
             file.visititems(visit)
         return arrays
     except (zipfile.BadZipFile, KeyError, OSError, RuntimeError, NotImplementedError) as error:
-        raise ValueError(f"no Keras file with model.weights.h5: {error}") from None
+        raise ValueError(f"not a Keras file with model.weights.h5: {error}") from None
 
 
 def read_msgpack(path: Path) -> dict[str, Any]:
@@ -143,9 +143,9 @@ def read_msgpack(path: Path) -> dict[str, Any]:
     try:
         tree = msgpack.unpackb(path.read_bytes(), ext_hook=array, strict_map_key=False)
     except (ValueError, TypeError, KeyError, RecursionError, msgpack.UnpackException) as error:
-        raise ValueError(f"no Flax msgpack file: {type(error).__name__} {error!s:.120}") from None
+        raise ValueError(f"not a Flax msgpack file: {type(error).__name__} {error!s:.120}") from None
     if not isinstance(tree, dict):
-        raise ValueError("no Flax msgpack file: its root is no mapping")
+        raise ValueError("not a Flax msgpack file: its root is not a mapping")
     arrays: dict[str, Any] = {}
     gather(tree, "", arrays, 0)
     return arrays
@@ -187,7 +187,7 @@ def read_onnx(path: Path) -> dict[str, Any]:
     try:
         model = onnx.load(os.fspath(path))
     except Exception as error:  # protobuf's and onnx's own errors have no common base
-        raise ValueError(f"no ONNX graph: {type(error).__name__} {error!s:.200}") from None
+        raise ValueError(f"not an ONNX graph: {type(error).__name__} {error!s:.200}") from None
     names = places_of_initializers(model.graph)
     arrays: dict[str, Any] = {}
     for tensor in model.graph.initializer:

@@ -142,7 +142,7 @@ def test_a_pipe_is_resumed_by_the_same_text(model, params, output):
     assert ended(start(*args, before=killer, stdin=subprocess.PIPE), input=text)[0] == -signal.SIGKILL
     status, _, err = ended(start(*args, stdin=subprocess.PIPE), input=text + b"\nmore")
     assert status == 1
-    assert "another input, shape: give the same as then" in err
+    assert "another input, shape: give the same again" in err
     assert finished(output) == 24
     assert ended(start(*args, stdin=subprocess.PIPE), input=text)[0] == 0
     np.testing.assert_allclose(np.load(output), expected(params, TEXTS), atol=1e-5)
