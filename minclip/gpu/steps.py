@@ -133,4 +133,4 @@ def kernel(name, dtype, pack=1, head_width=64):
     options = (f"-Dstorage_t={stored}", f"-Dcompute_t={computed}", f"-DPACK={pack}", f"-DK={head_width}")
     if stored == "__half":  # rounding to float16 is far coarser than the errors of a fast exp or division
         options += ("--use_fast_math",)
-    return cupy.RawKernel(SOURCE.read_text(), name, options)
+    return cupy.RawKernel(SOURCE.read_text(encoding="utf-8"), name, options)

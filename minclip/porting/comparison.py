@@ -120,7 +120,8 @@ def compare(
     names, and of parameters, under the port's own (`trace_torch(model, tokens, grad=...)` gives both).
     `faults` then lists the known bugs of backward passes that explain every difference.
 
-    Raises ValueError where nothing of the port can be matched, or where it was run on other tokens.
+    Raises ValueError where nothing of the port can be matched, where it was run on other tokens, and where
+    rtol is negative or NaN.
 
     >>> import minclip
     >>> params, tokens = minclip.load(), minclip.tokenize("a cat")
@@ -131,6 +132,8 @@ def compare(
     >>> compare(minclip.trace(params, tokens), port).first
     'ln_final'
     """
+    if rtol is not None and not rtol >= 0:
+        raise ValueError(f"rtol must be at least 0, not {rtol}")
     reference = reference if isinstance(reference, Trace) else as_trace(reference)
     reference = reference if reference.gradient is None else gradients.complete(reference)
     arrays = unpack(port, reference.tokens)

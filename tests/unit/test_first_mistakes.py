@@ -155,6 +155,10 @@ MISTAKES = {
         "give minclip.save(params, path): params must be a mapping from names to arrays, not str",
     ),
     "torch's suffix": (lambda: minclip.save(PARAMS, "model.pt"), "let it end in .safetensors"),
+    "a negative tolerance": (
+        lambda: minclip.compare(TRACE, TRACE, rtol=-1e-4),
+        "rtol must be at least 0, not -0.0001",
+    ),
     "features for traces": (
         lambda: minclip.compare(FEATURES, FEATURES),
         "the reference must be a mapping from stages to arrays, as minclip.trace returns, not ndarray",
