@@ -4,12 +4,13 @@ import contextlib
 import os
 import sys
 import unicodedata
-from pathlib import Path
 
 from minclip import builtin, tokenizer
 from minclip.corpus.lines import check_length, name_of, read_texts
 
 BUILTIN_IN_WORDS = "built-in (small, English only, not CLIP)"
+REMEDIES = dict.fromkeys((".txt", ".csv", ".tsv"), "to read its lines: {} < {}")  # ending: for such a file
+REMEDIES |= dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".gif"), "minclip has no image encoder")
 MOST_WORDS = 6  # words that one note lists
 
 
@@ -40,7 +41,7 @@ def opened(path):
 def given_texts(args):
     """Yield the texts of the arguments, or the lines of standard input. Without either, exit with help."""
     if args.texts:
-        warn_about_texts(args.texts)
+        warn_about_texts(args.texts, args.parser.prog)
         yield from map(as_typed, args.texts)
     elif piped():
         with opened("-") as file:
@@ -63,13 +64,14 @@ def as_typed(text):
         raise ValueError(f"a text is not UTF-8: {text!a}") from None
 
 
-def warn_about_texts(texts):
-    """Tell the user of texts that are names of files, or -: probably the lines of the file were meant."""
+def warn_about_texts(texts, command):
+    """Tell the user of texts that are -, or names of files: probably the file itself was meant."""
     if "-" in texts:
         print("minclip: - is taken as a text; without TEXT, standard input is read", file=sys.stderr)
     for text in texts:
-        if text.endswith((".txt", ".csv", ".tsv")) and Path(text).is_file():
-            note = f"{text} is a file, but is taken as a text; to read its lines: --file {text}"
+        ending = os.path.splitext(text)[1].lower()
+        if ending in REMEDIES and os.path.isfile(text):
+            note = f"{text} is a file, but is taken as a text; {REMEDIES[ending].format(command, text)}"
             print(f"minclip: {note}", file=sys.stderr)
 
 

@@ -121,8 +121,8 @@ def notes_on_rows(target: Target) -> list[str]:
     notes = []
     if not target.aligned:
         notes.append(
-            f"There are {len(target.features)} rows of features for {len(target.batch)} texts: "
-            "each row was compared with every text."
+            f"Rows of features: {len(target.features)}; texts: {len(target.batch)}. "
+            "Each row was compared with every text."
         )
     if not target.complete:
         notes.append(

@@ -274,7 +274,7 @@ def test_a_name_of_a_file_in_place_of_a_text_is_pointed_out(tmp_path):
     (tmp_path / "captions.txt").write_text("a cat")
     done = run("tokenize", str(tmp_path / "captions.txt"))
     assert done.returncode == 0
-    assert done.stderr.endswith(f"to read its lines: --file {tmp_path / 'captions.txt'}\n")
+    assert done.stderr.endswith(f"to read its lines: minclip tokenize < {tmp_path / 'captions.txt'}\n")
 
 
 def test_every_command_that_asks_to_truncate_can_do_so(tmp_path):
@@ -282,6 +282,14 @@ def test_every_command_that_asks_to_truncate_can_do_so(tmp_path):
     assert "(--truncate)" in run("show", "cat " * 99, "-o", str(page)).stderr
     assert run("show", "cat " * 99, "-o", str(page), "--truncate").returncode == 0
     assert page.exists()
+
+
+def test_a_picture_in_place_of_a_text_is_pointed_out(tmp_path):
+    (tmp_path / "cat.PNG").write_bytes(b"")
+    done = run("encode", str(tmp_path / "cat.PNG"), "no-such.png", "a" * 300 + ".txt", "--truncate")
+    assert done.returncode == 0
+    note = f"{tmp_path / 'cat.PNG'} is a file, but is taken as a text; minclip has no image encoder"
+    assert done.stderr == f"minclip: {note}\n"
 
 
 def test_a_hyphen_in_place_of_a_text_is_pointed_out():

@@ -148,7 +148,7 @@ def test_normalized_shuffled_scaled_and_missing_rows_are_seen_through(params, to
     assert ids(table.port_features(params, tokens, ("no_mask",)).astype(np.float16))[0] == "M1"
     some = minclip.diagnose(params, tokens, clean[[0, 3, 6]])
     assert some.verdict == "agrees"
-    assert "3 rows of features for 8 texts" in str(some)
+    assert "Rows of features: 3; texts: 8." in str(some)
 
 
 def test_what_cannot_be_told_apart_is_said_with_the_probe_that_would(params, tokens):
