@@ -228,6 +228,14 @@ def test_the_first_of_several_ends_is_the_end_and_a_zero_inside_a_text_is_text()
     assert relative(minclip.encode_text(PARAMS, batch, tap=lambda name, array: array), alone) < 1e-6
 
 
+def test_an_end_of_text_id_of_the_models_own_is_the_end_where_it_first_stands():
+    own = minclip.Params(PARAMS, activation="quick_gelu", heads=5, eot=9)
+    tokens = [[1, 90, 3, 9, 95, 9]]
+    normed = minclip.trace(own, tokens)["ln_final"]
+    features = minclip.encode_text(own, tokens)
+    assert relative(features, normed[:, 3] @ own["text_projection"]) < 1e-6
+
+
 def test_quick_gelu_and_gelu_are_right_to_the_ends_of_their_dtype():
     for dtype in (np.float16, np.float32, np.float64):
         x = np.array([-1e4, -100, -1, 0, 1, 100, 1e4], dtype=dtype)
