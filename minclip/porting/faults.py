@@ -119,6 +119,12 @@ def over_the_batch(at):
     return context.transpose(2, 0, 1, 3).reshape(at["attn.context"].shape)
 
 
+def padding_masked_too(port):
+    """Mask the keys after the end of text, besides those that are masked already."""
+    keys = up_to_end(port.tokens, port.end)[:, None, None, :]
+    port.replace("attn.masked", lambda at: np.where(keys, at["attn.masked"], -np.inf))
+
+
 def low_bits(ids, dtype):
     """Return ids after a cast to a type too small for them, and back."""
     small = round_to(ids.astype(np.float32), dtype) if dtype == "bfloat16" else ids.astype(dtype)

@@ -24,6 +24,8 @@ SINGLES = {
     "mask_multiplied": {"M4-zero"},
     "mask_after_softmax": {"M4-after"},
     "mask_inverted": {"M4-inverted-finite"},
+    "mask_added": {"M4-plus-one-diagonal"},
+    "mask_added_padding_masked": {"M4-plus-one-padding"},
     "mask_id_zero": {"M8"},
     "pool_first": {"P1", "P4", "P7", "D6-no-end"},
     "pool_last": {"P2"},
@@ -326,6 +328,11 @@ class BrokenPort:
             return (s * ~future).softmax(-1)
         if self.has("mask_minus_one"):
             return (s - future.to(s)).softmax(-1)
+        if self.has("mask_added"):
+            return (s + torch.ones(L, L).triu().to(s)).softmax(-1)
+        if self.has("mask_added_padding_masked"):
+            visible = (torch.arange(L)[None] <= ids.argmax(1)[:, None]).to(s)
+            return (s + torch.ones(L, L).triu().to(s) - 1e8 * (1 - visible)[:, None, None]).softmax(-1)
         if self.has("mask_transposed"):
             future = future.t()
         if self.has("mask_late"):
