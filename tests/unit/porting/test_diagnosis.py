@@ -55,6 +55,15 @@ def test_two_bugs_are_named_together(params, tokens, bugs):
     assert place == 1, diagnosis
 
 
+def test_candidates_are_tried_on_a_text_that_shows_the_bug(params):
+    tokens = minclip.probe_tokens(
+        *map(len, (params["positional_embedding"], params["token_embedding.weight"]))
+    )
+    port = port_with([fault for fault in CATALOGUE if fault.id == "M8"], params, tokens)
+    target = Target(params, tokens, port.run())
+    assert (target.tokens[target.rows[0], : target.length[target.rows[0]]] == 0).any()
+
+
 def test_pairs_are_tried_in_parts_and_each_once(params, tokens):
     search = Search(target := Target(params, tokens, table.port_features(params, tokens, ("no_mask",))), None)
     search.runs = Runs(target, [fault for fault in CATALOGUE if fault.id[0] in "ATN"])
