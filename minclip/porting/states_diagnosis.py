@@ -16,6 +16,7 @@ from minclip.porting.verdict import ALL_ZERO, Diagnosis
 from minclip.porting.which_states import Which
 from minclip.tracing import trace as record_trace
 
+NOTHING_FINITE = "No number is finite, so the port's choice of states cannot be seen."
 NEAREST = 3  # bugs that nearly explain the text tried, judged on all texts
 
 
@@ -85,7 +86,9 @@ def explained(search: StatesSearch, found: Sequence[Judgment], precision: str) -
     target, first = search.target, found[0]
     verdict = "known" if first.finding.faults else "agrees"
     within = f"relative error {first.error:.2g}, where {precision} rounding alone makes {first.rounding:.2g}"
-    notes = [f"These are {first.which}: minclip.{first.which.call}.", *notes_on_reading(target)]
+    which = f"These are {first.which}: minclip.{first.which.call}."
+    finite = bool(np.isfinite(target.states).any())
+    notes = [which if finite else NOTHING_FINITE, *notes_on_reading(target)]
     if precision != target.precisions[0]:
         notes.append(
             f"A port that computes in {precision} inside has this error. If yours is "

@@ -87,7 +87,7 @@ class StatesTarget:
         clean = [states_of(Port(self.params, row[None])) for row in self.batch[: len(states)]]
         errors = {which: each_error(states, [run[which] for run in clean]) for which in clean[0]}
         self.nearest = min(errors, key=lambda which: mean_square(errors[which]))
-        self.error = float(mean_square(errors[wanted]) ** 0.5)
+        self.error = float(mean_square(errors[wanted]) ** 0.5) if np.isfinite(states).all() else np.inf
         reference = [run[self.nearest] for run in clean]
         order = find_order(states, reference) if len(states) == len(self.batch) else None
         self.shuffled = order is not None
@@ -284,6 +284,8 @@ class StatesSearch:
         """Return the faults that explain all texts at a precision, best first."""
         found: list[Judgment] = []
         near = [trial for trial in self.singles() if self.is_near(trial, precision)]
+        if not np.isfinite(self.target.states).any():  # any choice of states fits
+            near = [trial for trial in near if trial[2] == self.wanted]
         for _, faults, which in near[:JUDGED]:
             if which in self.run(faults, "float64") and self.explains(faults, which, precision):
                 found.append(self.judge(faults, which, precision))

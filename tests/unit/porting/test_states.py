@@ -113,6 +113,13 @@ def test_layouts_order_scale_and_precision_are_seen_through(params, tokens):
     assert "The port gives the first 12 of 24 positions, and only these are compared." in cropped.notes
 
 
+def test_states_without_a_finite_number_do_not_show_which_they_are(params, tokens):
+    diagnosis = minclip.diagnose(params, tokens, np.full((*tokens.shape, 64), np.nan, np.float32))
+    named = [[fault.id for fault in finding.faults] for finding in diagnosis.findings]
+    assert named == [["M3"], ["M3-all"], ["M4-inverted"]]
+    assert "the port's choice of states cannot be seen" in str(diagnosis)
+
+
 def test_the_unknown_is_described(params, tokens):
     after = np.arange(L) > tokens.argmax(axis=-1)[:, None]
     states = port_states(params, tokens, skip=1)
