@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -141,13 +142,15 @@ def compare(
     alignment = (
         align_gradients(reference, arrays) if reference.gradient is not None else align(reference, arrays)
     )
+    leave_out_copies(alignment, arrays)
     if not alignment.matches and not alignment.misfits:
         names = f" ({listed(list(arrays))})" if arrays else ": the port has none"
         raise ValueError(
             f"no array was recognized as a stage, by its name or by its numbers{names}: "
             "give them the stages' names with minclip.porting.names.rename"
         )
-    return Comparer(reference, alignment, rtol, dtype).compare()
+    broken = [name for name in alignment.unknown if not np.isfinite(arrays[name]).all()]
+    return Comparer(reference, alignment, broken, rtol, dtype).compare()
 
 
 def align_gradients(reference: Trace, arrays: dict[str, Any]) -> Alignment:
@@ -159,11 +162,33 @@ def align_gradients(reference: Trace, arrays: dict[str, Any]) -> Alignment:
     return alignment
 
 
-class Comparer:
-    """Measures and judges the stages of a port that was aligned with a reference."""
+def leave_out_copies(alignment: Alignment, arrays: Mapping[str, Any]) -> None:
+    """Forget the arrays that were not used because another one with the same numbers was."""
+    left = [*alignment.unknown, *alignment.strays]
+    used = {match.name for match in alignment.matches.values() if left and match.name in arrays}
+    prints = {fingerprint(arrays[name]) for name in used}
+    for name in left:
+        if fingerprint(arrays[name]) in prints:
+            alignment.strays.pop(name, None)
+            alignment.unknown[:] = [other for other in alignment.unknown if other != name]
 
-    def __init__(self, reference: Trace, alignment: Alignment, rtol: float | None, dtype: Any):
+
+def fingerprint(array: Any) -> tuple[tuple[int, ...], int]:
+    """Return what equal arrays have in common, and other arrays hardly ever."""
+    return array.shape, zlib.crc32(np.ascontiguousarray(array).data)
+
+
+class Comparer:
+    """Measures and judges the stages of a port that was aligned with a reference.
+
+    broken    the names of the arrays that are no stage and hold NaN or infinity
+    """
+
+    def __init__(
+        self, reference: Trace, alignment: Alignment, broken: list[str], rtol: float | None, dtype: Any
+    ):
         self.reference, self.alignment, self.rtol, self.dtype = reference, alignment, rtol, dtype
+        self.broken = broken
         self.pairs, self.tokens = crop_alike(reference, alignment.matches)
         text = text_of(reference)
         self.text = None if text is None else text[:, : self.tokens.shape[1]]

@@ -122,7 +122,7 @@ def decide(search: Search, dump: StagewiseSearch | None) -> Diagnosis:
         if dump and (found := dump.findings(precision)):
             if len(found[0].faults) > 1 and has_slip(found[0]):
                 found = search.judge_nearest(search.pairs(), precision) or found
-            return checked(known(search, found, [], precision), dump)
+            return checked(known(search, found, [], precision), dump, precision)
     return explained_by_slip(noises, dump, doubtful)
 
 
@@ -178,7 +178,7 @@ def explained_by_pair(
     pairs = search.pairs()
     for precision in search.target.precisions:
         if found := search.judge_nearest(pairs, precision):
-            return checked(known(search, found, pairs, precision), dump)
+            return checked(known(search, found, pairs, precision), dump, precision)
     if doubtful:
         return checked(doubtful, dump)
     diagnosis = unknown(search)
@@ -200,7 +200,7 @@ def explained_by_single(
     finest = search.target.precisions[0]
     if precision != finest and (better := finer_findings(search, found, precision)):
         found, precision = better, finest
-    return checked(known(search, found, search.singles(), precision), dump)
+    return checked(known(search, found, search.singles(), precision), dump, precision)
 
 
 def finer_findings(search: Search, found: list[Finding], precision: str) -> list[Finding]:
@@ -213,8 +213,10 @@ def finer_findings(search: Search, found: list[Finding], precision: str) -> list
     return judged(search, try_slips(search), finest)
 
 
-def checked(diagnosis: Diagnosis, dump: StagewiseSearch | None) -> Diagnosis:
-    """Return a diagnosis with notes on whether the dump bears it out."""
+def checked(diagnosis: Diagnosis, dump: StagewiseSearch | None, precision: str | None = None) -> Diagnosis:
+    """Return a diagnosis with notes on whether the dump supports it, and the precision that it supposes."""
     if dump:
         dump.check(diagnosis)
+        if precision and dump.refutes(precision):
+            diagnosis.notes.append(f"The dump's stages are too exact for {precision}: another bug remains.")
     return diagnosis

@@ -15,6 +15,7 @@ from minclip.porting.catalogue import CATALOGUE
 from minclip.porting.dropout import dropout_in, recorded
 from minclip.porting.faults import Fault
 from minclip.porting.names import unpack
+from minclip.porting.notes import whereabouts
 from minclip.porting.port import Port
 from minclip.porting.rounding import allowed, relative_l2
 from minclip.porting.runs import names
@@ -174,7 +175,8 @@ class StagewiseSearch:
         if self.start < len(self.order):
             diagnosis.notes.insert(0, self.where(self.start))
         if diagnosis.verdict == "known" and diagnosis.findings:
-            place = self.divergence(self.own_faults(diagnosis.findings[0]))
+            faults = self.own_faults(diagnosis.findings[0])
+            place = self.divergence(faults)
             if place == len(self.order):
                 if self.start < place:
                     diagnosis.notes.append("The finding explains every stage of the dump.")
@@ -182,7 +184,8 @@ class StagewiseSearch:
                 name = self.order[place]
                 diagnosis.notes.append(
                     f"The finding explains the features but not the dump's {name}"
-                    f"{self.scale_note(name)}: the port may make the same mistake in another place."
+                    f"{self.scale_note(name)}{self.place_note(place, faults)}: the port may make the same "
+                    "mistake in another place."
                 )
 
     def own_faults(self, finding: Finding) -> Faults:
@@ -196,6 +199,16 @@ class StagewiseSearch:
         factor = fitted_factor(b, a)
         near = np.isfinite(factor) and relative_l2(b, factor * a) < 1e-3
         return f", which is {factor:.5g} times the reference's" if near and abs(factor - 1) > 1e-3 else ""
+
+    def place_note(self, place: int, faults: Faults) -> str:
+        """Return words on the texts and positions where a stage differs with faults, if not everywhere."""
+        name = self.order[place]
+        exact, rounded = (self.record(faults, p, None).get(name) for p in ("float64", self.precision))
+        if exact is None or exact.shape != self.stages[name].shape:
+            return ""
+        limit = allowed(self.error(name, rounded, {name: exact}), self.precision)
+        found = list(whereabouts(name, exact, self.stages[name], self.text, limit))
+        return f" ({', '.join(found)})" if found else ""
 
     def refutes(self, precision: str) -> bool:
         """Tell whether a stage after a matrix product agrees far better than a port of a precision does."""

@@ -7,6 +7,8 @@ import numpy as np
 from minclip.porting.rounding import PRECISIONS, UNMEASURED
 from minclip.porting.stages import axes
 
+LAST = ("ln_final", "pooled", "text_features")  # where one of them agrees, so does the port
+
 
 def verdict_on(comparison, compared):
     """Return the verdict, which is the first line of the text."""
@@ -21,7 +23,8 @@ def verdict_on(comparison, compared):
         count = (
             f"{len(shown)} of {len(comparison.order)} {compared_with} were compared, all are within {within}"
         )
-        return f"agrees: {count}"
+        ends = not compared.alignment.unknown or compared.backwards or set(LAST) & set(stages)
+        return f"agrees: {count}" if ends else f"agrees as far as recognized: {count}"
     if stages[first].state == "shape":
         return f"diverges first at {at}{first}, which has another shape"
     error, limit = stages[first].error, stages[first].tolerance
@@ -92,7 +95,15 @@ def whereabouts(name, reference, port, text, limit):
         wrong = np.flatnonzero(square.sum(axis=others) > limit**2 * sizes)
         compared = text.any(axis=0).sum() if axis == "L" and text is not None else len(sizes)
         if 0 < len(wrong) < compared:
-            yield f"in {word} {listed([str(i) for i in wrong], most=8)} of 0 to {len(sizes) - 1} only"
+            plural = "s" * (len(wrong) > 1)
+            yield f"in {word}{plural} {listed(ranges(wrong), most=8)} of 0 to {len(sizes) - 1} only"
+
+
+def ranges(numbers):
+    """Return ascending numbers as words, with three or more in a row as a range: ["0", "2", "5 to 9"]."""
+    runs = np.split(np.asarray(numbers), np.flatnonzero(np.diff(numbers) > 1) + 1)
+    words = ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else [str(i) for i in run] for run in runs)
+    return [word for run in words for word in run]
 
 
 def notes_on_coarseness(comparison, compared):
@@ -167,9 +178,13 @@ def notes_on_gaps(comparison, compared):
         if stage.state == "shape" and name != comparison.first:
             yield f"not compared: {stage.name} is {stage.layout}, no layout of {list(reference[name].shape)}"
     if unknown:
-        yield f"{len(unknown)} of the port's arrays are not stages of the encoder: {listed(unknown)}"
+        are = "is not a stage" if len(unknown) == 1 else "are not stages"
+        yield f"{len(unknown)} of the port's arrays {are} of the encoder: {listed(unknown)}"
+    if compared.broken:
+        yield f"{compared.broken[0]}, which is none of the stages, holds NaN or infinity"
     if comparison.missing:
-        yield f"{len(comparison.missing)} of {len(reference)} stages are not shown by the port"
+        are = "is" if len(comparison.missing) == 1 else "are"
+        yield f"{len(comparison.missing)} of {len(reference)} stages {are} not shown by the port"
     if compared.rtol is None and reference.params is None and not reference.roundings:
         yield f"the reference has no params to measure a tolerance with: {UNMEASURED} roundings are allowed"
 

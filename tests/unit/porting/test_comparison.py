@@ -400,7 +400,7 @@ def test_what_cannot_be_matched_is_said():
     with pytest.raises(TypeError, match=r"must be a mapping from stages to arrays .*not list"):
         minclip.compare(REFERENCE, [1])
     compared = minclip.compare(REFERENCE, {"bogus": TOKENS, "text_features": REFERENCE["text_features"]})
-    assert "1 of the port's arrays are not stages of the encoder: bogus" in compared.notes
+    assert "1 of the port's arrays is not a stage of the encoder: bogus" in compared.notes
 
 
 def test_a_run_on_other_tokens_is_refused():

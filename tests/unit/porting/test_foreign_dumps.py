@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import minclip
 from minclip.porting.names import stage_of, stages_of
+from minclip.porting.port import Port
 from minclip.porting.rounding import round_to
 from minclip.porting.stages import STREAM
 from tests.support.oracles import random_params
@@ -121,6 +122,21 @@ def test_blocks_may_be_counted_from_1():
     assert stages_of(names[:2], layers=3)[names[0]] == f"{BLOCK}1.mlp"
 
 
+def test_a_dump_whose_last_arrays_are_not_recognized_agrees_only_so_far():
+    dump = {"x": REFERENCE["embedding"], "y": np.full_like(REFERENCE["embedding"], np.nan)}
+    compared = minclip.compare(REFERENCE, dump)
+    assert compared.verdict.startswith("agrees as far as recognized: 1 of ")
+    assert "y, which is none of the stages, holds NaN or infinity" in compared.notes
+    assert minclip.compare(REFERENCE, {"x": dump["x"]}).verdict.startswith("agrees: ")
+
+
+def test_a_second_copy_of_a_stage_is_not_reported():
+    port, _ = broken_at("attn.out_proj.weight", 0)
+    copies = {f"layers.{i}.self_attn.out_proj": port[f"{BLOCK}{i}.attn"].copy() for i in range(3)}
+    notes = minclip.compare(REFERENCE, {**port, **copies, "z": port["ln_final"].copy()}).notes
+    assert not any("left out" in note or "port's arrays" in note for note in notes), notes
+
+
 def test_another_shape_does_not_hide_the_first_divergence():
     port = PARAMS | {"ln_final.weight": PARAMS[f"{BLOCK}1.ln_1.weight"]}
     dump = dict(minclip.trace(port, TOKENS))
@@ -171,6 +187,21 @@ def test_a_bug_that_coarse_rounding_does_not_hide_is_named_with_and_without_a_du
 def test_what_coarse_rounding_hides_is_listed():
     features = coarse_dump(PARAMS, "bfloat16")["text_features"]
     assert "Too small to see at bfloat16:" in str(minclip.diagnose(PARAMS, TOKENS, features))
+
+
+def test_a_dump_in_float32_shows_that_more_is_left_than_coarse_rounding():
+    def change(port):  # a bug, and one of a kind that the catalogue does not have
+        port.mask(lambda i, j, at: j <= i, 1)
+        port.replace("ln_final", lambda at: at["ln_final"] + np.float32(0.004) * at["x"])
+
+    port = Port(PARAMS, TOKENS)
+    change(port)
+    kept = {}
+    port.run(lambda name, array: kept.setdefault(name, port.tap(name, array)))
+    for trace in (None, kept):
+        diagnosis = minclip.diagnose(PARAMS, TOKENS, kept["text_features"], trace=trace, budget=5)
+        assert [fault.id for fault in diagnosis.findings[0].faults] == ["M4-plus-one"], diagnosis
+        assert ("too exact for float16: another bug remains" in str(diagnosis)) == (trace is not None)
 
 
 def test_a_given_precision_decides():
