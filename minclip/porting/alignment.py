@@ -15,11 +15,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minclip.arrays import as_array
-from minclip.params import BLOCK
 from minclip.porting.continuation import EXACT, Continuation, hides
 from minclip.porting.layouts import Match, Reading, readings, reversed_axes, same
 from minclip.porting.names import stages_of
-from minclip.porting.stages import AXES, PACKED, axes, is_parameter, packed_stages, part_of, parts, text_of
+from minclip.porting.stages import (
+    AXES,
+    PACKED,
+    axes,
+    count_blocks,
+    is_parameter,
+    packed_stages,
+    part_of,
+    parts,
+    text_of,
+)
 from minclip.tracing import Trace
 
 FITS = 0.05  # the largest relative error at which an array counts as a stage by its values
@@ -172,7 +181,7 @@ def stage_kinds(arrays: Mapping[str, Any]) -> Iterator[tuple[str, list[str], lis
 def align(reference: Trace, port: Mapping[str, Any]) -> Alignment:
     """Read a port's arrays as stages of a reference."""
     recognizer = Recognizer(reference)
-    layers = len({name.split(".")[2] for name in reference if name.startswith(BLOCK)})
+    layers = count_blocks(reference)
     named = stages_of(list(port), layers)
     candidates = {name: recognizer.candidates(array) for name, array in port.items()}
     aligner = Aligner(recognizer, dict(port), named, candidates)

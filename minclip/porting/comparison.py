@@ -33,7 +33,7 @@ from minclip.porting.rounding import (
     relative_l2,
     run,
 )
-from minclip.porting.stages import LOOKED_UP, STREAM, axes, entries, part_of, text_of
+from minclip.porting.stages import LOOKED_UP, STREAM, axes, count_blocks, entries, part_of, text_of
 from minclip.porting.which_states import Which, states_of
 from minclip.tracing import Trace
 
@@ -137,7 +137,7 @@ def compare(
         raise ValueError(f"rtol must be at least 0, not {rtol}")
     reference = reference if isinstance(reference, Trace) else as_trace(reference)
     reference = reference if reference.gradient is None else gradients.complete(reference)
-    arrays = unpack(port, reference.tokens)
+    arrays = unpack(port, reference.tokens, count_blocks(reference))
     check_tokens(reference, arrays)
     alignment = (
         align_gradients(reference, arrays) if reference.gradient is not None else align(reference, arrays)

@@ -22,7 +22,7 @@ from minclip.porting.runs import names
 from minclip.porting.search import Search, exclusive
 from minclip.porting.slip_search import slips_near, slips_of_products
 from minclip.porting.slips import layer_of
-from minclip.porting.stages import STREAM, entries, is_product, up_to_end
+from minclip.porting.stages import STREAM, count_blocks, entries, is_product, up_to_end
 from minclip.porting.target import ROWS, fitted_factor
 from minclip.porting.verdict import Diagnosis, Finding
 from minclip.tracing import trace as record_trace
@@ -61,7 +61,8 @@ class StagewiseSearch:
     def read(self, dump: Mapping[str, Any]) -> None:
         """Recognize the dump's arrays."""
         reference = record_trace(self.target.params, self.target.tokens)
-        found = align(reference, {**unpack(dump, self.target.batch), "text_features": self.target.features})
+        arrays = unpack(dump, self.target.batch, count_blocks(reference))
+        found = align(reference, {**arrays, "text_features": self.target.features})
         # Masked scores show nothing: a mask of -1e4 is as good as one of -inf. eot is no float.
         self.order = [name for name in reference if name in found.matches and not name.endswith(SILENT)]
         self.stages = {

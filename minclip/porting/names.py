@@ -59,6 +59,10 @@ LAYER = re.compile(
     r"(?<![a-z0-9])(?:layers?|blocks?|resblocks?|blk|h|encoder_?block|\w+_layer|\w+_block)[._]?(\d+)(?=[._]|$)"
 )
 
+LIST = re.compile(
+    r"(?<![a-z0-9_])(?:layers?|blocks?|resblocks?|blk|h|encoder_?blocks?|encoder_?layers?)(?=\.|$)"
+)
+
 
 def plain(name: str) -> str:
     """Return a name in lower case with its words between dots: "layers.3.self_attn.q_proj.weight"."""
@@ -173,11 +177,12 @@ def rename(port: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     return {renamed.get(name, name): array for name, array in port.items()}
 
 
-def unpack(port: Mapping[str, Any], tokens: Any = None) -> dict[str, Any]:
+def unpack(port: Mapping[str, Any], tokens: Any = None, layers: int = 0) -> dict[str, Any]:
     """Return a port's dump as a flat dict of arrays on the host: tuples and stacks get a number each.
 
-    Stacked hidden states may lie along the first axis or, as tokens [B, L] tell, along the second. States of
-    all positions that are called "text_features" are called "hidden_states".
+    Stacked hidden states may lie along the first axis or, as tokens [B, L] tell, along the second. So may a
+    stage of all `layers` blocks, as a scan over the blocks gives it. States of all positions that are called
+    "text_features" are called "hidden_states".
     Raises TypeError where the port is no mapping.
     """
     check_mapping(port, "the port must be a mapping from stages to arrays (minclip.diagnose takes features)")
@@ -187,12 +192,28 @@ def unpack(port: Mapping[str, Any], tokens: Any = None) -> dict[str, Any]:
         array = value if listed or value is None else as_array(value)
         if not listed and name.endswith(("hidden_states", "attentions")) and array.ndim > 3:
             array, listed = first_axis_stacked(array, tokens), True
-        if listed:
+        if not listed and array is not None and is_scanned(name, array, tokens, layers):
+            arrays |= {in_layer(name, i): part for i, part in enumerate(array)}
+        elif listed:
             arrays |= {f"{name}.{i}": as_array(part) for i, part in enumerate(array) if part is not None}
         elif array is not None:
             states = name == "text_features" and "hidden_states" not in port and has_positions(array, tokens)
             arrays["hidden_states" if states else name] = array
     return arrays
+
+
+def is_scanned(name: str, array: Any, tokens: Any, layers: int) -> bool:
+    """Tell whether an array holds a stage of every block along its first axis, before those of tokens."""
+    if tokens is None or array.ndim < 4 or array.shape[0] != layers or LAYER.search(plain(name)):
+        return False
+    texts, length = np.shape(tokens)
+    return (array.shape[1] == texts and length in array.shape[2:]) or array.shape[1:3] == (length, texts)
+
+
+def in_layer(name: str, i: int) -> str:
+    """Return the name that a stage of all blocks has in block i."""
+    name = plain(name)
+    return LIST.sub(rf"\g<0>.{i}", name, count=1) if LIST.search(name) else f"{name}.{i}"
 
 
 def first_axis_stacked(array: Any, tokens: Any) -> Any:

@@ -48,6 +48,11 @@ def packed_stages(names: Collection[str]) -> list[str]:
     return [name for name in packed if all(part in names for part in parts(name))]
 
 
+def count_blocks(names: Collection[str]) -> int:
+    """Return the number of blocks that some stages are of."""
+    return len({block for name in names if (block := block_of(name))})
+
+
 def is_parameter(name: str) -> bool:
     """Tell whether name is a parameter's, of OpenAI's or another dialect, and not a stage's."""
     return name.endswith((".weight", "_weight", "bias", "positional_embedding", "text_projection"))

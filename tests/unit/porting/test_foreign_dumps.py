@@ -79,6 +79,19 @@ def test_stacked_hidden_states_may_have_the_blocks_before_or_after_the_batch(axi
     assert {f"{BLOCK}{i}" for i in range(3)} <= set(compared.stages)
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_scan_over_the_blocks_stacks_every_stage_of_them(broken):
+    port = broken_at("mlp.c_fc.bias", 1)[0] if broken else REFERENCE
+    shown = ("ln_1", "attn.q", "attn", "ln_2", "mlp.c_fc", "mlp.gelu", "mlp", "")
+    dump = {"text_features": port["text_features"]}
+    for stage in shown:
+        stack = [port[f"{BLOCK}{i}.{stage}".rstrip(".")] for i in range(3)]
+        dump[f"encoder/layers/{stage}"] = np.stack(stack)
+    compared = minclip.compare(REFERENCE, dump)
+    assert compared.new == [f"{BLOCK}1.mlp.c_fc"] * broken
+    assert len(compared.stages) == 3 * len(shown) + 1
+
+
 def test_states_of_all_positions_are_no_features_of_another_shape():
     dump = {
         **{f"{BLOCK}{i}": REFERENCE[f"{BLOCK}{i}"] for i in range(3)},
