@@ -13,6 +13,7 @@ from minclip.porting.catalogue import CATALOGUE
 from minclip.porting.dump import StagewiseSearch
 from minclip.porting.faults import port_with
 from minclip.porting.port import Port
+from minclip.porting.probe import tokens_for
 from minclip.porting.runs import Runs
 from minclip.porting.search import Search
 from minclip.porting.target import Target
@@ -56,9 +57,7 @@ def test_two_bugs_are_named_together(params, tokens, bugs):
 
 
 def test_candidates_are_tried_on_a_text_that_shows_the_bug(params):
-    tokens = minclip.probe_tokens(
-        *map(len, (params["positional_embedding"], params["token_embedding.weight"]))
-    )
+    tokens = tokens_for(params)
     port = port_with([fault for fault in CATALOGUE if fault.id == "M8"], params, tokens)
     target = Target(params, tokens, port.run())
     assert (target.tokens[target.rows[0], : target.length[target.rows[0]]] == 0).any()
