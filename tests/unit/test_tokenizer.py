@@ -244,6 +244,20 @@ def test_tokens_are_int32_rows_of_the_context_length():
     assert minclip.tokenize(("a", "b")).shape == minclip.tokenize(c for c in "ab").shape == (2, 77)
 
 
+def test_an_array_of_texts_is_a_list_and_an_array_of_no_axes_is_one_text():
+    expected = minclip.tokenize(["a cat", "a dog"])
+    np.testing.assert_array_equal(minclip.tokenize(np.array(["a cat", "a dog"])), expected)
+    np.testing.assert_array_equal(minclip.tokenize(np.array("a cat")), expected[:1])
+
+
+def test_padding_is_any_id_that_int32_holds():
+    for pad in (0, 49407, 2**31 - 1):
+        assert minclip.tokenize("", context_length=3, pad=pad).tolist() == [[49406, 49407, pad]]
+    for pad in (-1, 2**31):
+        with pytest.raises(ValueError, match=f"pad must be the id of a token, not {pad}"):
+            minclip.tokenize("", pad=pad)
+
+
 def test_a_text_of_75_ids_fits_and_one_of_76_does_not():
     assert minclip.tokenize("cat " * 75)[0, 76] == 49407
     with pytest.raises(
