@@ -24,7 +24,7 @@ def backward(trace: Trace, grad_features: Any, *, tap: Tap | None = None, parame
     """Return the gradient of (features * grad_features).sum() with respect to every parameter, by name.
 
     trace           from `minclip.trace`. With stages="blocks", memory falls to a third, but blocks run twice
-    grad_features   [..., E], the gradient of the features, or of the pooled rows of no projection; None is 0
+    grad_features   [..., E], the gradient of the features (of the pooled rows, without projection). None is 0
     tap             called as tap(name, gradient) for every stage but "eot", last first. Its result goes on
     parameters      False returns the gradients of the stages instead, those that trace holds
 
