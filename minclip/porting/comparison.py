@@ -149,7 +149,8 @@ def compare(
             f"no array was recognized as a stage, by its name or by its numbers{names}: "
             "give them the stages' names with minclip.porting.names.rename"
         )
-    broken = [name for name in alignment.unknown if not np.isfinite(arrays[name]).all()]
+    unknown = [name for name in alignment.unknown if arrays[name].dtype.kind == "f"]
+    broken = [name for name in unknown if not np.isfinite(arrays[name]).all()]
     return Comparer(reference, alignment, broken, rtol, dtype).compare()
 
 
@@ -164,7 +165,7 @@ def align_gradients(reference: Trace, arrays: dict[str, Any]) -> Alignment:
 
 def leave_out_copies(alignment: Alignment, arrays: Mapping[str, Any]) -> None:
     """Forget the arrays that were not used because another one with the same numbers was."""
-    left = [*alignment.unknown, *alignment.strays]
+    left = [name for name in (*alignment.unknown, *alignment.strays) if arrays[name].dtype.kind == "f"]
     used = {match.name for match in alignment.matches.values() if left and match.name in arrays}
     prints = {fingerprint(arrays[name]) for name in used}
     for name in left:
