@@ -81,10 +81,7 @@ def squeezed(word: str) -> str:
     return word.replace("_", "")
 
 
-CONTAINERS = {
-    "att": "attn",
-    "mlp|ffn|feedforward": "mlp",
-}  # of a module, and of its stages
+CONTAINERS = {"att": "attn", "mlp|ffn|feedforward": "mlp"}  # words of a module: how its stages' names begin
 INSIDE_BY_WORD, OUTSIDE_BY_WORD = by_word(INSIDE), by_word(OUTSIDE)
 # Names of the last block's output, and, in a block, of its input.
 BEFORE_FINAL = {"transformer", "encoder", "lnfinal.input", "finallayernorm.input", "finalnorm.input"}

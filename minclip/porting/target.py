@@ -66,9 +66,8 @@ class Target:
         """Return the text to try candidates on: short, and with a visible error."""
         # A short text is quick to encode, but a text of one or two ids shows few bugs.
         length = self.length
-        wrong = off[
-            off > CLEAN * off[np.isfinite(off)].max(initial=0)
-        ]  # the other rows show rounding, at most
+        largest = off[np.isfinite(off)].max(initial=0)
+        wrong = off[off > CLEAN * largest]  # the other rows show rounding, at most
         visible = off >= 0.3 * np.median(wrong) if len(wrong) else off >= 0
         cost = np.where(length < 5, length + 1000, length) + 2000 * ~visible + 4000 * ~np.isfinite(off)
         return int(cost.argmin())
