@@ -11,6 +11,7 @@ and "x", the block's input. Axes are those of minclip/model.py.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -138,6 +139,7 @@ def layer_norm(
     return centered / deviation * weight + bias
 
 
+@functools.lru_cache(1024)
 def split(name: str) -> tuple[str, str]:
     """Return a stage's or parameter's block prefix and its short name, "block" for a block's output."""
     block = block_of(name)

@@ -342,6 +342,7 @@ def call(job):
     return function(*args)
 
 
+@pytest.mark.usefixtures("two_blas_threads")
 def test_eight_threads_at_once_give_the_bits_of_one():
     alone = [call(job) for job in jobs()]
     for cached in ("remembered_ids", "ranks", "spellings", "vocabulary", "byte_characters"):

@@ -17,6 +17,8 @@ from minclip.fast.blas import one_blas_thread
 from tests.support.oracles import random_params, relative
 from tests.unit.fast.test_fast import TREES, harsh_params, rows
 
+pytestmark = pytest.mark.usefixtures("two_blas_threads")
+
 PARAMS = random_params(width=64, layers=3, embed=24)
 TEXTS = [
     "a photo of a cat",

@@ -20,6 +20,8 @@ from minclip.fast import cpu, tree, twigs
 from minclip.params import end_of_text
 from tests.support.oracles import token_rows
 
+pytestmark = pytest.mark.usefixtures("two_blas_threads")
+
 ROOT = pathlib.Path(__file__).parents[3]
 V, L = 97, 24
 
@@ -196,6 +198,7 @@ def blas_threads():
 def test_calls_side_by_side_give_equal_bits_and_leave_blas_as_it_was():
     corpora = [many(count, seed=count) for count in (1, 30, 500, 1500)] * 3
     before = blas_threads()
+    assert set(before) == {2}
     alone = [fast.encode_text(PARAMS, tokens) for tokens in corpora]
     with ThreadPoolExecutor(6) as pool:
         together = list(pool.map(lambda tokens: fast.encode_text(PARAMS, tokens), corpora))

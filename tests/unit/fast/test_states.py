@@ -9,6 +9,8 @@ import minclip
 from tests.support.oracles import random_params, relative, token_rows
 from tests.unit.fast.test_fast import PARAMS, L, V, harsh_params
 
+pytestmark = pytest.mark.usefixtures("two_blas_threads")
+
 LONG = minclip.Params(random_params(layers=2, embed=24), activation="gelu", heads=2)
 
 

@@ -90,7 +90,6 @@ def test_a_port_frees_its_arrays_once_it_has_run(params, tokens, fault):
     """A search makes thousands of ports, each with weights of its own: none may wait for the collector."""
     if not fault.fits(Port(params, tokens)):
         return
-    gc.collect()
     gc.disable()
     try:
         port = port_with([fault] if fault.change else [], params, tokens)
