@@ -114,6 +114,11 @@ fragments = st.one_of(
 )
 
 
+@pytest.mark.parametrize("table", ["byte_characters", "ranks", "spellings", "vocabulary"])
+def test_a_table_is_made_once(table):
+    assert getattr(tokenizer, table)() is getattr(tokenizer, table)()
+
+
 @pytest.mark.parametrize("spaces", ["  ", "\t", "\x1c", "\u3000", " \x85 "])
 def test_words_that_repeat_keep_their_ids_whatever_separates_them(spaces, reference):
     text = spaces.join(["Cats'", "don't", "cats'", "<|endoftext|>", "don't", "x" * 40, "A1", ""] * 2)
