@@ -110,7 +110,7 @@ def as_params(params: Mapping[str, Any]) -> Params:
 
 def count_layers(params: Mapping[str, Any]) -> int:
     """Return the number of residual blocks."""
-    return sum(name.startswith(BLOCK) and name.endswith(".ln_1.weight") for name in params)
+    return sum(name.endswith(".ln_1.weight") and name.startswith(BLOCK) for name in params)
 
 
 def block_of(name: str) -> str | None:
@@ -156,17 +156,21 @@ def architecture(params: Mapping[str, Any]) -> tuple[int, int, str]:
     for name in ("token_embedding.weight", "positional_embedding", "ln_final.weight"):
         if name not in params:
             raise ValueError(f"params has no {name!r}: give another dialect to minclip.from_state_dict first")
-    for array in (params["ln_final.weight"], params.get("text_projection", params["ln_final.weight"])):
-        if hasattr(array, "astype") and array.dtype.kind == "f":
-            continue
-        kind = f"{type(array).__module__}.{type(array).__name__}: minclip.from_state_dict converts"
-        kind = array.dtype if isinstance(array, np.ndarray) else kind
-        raise ValueError(f"params must hold float arrays, not {kind}")
+    for name, array in params.items():
+        if not (hasattr(array, "astype") and array.dtype.kind == "f") and name.startswith(TEXT_TOWER):
+            raise ValueError(f"params must hold float arrays, not {kind_of(array)} ({name})")
     width = params["ln_final.weight"].shape[0]
     heads = getattr(params, "heads", None) or width // 64
     if heads < 1 or width % heads:
         raise ValueError(f"{heads} heads do not divide width {width}: give heads= to minclip.from_state_dict")
     return count_layers(params), heads, getattr(params, "activation", ACTIVATIONS[0])
+
+
+def kind_of(parameter: Any) -> str:
+    """Return what a parameter is that is no float array, with the remedy where there is one."""
+    if parameter is None or isinstance(parameter, np.ndarray):
+        return str(getattr(parameter, "dtype", None))
+    return f"{type(parameter).__module__}.{type(parameter).__name__}: minclip.from_state_dict converts"
 
 
 def text_dtype(params: Mapping[str, Any]) -> Any:

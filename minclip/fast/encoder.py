@@ -46,11 +46,11 @@ class Encoder:
 
     def __init__(self, params: Mapping[str, Any]):
         check_projection(params)
+        layers, _, _ = architecture(params)
         if not isinstance(params["text_projection"], np.ndarray):
             raise ValueError("an Encoder needs params on the CPU: on a GPU call minclip.fast.encode_text")
         self.params = cpu.working_params(params)
         self.dtype = params["text_projection"].dtype
-        layers, _, _ = architecture(params)
         self.prefixes = no_prefixes(layers, self.params)
         if len(params["token_embedding.weight"]) > START_OF_TEXT:
             self.warm("")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minclip.arrays import as_array
-from minclip.params import PARAMS, as_ids, check_mapping
+from minclip.params import architecture, as_ids
 from minclip.porting.agreement import Agreement, agree, resembles_rounding
 from minclip.porting.conclusions import agrees, known, seen_through, unknown
 from minclip.porting.dump import StagewiseSearch
@@ -64,7 +64,7 @@ def diagnose(
     ('known', 'A1')
     """
     tokens, output = as_ids(tokens), as_array(output)
-    check_mapping(params, PARAMS)
+    architecture(params)  # raises where params are no text tower
     if repeated := find_repetition(params, tokens, output):
         options = {"trace": trace, "dtype": dtype, "budget": budget, "skip": skip, "norm": norm}
         return repeated.explain(diagnose(params, tokens, repeated.once, **options))

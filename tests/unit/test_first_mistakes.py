@@ -42,6 +42,22 @@ MISTAKES = {
         lambda: minclip.encode_text({name: torch.tensor(a) for name, a in PARAMS.items()}, TOKENS),
         "params must hold float arrays, not torch.Tensor: minclip.from_state_dict converts",
     ),
+    "a weight that was not found": (
+        lambda: minclip.encode_text(PARAMS | {"token_embedding.weight": None}, TOKENS),
+        "params must hold float arrays, not None (token_embedding.weight)",
+    ),
+    "a weight of a block that was not found, for an Encoder": (
+        lambda: minclip.fast.Encoder(PARAMS | {"transformer.resblocks.0.mlp.c_fc.weight": None}),
+        "params must hold float arrays, not None (transformer.resblocks.0.mlp.c_fc.weight)",
+    ),
+    "a projection that was not found, for diagnose": (
+        lambda: minclip.diagnose(PARAMS | {"text_projection": None}, TOKENS, np.zeros((2, 128))),
+        "params must hold float arrays, not None (text_projection)",
+    ),
+    "a weight as a list": (
+        lambda: minclip.hidden_states(PARAMS | {"positional_embedding": [[1.0, 2.0]]}, TOKENS),
+        "params must hold float arrays, not builtins.list: minclip.from_state_dict converts (positional_emb",
+    ),
     "texts as separate arguments": (
         lambda: minclip.tokenize("a cat", "a dog"),
         "context_length must be an int, not str: give several texts as a list",
