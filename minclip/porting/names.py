@@ -55,13 +55,9 @@ OUTSIDE = {
     "pooled": ("pooler_output", "pooled_output", "text_projection.input"),
     "text_features": ("text_embeds", "text_projection", "features", "encode_text", "sentence_embedding"),
 }
-LAYER = re.compile(
-    r"(?<![a-z0-9])(?:layers?|blocks?|resblocks?|blk|h|encoder_?block|\w+_layer|\w+_block)[._]?(\d+)(?=[._]|$)"
-)
-
-LIST = re.compile(
-    r"(?<![a-z0-9_])(?:layers?|blocks?|resblocks?|blk|h|encoder_?blocks?|encoder_?layers?)(?=\.|$)"
-)
+LISTS = r"layers?|blocks?|resblocks?|blk|h|encoder_?(?:block|layer)s?"  # names of the list of blocks
+LAYER = re.compile(rf"(?<![a-z0-9])(?:{LISTS}|\w+_layer|\w+_block)[._]?(\d+)(?=[._]|$)")  # one block
+LIST = re.compile(rf"(?<![a-z0-9_])(?:{LISTS})(?=\.|$)")  # the whole list, in the name of a stack of it
 
 
 def plain(name: str) -> str:

@@ -5,7 +5,7 @@
     TokenFault("K3", "no lower-casing", ..., {"fold": same})
 
 A fault's source names a project and a thread (`#n` is an issue or pull request there) or a file.
-"no report found" marks mistakes that are easily made, but that we have not seen in a thread or a file.
+"no public thread known" marks mistakes that are easily made, but that we have not seen in a thread or a file.
 Ids are those of the port-bug catalogue: K tokenizer, D padding and special ids, P position of the end.
 """
 
@@ -294,7 +294,7 @@ CATALOGUE = (
     TokenFault(
         "K8-encoding",
         "ftfy.fix_encoding in place of ftfy.fix_text: curly quotes, ligatures and wide letters stay",
-        "no report found",
+        "no public thread known",
         "call ftfy.fix_text, which also straightens quotes and widths",
         {"repair": fix_encoding},
     ),
@@ -308,7 +308,7 @@ CATALOGUE = (
     TokenFault(
         "K9-once",
         "html.unescape is called once",
-        "no report found; OpenAI's basic_clean calls it twice",
+        "no public thread known; OpenAI's basic_clean calls it twice",
         "call html.unescape twice: &amp;amp; becomes &",
         {"unescape": html.unescape},
     ),
@@ -329,7 +329,7 @@ CATALOGUE = (
     TokenFault(
         "K11-casefold",
         "case folding in place of lower-casing",
-        "no report found",
+        "no public thread known",
         "lower-case: case folding turns ß into ss",
         {"fold": str.casefold},
     ),
@@ -357,14 +357,14 @@ CATALOGUE = (
     TokenFault(
         "K11-NFKC",
         "NFKC normalization: ½ becomes 1⁄2, ² becomes 2",
-        "the habit of SentencePiece models; no report found",
+        "the habit of SentencePiece models; no public thread known",
         "do not normalize beyond ftfy, which composes (NFC)",
         {"normalize": functools.partial(unicodedata.normalize, "NFKC")},
     ),
     TokenFault(
         "K11-NFD",
         "NFD normalization: é becomes e and a combining accent",
-        "macOS file names and Swift's decomposed strings; no report found",
+        "macOS file names and Swift's decomposed strings; no public thread known",
         "compose the text: ftfy.fix_text ends with NFC",
         {"normalize": functools.partial(unicodedata.normalize, "NFD")},
     ),
@@ -475,14 +475,14 @@ CATALOGUE = (
     TokenFault(
         "K6-digits",
         "\\d in place of \\p{N}: numbers such as ² ½ Ⅷ are split like punctuation",
-        "no report found",
+        "no public thread known",
         "match \\p{N}, of which \\d is only a part",
         {"digits": r"\d", "others": r"[^\s\p{L}\d]+"},
     ),
     TokenFault(
         "K6-marks",
         "combining marks are taken for letters",
-        "the pattern of newer tokenizers ([\\p{L}\\p{M}]+); no report found",
+        "the pattern of newer tokenizers ([\\p{L}\\p{M}]+); no public thread known",
         "use \\p{L}+: marks belong to the other characters",
         {"letters": r"[\p{L}\p{M}]+", "others": r"[^\s\p{L}\p{M}\p{N}]+"},
     ),
@@ -513,7 +513,7 @@ CATALOGUE = (
     TokenFault(
         "K10-pipe",
         "| is not escaped in the pattern of the special tokens",
-        "no report found",
+        "no public thread known",
         "escape the special tokens: <\\|endoftext\\|>",
         {"special_pattern": "<|startoftext|>|<|endoftext|>"},
     ),
@@ -539,7 +539,7 @@ CATALOGUE = (
     TokenFault(
         "K10-merged",
         "special tokens are matched as words, but spelled and merged like any other",
-        "no report found",
+        "no public thread known",
         "give <|startoftext|> and <|endoftext|> their ids before merging",
         {"special": {}.get},
     ),
@@ -579,7 +579,7 @@ CATALOGUE = (
     TokenFault(
         "K7-utf16",
         "each UTF-16 code unit is encoded by itself, so that emoji become six bytes",
-        "JavaScript, Java and C# strings; no report found",
+        "JavaScript, Java and C# strings; no public thread known",
         "encode code points, not code units, as UTF-8",
         {"spell": spell_utf16},
     ),
@@ -612,14 +612,14 @@ CATALOGUE = (
     TokenFault(
         "K1-text",
         "</w> is appended as four characters",
-        "no report found",
+        "no public thread known",
         "append </w> to the last symbol, as one string with it",
         {"end_word": mark_end_in_text},
     ),
     TokenFault(
         "K1-single",
         "words of one byte get no </w>",
-        "no report found; OpenAI's bpe() returns early for them",
+        "no public thread known; OpenAI's bpe() returns early for them",
         "append </w> before the early return",
         {"end_word": end_word_of_several},
     ),
@@ -627,7 +627,7 @@ CATALOGUE = (
     TokenFault(
         "K2",
         "the longest known piece is taken from the left, in place of merging",
-        "no report found; WordPiece's rule",
+        "no public thread known; WordPiece's rule",
         "merge neighbors in the order of the list of merges",
         {"merge": longest_pieces},
     ),
@@ -641,7 +641,7 @@ CATALOGUE = (
     TokenFault(
         "K2-left",
         "the leftmost pair is merged first, whatever its rank",
-        "no report found",
+        "no public thread known",
         "merge the pair of the lowest rank first",
         {"merge": merge_leftmost},
     ),
@@ -699,7 +699,7 @@ CATALOGUE = (
     TokenFault(
         "K20",
         "merges that begin with # are skipped as comments",
-        "no report found; merges.txt has one header line and no comments",
+        "no public thread known; merges.txt has one header line and no comments",
         "skip the first line alone",
         {"merge": merge_without_comments},
     ),
@@ -721,7 +721,7 @@ CATALOGUE = (
     TokenFault(
         "D5-bytes",
         "single bytes are numbered by their value, not by GPT-2's table",
-        "no report found",
+        "no public thread known",
         "begin the vocabulary with the printable bytes, as bytes_to_unicode orders them",
         {"number": number_bytes_in_order},
     ),
@@ -735,7 +735,7 @@ CATALOGUE = (
     TokenFault(
         "P8",
         "ids went through int16: those from 32768 on became negative",
-        "no report found; instant-clip-tokenizer gives uint16",
+        "no public thread known; instant-clip-tokenizer gives uint16",
         "keep ids in int32 or int64, or at least uint16",
         {"shift": to_int16},
     ),
@@ -749,7 +749,7 @@ CATALOGUE = (
     TokenFault(
         "D8",
         "start and end are swapped",
-        "no report found",
+        "no public thread known",
         "start with 49406 and end with 49407",
         {"start": (END_ID,), "end": (START_ID,)},
     ),
@@ -761,7 +761,9 @@ CATALOGUE = (
         "put 49406 before the ids and 49407 after them",
         {"start": (), "end": ()},
     ),
-    TokenFault("D6-no-start", "no start", "no report found", "put 49406 before the ids", {"start": ()}),
+    TokenFault(
+        "D6-no-start", "no start", "no public thread known", "put 49406 before the ids", {"start": ()}
+    ),
     TokenFault(
         "D6-no-end",
         "no end",
@@ -793,7 +795,7 @@ CATALOGUE = (
     TokenFault(
         "D7",
         "padded on the left",
-        'no report found; padding_side="left" of decoder-only models',
+        'no public thread known; padding_side="left" of decoder-only models',
         "pad on the right: positions count from the start of the text",
         {"side": "left"},
     ),
@@ -814,7 +816,7 @@ CATALOGUE = (
     TokenFault(
         "P11-head",
         "truncation keeps the tail of a text",
-        'no report found; truncation_side="left"',
+        'no public thread known; truncation_side="left"',
         "keep the first 75 ids",
         {"cut": cut_head},
     ),
