@@ -39,9 +39,10 @@ def trace_onnx(path: str | os.PathLike[str], tokens: Any) -> dict[str, Any]:
     >>> ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["B", "L"])
     >>> output = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, None)
     >>> graph = helper.make_graph([node], "lookup", [ids], [output], [table])
-    >>> path = tempfile.mkdtemp() + "/lookup.onnx"
-    >>> save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
-    >>> trace_onnx(path, [[1, 2]])["embedding"].shape
+    >>> model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(model, f"{folder}/lookup.onnx")
+    ...     trace_onnx(f"{folder}/lookup.onnx", [[1, 2]])["embedding"].shape
     (1, 2, 4)
     """
     try:

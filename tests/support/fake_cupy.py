@@ -355,12 +355,12 @@ def compiled(code, options):
         passed = ", ".join(f"*({kind}*)p[{i}]" for i, kind in enumerate(kinds))
         source += f'extern "C" void launch_{name}(int grid, int warps, void** p) '
         source += f"{{ launch(grid, warps, [=] {{ {name}({passed}); }}); }}\n"
-    folder = Path(tempfile.mkdtemp(prefix="minclip-"))
-    library = folder / (hashlib.sha256(source.encode()).hexdigest()[:16] + ".so")
     options = [option for option in options if option.startswith("-D")]
-    command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-x", "c++", *options, "-o", library, "-"]
-    subprocess.run(command, input=source.encode(), check=True)
-    return ctypes.CDLL(str(library))
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder, hashlib.sha256(source.encode()).hexdigest()[:16] + ".so")
+        command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-x", "c++", *options, "-o", library, "-"]
+        subprocess.run(command, input=source.encode(), check=True)
+        return ctypes.CDLL(str(library))
 
 
 def install(monkeypatch):
