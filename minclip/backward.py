@@ -16,7 +16,7 @@ from typing import Any
 
 from minclip.arrays import array_module, by_rows, normal_cdf, normal_density, sigmoid
 from minclip.model import softmax, transformer
-from minclip.params import BLOCK, EPS, Tap, architecture, checked, input_of_block, keep
+from minclip.params import BLOCK, EPS, Tap, architecture, checked, heads_and_activation, input_of_block, keep
 from minclip.tracing import Trace, gradient_of_features, recorder, trimmed
 
 
@@ -115,7 +115,7 @@ def attention_backward(dy, stages, name, tap, grads):
 
 def mlp_backward(dy, stages, name, tap, grads):
     """Each position by itself: back from D to F, through the gate, back to D."""
-    params, activation = stages.params, architecture(stages.params)[2]
+    params, (_, activation) = stages.params, heads_and_activation(stages.params)
     gate_backward = by_rows(gelu_backward if activation == "gelu" else quick_gelu_backward)
     dh = linear_backward(tap(name, dy), stages[f"{name}.gelu"], params, f"{name}.c_proj.", grads)  # (B, L, F)
     dh = tap(f"{name}.c_fc", gate_backward(tap(f"{name}.gelu", dh), stages[f"{name}.c_fc"]))  # (B, L, F)

@@ -15,7 +15,6 @@ x @ W.T; text_projection alone is [in, out] and is used as x @ P.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +27,7 @@ from minclip.params import (
     check_inputs,
     check_skip,
     end_of_text,
+    heads_and_activation,
     keep,
     text_dtype,
 )
@@ -105,10 +105,10 @@ def embed(tokens, params, tap):
 
 def transformer(x, params, blocks, tap):
     """Pass the residual stream x through some of the blocks."""
-    _, heads, activation = architecture(params)
+    heads, activation = heads_and_activation(params)
     xp, L = array_module(x), x.shape[1]
     # Only the future is masked. Padding needs no mask: it comes after the end of text.
-    mask = xp.triu(xp.full((L, L), -math.inf, dtype=x.dtype), 1)  # (L, L)
+    mask = xp.triu(xp.full((L, L), -xp.inf, dtype=x.dtype), 1)  # (L, L)
     for i in blocks:
         x = residual_block(x, params, f"transformer.resblocks.{i}", heads, activation, mask, tap)  # (B, L, D)
     return x

@@ -110,7 +110,7 @@ def as_params(params: Mapping[str, Any]) -> Params:
 
 def count_layers(params: Mapping[str, Any]) -> int:
     """Return the number of residual blocks."""
-    return sum(name.endswith(".ln_1.weight") and name.startswith(BLOCK) for name in params)
+    return sum(name.startswith(BLOCK) and name.endswith(".ln_1.weight") for name in params)
 
 
 def block_of(name: str) -> str | None:
@@ -159,17 +159,25 @@ def architecture(params: Mapping[str, Any]) -> tuple[int, int, str]:
     for name, array in params.items():
         if not (hasattr(array, "astype") and array.dtype.kind == "f") and name.startswith(TEXT_TOWER):
             raise ValueError(f"params must hold float arrays, not {kind_of(array)} ({name})")
+    heads, activation = heads_and_activation(params)
     width = params["ln_final.weight"].shape[0]
-    heads = getattr(params, "heads", None) or width // 64
     if heads < 1 or width % heads:
         raise ValueError(f"{heads} heads do not divide width {width}: give heads= to minclip.from_state_dict")
-    return count_layers(params), heads, getattr(params, "activation", ACTIVATIONS[0])
+    return count_layers(params), heads, activation
+
+
+def heads_and_activation(params: Mapping[str, Any]) -> tuple[int, str]:
+    """Return the number of heads and which GELU, of params that `architecture` has checked."""
+    heads = getattr(params, "heads", None) or params["ln_final.weight"].shape[0] // 64
+    return heads, getattr(params, "activation", ACTIVATIONS[0])
 
 
 def kind_of(parameter: Any) -> str:
     """Return what a parameter is that is no float array, with the remedy where there is one."""
-    if parameter is None or isinstance(parameter, np.ndarray):
-        return str(getattr(parameter, "dtype", None))
+    if isinstance(parameter, np.ndarray):
+        return str(parameter.dtype)
+    if parameter is None:
+        return "None"
     return f"{type(parameter).__module__}.{type(parameter).__name__}: minclip.from_state_dict converts"
 
 

@@ -24,7 +24,7 @@ from minclip.fast.team import Team
 from minclip.fast.tree import chunks, slices, sort
 from minclip.fast.twigs import grow
 from minclip.model import ACTIVATIONS, weight_and_bias
-from minclip.params import EPS, architecture, as_params, end_of_text
+from minclip.params import EPS, as_params, count_layers, end_of_text, heads_and_activation
 
 NODES = 4096  # nodes of a chunk: enough to share their beginnings, few enough for little memory
 TEAM_NODES = 512  # up to here the texts are one tree for all threads
@@ -111,7 +111,7 @@ def encode_tree(params, tree, threads=1, prefixes=None, record=None):
 
     record, an array [layers, 2, N, D], is filled with the keys and values of the nodes.
     """
-    _, heads, _ = architecture(params)
+    heads, _ = heads_and_activation(params)
     if params["ln_final.weight"].size < WIDE:
         threads = 1
     team = Team(min(threads, heads))
@@ -128,7 +128,8 @@ class Share:
 
     def __init__(self, params, tree, team, number):
         self.params, self.tree, self.team, self.number = params, tree, team, number
-        self.layers, heads, self.activation = architecture(params)
+        self.layers = count_layers(params)
+        heads, self.activation = heads_and_activation(params)
         D, F = len(params["text_projection"]), len(params["transformer.resblocks.0.mlp.c_fc.bias"])
         self.K = D // heads
         heads_before, hidden_before = (

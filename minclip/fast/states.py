@@ -30,6 +30,7 @@ from minclip.params import (
     check_skip,
     check_tokens,
     end_of_text,
+    heads_and_activation,
     keep,
     text_dtype,
 )
@@ -159,7 +160,7 @@ def encode_tree(params, texts, chunk, skip, norm, pooled):
 
 def residual_block(x, params, i, twigs):
     """Return `minclip.model.residual_block` of the nodes x [N, D] of a tree."""
-    _, heads, activation = architecture(params)
+    heads, activation = heads_and_activation(params)
     block, D = f"transformer.resblocks.{i}", x.shape[1]
     h = model.layer_norm(x, *model.weight_and_bias(params, f"{block}.ln_1"))
     qkv = model.linear(h, params[f"{block}.attn.in_proj_weight"], params[f"{block}.attn.in_proj_bias"])

@@ -15,7 +15,6 @@ views with CuPy where it is installed, with or without a GPU.
 
 import ctypes
 import functools
-import hashlib
 import inspect
 import re
 import subprocess
@@ -225,6 +224,7 @@ class Fake(types.ModuleType):
         self.cuda.get_elapsed_time = lambda start_event, end_event: 1e3 * (end_event.time - start_event.time)
         self.get_default_memory_pool = lambda: types.SimpleNamespace(total_bytes=lambda: 0)
         self.RawKernel = RawKernel
+        self.inf = np.inf
         self.__version__ = "of nothing"
 
     def __getattr__(self, name):
@@ -357,7 +357,7 @@ def compiled(code, options):
         source += f"{{ launch(grid, warps, [=] {{ {name}({passed}); }}); }}\n"
     options = [option for option in options if option.startswith("-D")]
     with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder, hashlib.sha256(source.encode()).hexdigest()[:16] + ".so")
+        library = Path(folder, "kernels.so")
         command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-x", "c++", *options, "-o", library, "-"]
         subprocess.run(command, input=source.encode(), check=True)
         return ctypes.CDLL(str(library))

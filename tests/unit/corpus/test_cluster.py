@@ -34,8 +34,7 @@ def dask(folder, *args):
     """Start a command of Dask in a process of its own."""
     log = open(folder / f"{args[0]}-{time.monotonic_ns()}.log", "w")
     command = [sys.executable, "-m", "dask", *args, "--no-dashboard"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=environment), log
+    return subprocess.Popen(command, stdout=log, stderr=log, cwd=folder), log
 
 
 @pytest.fixture
